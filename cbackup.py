@@ -1,0 +1,6576 @@
+#!/usr/bin/env python3
+"""cbackup: one backup on the free space of the UNIX machines somebody already has.
+
+Every file of every *source* (a directory tree on one host) is kept as N whole, plain copies in the
+*backups* (directories that offer space) of N other hosts.  There is no extra machine, no single point of
+failure, and any host may be down when it is time to restore.
+
+     host with a source                                   host with a backup
+     +----------------------------+                      +------------------------------+
+     | server (passive)           |   TLS, one TCP port  | client (cron)                |
+     |   scanner --> catalog      | <-- claim, confirm --|   pass: move, update, retire |
+     |   books (SQLite)           |     todo, drop       |         copy, scrub          |
+     |   rsync --daemon (stdin)   | ==  rsync protocol =>|   rsync --> incoming --> file|
+     +----------------------------+                      +------------------------------+
+            every host runs a server; restore is a client of the servers of the backups
+
+A client's pass, for each backup of its host:
+
+ 1. lock the backup, finish what an earlier pass left half done, ask the servers to look at their sources;
+ 2. do what the servers' books say has become of the copies here: move, update, retire;
+ 3. when the server's sum of what we hold is not ours, report everything and confirm it again;
+ 4. claim files that are short of copies, fetch them by rsync into `.cbackup/incoming`, digest them, let
+    the server check digest and samples against its own file, rename into place, and only then be counted;
+ 5. make room, or relieve a full backup, where that lets a file have its N copies (see Placement);
+ 6. fetch the catalogs' news, read a few copies again (scrub), tell the servers how much room is left.
+
+What always holds:
+
+ * a copy counts only after the server checked its digest against the version that it knows now, and
+   after the file is durable at its place in the backup;
+ * no copy is deleted without a grant that is committed at the server before it is answered;
+ * a host counts once, and the source's own host never;
+ * files are replaced by rename; what was there goes to the attic first;
+ * a source that is suddenly empty, gone, or mostly different is *held*: nothing changes anywhere;
+ * any process may be killed at any instant, any `state/` may be lost: the next pass puts it right.
+
+Failure model: hosts crash, disks fill and rot, networks cut; peers may send nonsense, and are cut off.
+All who hold `cluster.pem` are members and may read every source: there is no secrecy between members.
+
+Reading order: the sections follow one another, each uses only what stands above it.  Paths below a root
+are bytes, relative, with `/`; on the wire and in JSON they are UTF-8 with surrogateescape.  Times are
+nanoseconds where they belong to files and seconds elsewhere.
+
+Built differently from the first design: rsync writes into `.cbackup/incoming` instead of beside the
+destination, so that nothing unconfirmed ever stands at a file's place, and an update's old version is
+linked into the attic before the new one is renamed over it; a confirmation has two steps, `confirm`
+(contents) and `placed` (durable and in place), and only the second one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+
+try:
+    import sqlite3
+except ImportError:  # a Python built without it: said in words by `require_python_parts`
+    sqlite3 = None  # type: ignore[assignment]
+try:
+    import ssl
+except ImportError:
+    ssl = None  # type: ignore[assignment]
+
+__version__ = "1.0"
+
+log = logging.getLogger("cbackup")
+
+
+# ==== 2. Constants ====================================================================================
+
+PROTOCOL = 1
+"""Version of the messages; both sides must speak the same one."""
+
+EXIT_DONE, EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+MESSAGE_LIMIT = 4 << 20
+"""Longest line on the channel, bytes.  A page of 2,000 files with long names stays well below it."""
+
+UNPACKED_LIMIT = 32 << 20
+"""Longest message after decompression, bytes: a small line must not unfold into all of the memory."""
+
+PACK_FROM = 4096
+"""Messages longer than this travel compressed."""
+
+PAGE = 2000
+"""Rows in one page of a listing on the channel."""
+
+CONNECT_TIMEOUT = 10.0
+HANDSHAKE_TIMEOUT = 15.0
+"""Seconds a peer has for connect and TLS handshake; a Raspberry Pi needs well below one."""
+
+REQUEST_IDLE = 900.0
+"""Seconds a client may be silent on an open connection (it hashes large files between two requests)."""
+
+REPLY_TIMEOUT = 300.0
+"""Seconds a client waits for an answer: a confirmation may make the server read a large file in full."""
+
+RSYNC_IDLE = float(os.environ.get("CBACKUP_TEST_IDLE") or 180)
+"""Seconds without a byte in either direction after which a transfer is given up.  rsync's own --timeout
+did not fire within 30 s on stalled 3.2.7 and 3.5.0 clients (measured), so the relay watches as well."""
+
+MAX_CONNECTIONS = 200
+"""Connections a server serves at once; more are closed at the door."""
+
+LOOK_WAIT = 20.0
+"""Longest time a `look` request waits for the scan before it answers "still scanning"."""
+
+BATCH_FILES, BATCH_BYTES = 1000, 1 << 30
+"""One rsync run.  1,000 files cost 0.16 s through the channel, 10,000 1.5 s (measured): larger batches
+win nothing, and a pass that dies loses at most one."""
+
+SCARCE_BYTES = 16 << 20
+"""While room is scarce a claim takes 1 % of what is free, so that clients at work together share; but not less than
+this, or a small backup would fill in hundreds of steps."""
+
+CLAIM_LEASE = 3600.0
+"""Seconds of server time that a claim lasts; every word from the backup renews it."""
+
+STALE_LEASE = 3 * 3600.0
+"""Seconds that a backup has to update a changed file before others may take it in its place."""
+
+DECLINE_FOR = 24 * 3600.0
+"""Seconds until a file that a backup could not take is offered to it again."""
+
+SAMPLES, SAMPLE_BYTES = 8, 16 << 10
+WHOLE_BELOW = 256 << 10
+"""A file up to WHOLE_BELOW is compared in full when confirmed, a larger one by SAMPLES random samples."""
+
+READ_BLOCK = 1 << 20
+
+CANDIDATES = 64
+"""Files of the lowest level that a claim looks at (the simulation's sample)."""
+
+HELD_SHARE_OF = 20
+"""Mass-change rule: more than half of at least this many files gone or changed within one scan."""
+
+SCRUB_PASS_SECONDS = 20 * 60.0
+"""A single pass reads copies for at most this long; the rest of the period's share waits."""
+
+PART_SUFFIX_DIR = b".cbackup-part"
+"""rsync's --partial-dir, relative, inside `incoming`: keeps the received part of a file that was cut."""
+
+META_DIR = b".cbackup"
+RESTORE_DIR = b".cbackup-restore"
+"""Working directory of a restore inside its target; never part of a source."""
+RESTORE_MARK = b"whole"
+"""A file in it while a whole source is being restored: as long as it is there, the source is held."""
+
+RSYNC_PACKAGES = {"apt-get": "apt-get install -y rsync", "dnf": "dnf install rsync", "apk": "apk add rsync",
+                  "pacman": "pacman -S rsync", "zypper": "zypper install rsync", "pkg": "pkg install rsync",
+                  "brew": "brew install rsync", "pkgin": "pkgin install rsync"}
+"""How the common systems install rsync; the first package manager found on PATH is named."""
+
+
+# ==== 3. Errors =======================================================================================
+
+
+class CBackupError(Exception):
+    """Anything that is told to the user in one line.  `code` is the exit status that goes with it."""
+
+    code = EXIT_INCOMPLETE
+
+
+class UsageError(CBackupError):
+    code = EXIT_USAGE
+
+
+class ConfigError(CBackupError):
+    """All that is wrong with a configuration: `problems` is a list of (line number or 0, text)."""
+
+    code = EXIT_USAGE
+
+    def __init__(self, path: str, problems: "List[Tuple[int, str]]") -> None:
+        self.problems = sorted(problems)
+        super().__init__("\n".join(
+            "%s: %s" % ("%s line %d" % (path, line) if line else path, what) for line, what in self.problems))
+
+
+class Unreachable(CBackupError):
+    """A host did not answer; `host` names it."""
+
+    def __init__(self, host: str, why: str) -> None:
+        self.host = host
+        super().__init__("%s: cannot be reached: %s" % (host, why))
+
+
+class Refused(CBackupError):
+    """The peer understood and said no; `reason` is a word of the protocol (`held`, `unknown`, ...)."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        self.reason = reason
+        super().__init__(text)
+
+
+class ProtocolError(CBackupError):
+    """The peer sent something that is not of the protocol."""
+
+
+class Busy(CBackupError):
+    """Somebody else holds the lock: not an error for a client started by cron."""
+
+
+# ==== 4. Small helpers ================================================================================
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)\Z", re.I)
+_DURATION = re.compile(r"(\d+)([smhdw])\Z")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def parse_size(word: str) -> int:
+    """Bytes of `700G`, `1.5T`, `512M` or `100`.  Raises ValueError with a text for people."""
+    match = _SIZE.match(word)
+    if not match:
+        raise ValueError("%r is not a size: write 700G, 1.5T, 512M or a number of bytes" % word)
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()]) if "." in match.group(1) \
+        else int(match.group(1)) * _UNITS[match.group(2).upper()]
+
+
+def parse_duration(word: str) -> float:
+    """Seconds of `90s`, `15m`, `6h`, `30d` or `2w`.  Raises ValueError with a text for people."""
+    match = _DURATION.match(word)
+    if not match:
+        raise ValueError("%r is not a duration: write 90s, 15m, 6h, 30d or 2w" % word)
+    return float(int(match.group(1)) * _SECONDS[match.group(2)])
+
+
+def format_size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if abs(count) < 1000:
+            return "%d %s" % (count, unit) if unit == "bytes" else "%.3g %s" % (count, unit)
+        count /= 1024.0
+    return "%.3g TB" % count
+
+
+def format_seconds(seconds: float) -> str:
+    seconds = int(seconds)
+    if seconds < 90:
+        return "%d s" % seconds
+    if seconds < 90 * 60:
+        return "%d min" % round(seconds / 60)
+    if seconds < 48 * 3600:
+        return "%.1f h" % (seconds / 3600)
+    return "%d days" % round(seconds / 86400)
+
+
+def count_of(number: int, word: str) -> str:
+    return "%s %s%s" % (format(number, ","), word, "" if number == 1 else "s")
+
+
+def as_text(raw: bytes) -> str:
+    """A name as it travels in JSON: UTF-8, what is not UTF-8 as lone surrogates."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def as_raw(text: str) -> bytes:
+    """The inverse of `as_text`.  Raises ProtocolError for text that no file name can have given."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ProtocolError("a name that is not valid text")
+
+
+def shown(raw: bytes) -> str:
+    """A name for people: control characters and bytes that are not UTF-8 escaped."""
+    text = raw.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_relative(raw: bytes) -> bytes:
+    """`raw` itself when it is a plain relative path that stays below its root; else ProtocolError."""
+    if not raw or len(raw) > 8192 or b"\0" in raw:
+        raise ProtocolError("not a path: %s" % shown(raw[:80]))
+    for part in raw.split(b"/"):
+        if part in (b"", b".", b".."):
+            raise ProtocolError("not a plain relative path: %s" % shown(raw[:200]))
+    return raw
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says to people: the system's words for an OSError, else its own text."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, getattr(ssl, "SSLError", ())):
+        return error.strerror
+    return str(error) or error.__class__.__name__
+
+
+def fsync_directory(path: "str | bytes") -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the whole new one."""
+    temporary = "%s.%d.new" % (path, os.getpid())
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    fsync_directory(os.path.dirname(path) or ".")
+
+
+def read_json(path: str) -> "Dict[str, Any]":
+    """The object in a JSON file of ours; {} when it is absent or damaged (all of them can be made again)."""
+    try:
+        with open(path, "rb") as stream:
+            value = json.loads(stream.read().decode())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class Clock:
+    """The program's times.  CBACKUP_TEST_CLOCK names a file with seconds to add, so that tests can age things."""
+
+    def __init__(self) -> None:
+        self._file = os.environ.get("CBACKUP_TEST_CLOCK")
+
+    def _offset(self) -> float:
+        if not self._file:
+            return 0.0
+        try:
+            with open(self._file) as stream:
+                return float(stream.read().strip() or 0)
+        except (OSError, ValueError):
+            return 0.0
+
+    def now(self) -> float:
+        """Seconds since 1970, as the host believes."""
+        return time.time() + self._offset()
+
+    def steady(self) -> float:
+        """Seconds that only ever grow while this process runs; no relation to the date."""
+        return time.monotonic() + self._offset()
+
+
+clock = Clock()
+
+
+def test_point(name: str) -> None:
+    """A place where a test may want this process to die: CBACKUP_TEST_KILL=NAME or NAME:COUNT or any:COUNT.
+
+    `any:COUNT` dies at the COUNT-th of all points.  Without the variable this costs one comparison.
+    """
+    if _KILL_AT is None:
+        return
+    wanted, _, count = _KILL_AT.partition(":")
+    if wanted in (name, "any"):
+        _KILL_SEEN[0] += 1
+        if _KILL_SEEN[0] >= int(count or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_KILL_AT = os.environ.get("CBACKUP_TEST_KILL")
+_KILL_SEEN = [0]
+
+
+class Progress:
+    """One line on a terminal that says what, how much of how much, the rate and the time left.
+
+    Silent when standard error is not a terminal or when told to be quiet.  `update` may be called as often
+    as the caller likes, from any thread.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.on = not quiet and sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._drawn = 0.0
+        self._width = 0
+        self._start: "Dict[str, Tuple[float, float]]" = {}
+
+    def update(self, what: str, done: float, total: float, note: str = "") -> None:
+        if not self.on:
+            return
+        now = time.monotonic()
+        with self._lock:
+            first, base = self._start.setdefault(what, (now, done))
+            if now - self._drawn < 0.2:
+                return
+            self._drawn = now
+            line = "%s: %s of %s" % (what, format_size(done), format_size(max(total, done)))
+            rate = (done - base) / (now - first) if now - first > 1 else 0
+            if rate > 0:
+                line += ", %s/s, %s left" % (format_size(rate), format_seconds(max(0, total - done) / rate))
+            self._draw(line + note)
+
+    def say(self, line: str) -> None:
+        """Show a state without figures, such as what is being waited for."""
+        if self.on:
+            with self._lock:
+                self._draw(line)
+
+    def _draw(self, line: str) -> None:
+        line = line[:shutil.get_terminal_size().columns - 1]
+        sys.stderr.write("\r" + line + " " * max(0, self._width - len(line)))
+        sys.stderr.flush()
+        self._width = len(line)
+
+    def clear(self) -> None:
+        if self.on and self._width:
+            with self._lock:
+                sys.stderr.write("\r" + " " * self._width + "\r")
+                sys.stderr.flush()
+                self._width = 0
+
+
+class Pace:
+    """Keeps a loop that handles bytes below a rate (bytes a second; None: no limit)."""
+
+    def __init__(self, rate: "Optional[float]") -> None:
+        self.rate = rate
+        self._due = time.monotonic()
+
+    def spent(self, count: int) -> None:
+        if self.rate:
+            now = time.monotonic()
+            self._due = max(self._due, now - 0.1) + count / self.rate
+            if self._due > now:
+                time.sleep(self._due - now)
+
+
+class Tree:
+    """A directory whose inside is reached without ever following a symlink: the one place for such paths.
+
+    All paths are relative bytes.  Each operation walks from the root's descriptor with O_NOFOLLOW, so that a
+    symlink that lies (or is put) inside leads nowhere.  Safe to use by several threads.
+    """
+
+    _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
+    """What open(2) says, on one system or another, of a parent that is missing, a file or a symlink."""
+
+    def __init__(self, root: "str | bytes", own_links: bool = False) -> None:
+        """`own_links`: symlinks that stand where a directory has to be made are ours, and are removed."""
+        self.root = os.fsencode(root)
+        self._own_links = own_links
+        self._root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+    def __enter__(self) -> "Tree":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _parent(self, rel: bytes, make: bool = False) -> "Iterator[Tuple[int, bytes]]":
+        """(descriptor of the parent directory, last name).  With `make`, missing parents are made."""
+        parts = check_relative(rel).split(b"/")
+        descriptor = os.dup(self._root)
+        try:
+            for part in parts[:-1]:
+                following = self._step(descriptor, part, make)
+                os.close(descriptor)
+                descriptor = following
+            yield descriptor, parts[-1]
+        finally:
+            os.close(descriptor)
+
+    def _step(self, descriptor: int, part: bytes, make: bool) -> int:
+        try:
+            return os.open(part, self._DIRECTORY, dir_fd=descriptor)
+        except OSError as error:
+            if not make or error.errno not in self._ABSENT:
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if self._own_links and stat.S_ISLNK(os.stat(part, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                os.unlink(part, dir_fd=descriptor)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part, 0o700, dir_fd=descriptor)
+        return os.open(part, self._DIRECTORY, dir_fd=descriptor)
+
+    def lstat(self, rel: bytes) -> "Optional[os.stat_result]":
+        """The entry's own stat; None when there is none (or a parent is missing or not a directory)."""
+        try:
+            with self._parent(rel) as (descriptor, name):
+                return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in self._ABSENT:
+                return None
+            raise
+
+    def open(self, rel: bytes) -> int:
+        """A descriptor for reading a regular file.  Raises OSError, also for anything that is not one."""
+        with self._parent(rel) as (descriptor, name):
+            found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            os.close(found)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return found
+
+    def make_directory(self, rel: bytes) -> None:
+        with self._parent(rel + b"/x", make=True):
+            pass
+
+    def rename(self, old: bytes, new: bytes) -> None:
+        """Rename within the tree, replacing what is at `new`; parents of `new` are made."""
+        with self._parent(new, make=True) as (new_dir, new_name), self._parent(old) as (old_dir, old_name):
+            os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+
+    def link(self, old: bytes, new: bytes) -> None:
+        """A second name `new` for the file `old`.  Raises OSError where the file system has no links."""
+        with self._parent(new, make=True) as (new_dir, new_name), self._parent(old) as (old_dir, old_name):
+            os.link(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir, follow_symlinks=False)
+
+    def symlink(self, target: bytes, rel: bytes) -> None:
+        with self._parent(rel, make=True) as (descriptor, name):
+            os.symlink(target, name, dir_fd=descriptor)
+
+    def readlink(self, rel: bytes) -> bytes:
+        with self._parent(rel) as (descriptor, name):
+            return os.readlink(name, dir_fd=descriptor)
+
+    def unlink(self, rel: bytes) -> None:
+        with self._parent(rel) as (descriptor, name):
+            os.unlink(name, dir_fd=descriptor)
+
+    def rmdir(self, rel: bytes) -> None:
+        with self._parent(rel) as (descriptor, name):
+            os.rmdir(name, dir_fd=descriptor)
+
+    def list(self, rel: bytes = b"") -> "List[bytes]":
+        """The names in a directory, sorted; [] when it does not exist."""
+        try:
+            with self._parent(rel + b"/x" if rel else b"x") as (descriptor, _):
+                return sorted(os.fsencode(name) for name in os.listdir(descriptor))
+        except OSError as error:
+            if error.errno in self._ABSENT:
+                return []
+            raise
+
+    def walk_files(self, rel: bytes) -> "Iterator[bytes]":
+        """Every path below `rel` that is not a directory, depth first."""
+        for name in self.list(rel):
+            below = rel + b"/" + name if rel else name
+            info = self.lstat(below)
+            if info is not None and stat.S_ISDIR(info.st_mode):
+                for found in self.walk_files(below):
+                    yield found
+            elif info is not None:
+                yield below
+
+    def clear_empty(self, rel: bytes) -> None:
+        """Remove the directory `rel` and the directories in it, as far as they are empty."""
+        for name in self.list(rel):
+            info = self.lstat(rel + b"/" + name)
+            if info is not None and stat.S_ISDIR(info.st_mode):
+                self.clear_empty(rel + b"/" + name)
+        with contextlib.suppress(OSError):
+            self.rmdir(rel)
+
+    def chmod(self, rel: bytes, mode: int) -> None:
+        """chmod of a regular file or directory; a symlink is left alone."""
+        with self._parent(rel) as (descriptor, name):
+            info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if not stat.S_ISLNK(info.st_mode) and stat.S_IMODE(info.st_mode) != mode:
+                os.chmod(name, mode, dir_fd=descriptor)
+
+    def chown(self, rel: bytes, uid: int, gid: int) -> None:
+        with self._parent(rel) as (descriptor, name):
+            os.chown(name, uid, gid, dir_fd=descriptor, follow_symlinks=False)
+
+    def set_mtime(self, rel: bytes, mtime_ns: int) -> None:
+        with self._parent(rel) as (descriptor, name):
+            os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=descriptor, follow_symlinks=False)
+
+    def sync(self, paths: "Iterable[bytes]") -> None:
+        """Make files, and their names in their directories, durable.
+
+        Linux has one call for a whole file system; elsewhere every file and directory is synced by itself.
+        """
+        if _syncfs(self._root):
+            return
+        parents = set()
+        for rel in paths:
+            parents.add(rel.rpartition(b"/")[0])
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = self.open(rel)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        for above in parents:
+            with self._parent(above + b"/x" if above else b"x") as (descriptor, _):
+                os.fsync(descriptor)
+
+
+def _syncfs(descriptor: int) -> bool:
+    """syncfs(2) on Linux; False where there is none, so that the caller syncs file by file."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes  # only clients that copied something come here
+    try:
+        return ctypes.CDLL(None, use_errno=True).syncfs(descriptor) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def install_hint(program: str) -> str:
+    """The command that installs `program` on this system, as far as one can tell."""
+    for manager, command in RSYNC_PACKAGES.items():
+        if shutil.which(manager):
+            return command.replace("rsync", program)
+    return "your system's package manager (package %s)" % program
+
+
+def require_python_parts() -> None:
+    for module, package in ((sqlite3, "sqlite3"), (ssl, "ssl")):
+        if module is None:
+            raise UsageError("this Python (%s) has no %s module; install a complete one, for example with: %s"
+                             % (sys.executable, package, install_hint("python3")))
+
+
+# ==== 5. Digests and data types =======================================================================
+
+
+def new_digest() -> Any:
+    """BLAKE2b-256: in every Python since 3.6, and the fastest good digest on processors without SHA
+    instructions (a Raspberry Pi)."""
+    return hashlib.blake2b(digest_size=32)
+
+
+def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None,
+                      stop: "Optional[threading.Event]" = None) -> "Tuple[bytes, int]":
+    """(digest, bytes read) of an open file from its start.  Raises CBackupError when `stop` is set."""
+    digest, total = new_digest(), 0
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while True:
+        block = os.read(descriptor, READ_BLOCK)
+        if not block:
+            return digest.digest(), total
+        digest.update(block)
+        total += len(block)
+        if pace:
+            pace.spent(len(block))
+        if stop is not None and stop.is_set():
+            raise CBackupError("interrupted")
+
+
+def choose_samples(size: int) -> "List[int]":
+    """Offsets of the samples by which a file of `size` is confirmed; [] means: compare all of it."""
+    if size <= WHOLE_BELOW:
+        return []
+    return sorted(random.SystemRandom().sample(range(0, size - SAMPLE_BYTES + 1), SAMPLES))
+
+
+def digest_samples(descriptor: int, offsets: "Iterable[int]") -> bytes:
+    """One digest over SAMPLE_BYTES at each offset, in the order given."""
+    digest = new_digest()
+    for offset in offsets:
+        digest.update(os.pread(descriptor, SAMPLE_BYTES, offset))
+    return digest.digest()
+
+
+def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
+    """32 bits that stand for one copy in the sums by which server and backup compare their books."""
+    mixed = hashlib.blake2b(b"%d %d %s %s" % (size, mtime, digest, path), digest_size=4)
+    return int.from_bytes(mixed.digest(), "big")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A [sources] line.  `exclude`: fnmatch patterns, with a `/` for the whole path, else for any name."""
+
+    name: str
+    host: str
+    path: str
+    replicas: int
+    exclude: "Tuple[str, ...]" = ()
+    read_rate: "Optional[int]" = None
+    bwlimit: "Optional[int]" = None
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A [backups] line.  `size`: the most that the files may add up to; `reserve`: bytes that stay free."""
+
+    name: str
+    host: str
+    path: str
+    size: "Optional[int]" = None
+    reserve: "Optional[int]" = None
+    read_rate: "Optional[int]" = None
+    bwlimit: "Optional[int]" = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file as a server hands it out: the version that a copy must be of."""
+
+    path: bytes
+    size: int
+    mtime: int
+    mode: int
+    uid: int
+    gid: int
+    version: int
+
+    @classmethod
+    def from_row(cls, row: "List[Any]") -> "Wanted":
+        path, size, mtime, mode, uid, gid, version = row
+        for number in (size, mtime, mode, uid, gid, version):
+            if not isinstance(number, int):
+                raise ProtocolError("a file whose figures are not numbers")
+        if size < 0 or not 0 <= mode <= 0o7777:
+            raise ProtocolError("a file with impossible size or mode")
+        return cls(check_relative(as_raw(path)), size, mtime, mode, uid, gid, version)
+
+
+# ==== 6. Configuration and home =======================================================================
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration that has been checked.  `text` is what was read, to the byte."""
+
+    text: str
+    name: str = "home"
+    port: int = 5005
+    replicas: int = 2
+    keep: float = 30 * 86400.0
+    scan: float = 900.0
+    scan_min: float = 30.0
+    scrub: float = 30 * 86400.0
+    lost_after: float = 14 * 86400.0
+    read_rate: "Optional[int]" = None
+    bwlimit: "Optional[int]" = None
+    hosts: "Dict[str, Tuple[str, int]]" = field(default_factory=dict)
+    sources: "Dict[str, Source]" = field(default_factory=dict)
+    backups: "Dict[str, Backup]" = field(default_factory=dict)
+
+    def address(self, host: str) -> "Tuple[str, int]":
+        """Where the server of `host` listens: its [hosts] line, else its name and the cluster's port."""
+        return self.hosts.get(host) or (host, self.port)
+
+    def all_hosts(self) -> "List[str]":
+        named = [s.host for s in self.sources.values()] + [b.host for b in self.backups.values()]
+        return sorted(set(self.hosts) | set(named))
+
+    def sources_of(self, host: str) -> "List[Source]":
+        return [s for s in self.sources.values() if s.host == host]
+
+    def backups_of(self, host: str) -> "List[Backup]":
+        return [b for b in self.backups.values() if b.host == host]
+
+    def rate(self, *lines: "Any", key: str) -> "Optional[int]":
+        """The lowest of the cluster's and the given lines' `read_rate` or `bwlimit`; None without any."""
+        found = {"read_rate": (self.read_rate, [x.read_rate for x in lines]),
+                 "bwlimit": (self.bwlimit, [x.bwlimit for x in lines])}[key]
+        rates = [rate for rate in [found[0]] + found[1] if rate]
+        return min(rates) if rates else None
+
+
+def _parse_count(word: str) -> int:
+    if not word.isdigit() or not 1 <= int(word) <= 100:
+        raise ValueError("%r is not a number from 1 to 100" % word)
+    return int(word)
+
+
+def _parse_port(word: str) -> int:
+    if not word.isdigit() or not 1 <= int(word) <= 65535:
+        raise ValueError("%r is not a port (1 to 65535)" % word)
+    return int(word)
+
+
+def _parse_name(word: str) -> str:
+    if not _NAME.match(word):
+        raise ValueError("%r is not a name: letters, digits, dot, dash and underscore, 63 at the most" % word)
+    return word
+
+
+def _parse_rate(word: str) -> int:
+    return max(1, parse_size(word))
+
+
+CLUSTER_KEYS: "Dict[str, Callable[[str], Any]]" = {
+    "name": _parse_name, "port": _parse_port, "replicas": _parse_count, "keep": parse_duration,
+    "scan": parse_duration, "scan_min": parse_duration, "scrub": parse_duration, "lost_after": parse_duration,
+    "read_rate": _parse_rate, "bwlimit": _parse_rate}
+SOURCE_KEYS: "Dict[str, Callable[[str], Any]]" = {
+    "replicas": _parse_count, "exclude": str, "read_rate": _parse_rate, "bwlimit": _parse_rate}
+BACKUP_KEYS: "Dict[str, Callable[[str], Any]]" = {
+    "size": parse_size, "reserve": parse_size, "read_rate": _parse_rate, "bwlimit": _parse_rate}
+SECTIONS = ("cluster", "hosts", "sources", "backups")
+
+
+class _Parser:
+    """Reads a configuration line by line and collects everything that is wrong with it.
+
+    Not configparser: every error needs its line, `=` and `:` occur in values, and values are quoted as in
+    a shell (shlex does that part).
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.problems: "List[Tuple[int, str]]" = []
+        self.cluster: "Dict[str, Any]" = {}
+        self.hosts: "Dict[str, Tuple[str, Optional[int]]]" = {}
+        self.sources: "Dict[str, Dict[str, Any]]" = {}
+        self.backups: "Dict[str, Dict[str, Any]]" = {}
+        self._lines: "Dict[Tuple[str, str], int]" = {}
+
+    def parse(self) -> None:
+        section = None
+        for number, line in enumerate(self.text.splitlines(), 1):
+            stripped = line.strip()
+            if not stripped or stripped.startswith("#"):
+                continue
+            header = re.match(r"\[\s*([^\]]*?)\s*\]\s*(#.*)?\Z", stripped)
+            if header:
+                section = header.group(1)
+                if section not in SECTIONS:
+                    self.problems.append((number, "no section is called [%s]; there are [%s]"
+                                          % (section, "], [".join(SECTIONS))))
+                continue
+            if section in SECTIONS:
+                self._line(number, section, stripped)
+            elif section is None:
+                self.problems.append((number, "a line before the first section"))
+
+    def _line(self, number: int, section: str, line: str) -> None:
+        name, equals, value = line.partition("=")
+        name = name.strip()
+        try:
+            lexer = shlex.shlex(value, posix=True, punctuation_chars=False)
+            lexer.whitespace_split, lexer.commenters = True, "#"
+            words = list(lexer)
+            if not equals:
+                raise ValueError("not of the form NAME = VALUE: %s" % line)
+            if section != "cluster":
+                _parse_name(name)
+            known = self._lines.setdefault((section, name.lower()), number)
+            if known != number:
+                raise ValueError("the name %s is used twice; the first time in line %d" % (name, known))
+            {"cluster": self._cluster, "hosts": self._host,
+             "sources": self._source, "backups": self._backup}[section](number, name, words)
+        except ValueError as error:
+            text = {"No closing quotation": "a quotation mark without its partner",
+                    "No escaped character": "a backslash at the end"}.get(str(error), str(error))
+            self.problems.append((number, text))
+
+    def _cluster(self, number: int, key: str, words: "List[str]") -> None:
+        if key not in CLUSTER_KEYS:
+            raise ValueError("no key is called %r; there are %s" % (key, ", ".join(CLUSTER_KEYS)))
+        if len(words) != 1:
+            raise ValueError("%s needs one value" % key)
+        self.cluster[key] = CLUSTER_KEYS[key](words[0])
+
+    def _host(self, number: int, name: str, words: "List[str]") -> None:
+        if not words:
+            raise ValueError("host %s has no address: write %s = ADDRESS or ADDRESS:PORT" % (name, name))
+        if len(words) > 1:
+            raise ValueError("host %s: one address is enough, found %d words" % (name, len(words)))
+        self.hosts[name] = split_address(words[0])
+
+    def _place(self, words: "List[str]", keys: "Dict[str, Callable[[str], Any]]") -> "Dict[str, Any]":
+        """The common part of a source's and a backup's line: HOST:/PATH key=value ..."""
+        if not words:
+            raise ValueError("HOST:/PATH is missing")
+        host, colon, path = words[0].partition(":")
+        if not colon or not path.startswith("/"):
+            raise ValueError("%r is not HOST:/PATH with an absolute path" % words[0])
+        wrong = []
+        found: "Dict[str, Any]" = {"host": _parse_name(host), "path": os.path.normpath("/" + path.lstrip("/"))}
+        for word in words[1:]:
+            key, equals, value = word.partition("=")
+            try:
+                if key not in keys or not equals:
+                    raise ValueError("%r is not one of %s" % (word, ", ".join(k + "=..." for k in keys)))
+                if key == "exclude":
+                    found["exclude"] = found.get("exclude", ()) + (value,)
+                elif key in found:
+                    raise ValueError("%s is given twice" % key)
+                else:
+                    found[key] = keys[key](value)
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return found
+
+    def _source(self, number: int, name: str, words: "List[str]") -> None:
+        self.sources[name] = self._place(words, SOURCE_KEYS)
+
+    def _backup(self, number: int, name: str, words: "List[str]") -> None:
+        self.backups[name] = found = self._place(words, BACKUP_KEYS)
+        if "size" not in found and "reserve" not in found:
+            raise ValueError("backup %s needs size=... or reserve=..." % name)
+
+    def check_places(self) -> None:
+        """No backup inside a source, no source inside a backup, no backup inside another, on one host."""
+        for name, backup in self.backups.items():
+            line = self._lines[("backups", name.lower())]
+            for source_name, source in self.sources.items():
+                if source["host"] == backup["host"] and _inside(backup["path"], source["path"]):
+                    self.problems.append((line, "backup %s lies inside the source %s" % (name, source_name)))
+                elif source["host"] == backup["host"] and _inside(source["path"], backup["path"]):
+                    self.problems.append((line, "backup %s contains the source %s" % (name, source_name)))
+            for other_name, other in self.backups.items():
+                if other_name != name and other["host"] == backup["host"] \
+                        and _inside(backup["path"], other["path"]) \
+                        and (other["path"] != backup["path"] or other_name < name):
+                    self.problems.append((line, "backup %s lies inside the backup %s" % (name, other_name)))
+
+
+def _inside(path: str, of: str) -> bool:
+    return path == of or path.startswith(of.rstrip("/") + "/")
+
+
+def split_address(word: str) -> "Tuple[str, Optional[int]]":
+    """(address, port or None) of `rpi`, `rpi:5006`, `192.168.1.2:5006`, `[fe80::1]:5006` or `fe80::1`."""
+    match = re.match(r"\[([^\]]+)\](?::(\d+))?\Z", word)
+    if match:
+        return match.group(1), _parse_port(match.group(2)) if match.group(2) else None
+    if word.count(":") == 1:
+        address, _, port = word.partition(":")
+        if not address:
+            raise ValueError("%r has no address" % word)
+        return address, _parse_port(port)
+    return word, None
+
+
+def parse_config(text: str, path: str = "cbackup.conf") -> Config:
+    """The configuration in `text`.  Raises ConfigError with every problem at once."""
+    parser = _Parser(text)
+    parser.parse()
+    parser.check_places()
+    if parser.problems:
+        raise ConfigError(path, parser.problems)
+    values = dict(parser.cluster)
+    port = values.get("port", Config.port)
+    replicas = values.get("replicas", Config.replicas)
+    return Config(
+        text=text,
+        hosts={name: (address, own or port) for name, (address, own) in parser.hosts.items()},
+        sources={name: Source(name=name, **{"replicas": replicas, **found}) for name, found in parser.sources.items()},
+        backups={name: Backup(name=name, **found) for name, found in parser.backups.items()},
+        **values)
+
+
+CONFIG_TEMPLATE = """\
+# The configuration of a cbackup cluster: the same text on every machine.  `#` starts a comment.
+[cluster]
+name     = home
+port     = 5005
+replicas = 2          # every file is kept on so many hosts other than its own
+keep     = 30d        # how long previous versions of files are kept
+
+[hosts]               # only for hosts whose name is not their address
+# mini = 192.168.1.10
+# rpi2 = rpi2.local:5006
+
+[sources]             # NAME = HOST:/PATH [replicas=N] [exclude=PATTERN ...]
+# photos = mini:/Volumes/tank/photos replicas=3
+# home   = imac:/Users/austin exclude=Library/Caches exclude=*.tmp
+
+[backups]             # NAME = HOST:/PATH size=... | reserve=...
+# pi1 = rpi1:/srv/cbackup size=700G
+# pi2 = rpi2:"/mnt/big disk/cb" reserve=200G
+"""
+
+
+class Home:
+    """All that cbackup knows on this machine: configuration, key, the machine's name, state."""
+
+    def __init__(self, path: "Optional[str]" = None, host: "Optional[str]" = None) -> None:
+        self.path = os.path.abspath(os.path.expanduser(path or os.environ.get("CBACKUP_HOME") or "~/.cbackup"))
+        self.config_path = os.path.join(self.path, "cbackup.conf")
+        self.key_path = os.path.join(self.path, "cluster.pem")
+        self.state_path = os.path.join(self.path, "state")
+        self._host = host
+
+    def state(self, *names: str) -> str:
+        """A path below `state/`, which is made when it is not there."""
+        os.makedirs(self.state_path, mode=0o700, exist_ok=True)
+        return os.path.join(self.state_path, *names)
+
+    def config(self) -> Config:
+        """The checked configuration.  Raises ConfigError, or UsageError when there is none."""
+        try:
+            with open(self.config_path, "rb") as stream:
+                data = stream.read(4 << 20)
+        except OSError as error:
+            raise UsageError("%s: %s; `cbackup.pyz init` makes one on the first machine"
+                             % (self.config_path, reason_of(error)))
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(self.config_path, [(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")])
+        return parse_config(text, self.config_path)
+
+    def config_version(self, config: Config) -> int:
+        """The running number of the configuration's text on this machine; a new text gets the next one."""
+        digest = hashlib.sha256(config.text.encode()).hexdigest()
+        with self.lock("config.lock"):
+            known = read_json(self.state("config.json"))
+            version = known.get("version")
+            if known.get("sha256") != digest or not isinstance(version, int):
+                version = (version if isinstance(version, int) else 0) + 1
+                atomic_write(self.state("config.json"),
+                             json.dumps({"version": version, "sha256": digest}).encode())
+        return version
+
+    @contextlib.contextmanager
+    def lock(self, name: str, wait: bool = True) -> "Iterator[None]":
+        """Hold a lock file in `state/`.  Raises Busy when another process has it and `wait` is false."""
+        with open(self.state(name), "a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError:
+                raise Busy("%s is in use by another cbackup" % self.path)
+            yield
+
+    def own_name(self) -> str:
+        """This machine's name: --host, else the file `host`, else the short host name."""
+        if self._host:
+            return self._host
+        try:
+            with open(os.path.join(self.path, "host")) as stream:
+                name = stream.read().strip()
+            if name:
+                return name
+        except OSError:
+            pass
+        return socket.gethostname().split(".")[0]
+
+    def host(self, config: Config) -> str:
+        """`own_name`, when the configuration knows it; else UsageError that says the way out."""
+        name = self.own_name()
+        if name not in config.all_hosts():
+            raise UsageError("this machine is %r, which %s does not mention (it has: %s); give --host NAME or write "
+                             "the name into %s" % (name, self.config_path, ", ".join(config.all_hosts()) or "no host",
+                                                   os.path.join(self.path, "host")))
+        return name
+
+    def check_key(self) -> None:
+        """Refuse a missing key and one that others can read."""
+        try:
+            mode = os.stat(self.key_path).st_mode
+        except OSError as error:
+            raise UsageError("%s: %s; copy it from a machine of the cluster, or run `cbackup.pyz init` on the first"
+                             % (self.key_path, reason_of(error)))
+        if mode & 0o077:
+            raise UsageError("%s can be read by others: chmod 600 %s" % (self.key_path, shlex.quote(self.key_path)))
+
+    def cluster_id(self) -> str:
+        """The SHA-256 of the cluster's certificate, 64 hex digits: what makes two clusters different."""
+        with open(self.key_path) as stream:
+            match = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", stream.read(), re.S)
+        if not match:
+            raise UsageError("%s holds no certificate; copy it again from a machine of the cluster" % self.key_path)
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(match.group(0))).hexdigest()
+
+
+CERTIFICATE_REQUEST = """\
+[req]
+distinguished_name = dn
+x509_extensions = v3
+prompt = no
+[dn]
+CN = cbackup cluster
+[v3]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, digitalSignature, keyCertSign
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always
+"""
+"""All extensions written out: a certificate without them fails under Python 3.13's strictness (measured)."""
+
+
+def make_cluster_key(path: str) -> None:
+    """Write a new certificate with its private key to `path`, 0600.  Needs the `openssl` program."""
+    if not shutil.which("openssl"):
+        raise UsageError("openssl is not installed, and `init` needs it once: %s" % install_hint("openssl"))
+    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+        request, key = os.path.join(scratch, "request"), os.path.join(scratch, "key")
+        with open(request, "w") as stream:
+            stream.write(CERTIFICATE_REQUEST)
+        try:
+            made = subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+            made.check_returncode()
+            made = subprocess.run(["openssl", "req", "-new", "-x509", "-sha256", "-days", "36500", "-key", key,
+                                   "-config", request], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  stdin=subprocess.DEVNULL)
+            made.check_returncode()
+        except subprocess.CalledProcessError:
+            raise CBackupError("openssl failed: %s" % made.stderr.decode(errors="replace").strip().splitlines()[-1:])
+        with open(key, "rb") as stream:
+            atomic_write(path, made.stdout + stream.read(), 0o600)
+
+
+# ==== 7. The server's books ===========================================================================
+
+TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
+"""What a backup must still hear about one of its copies; bits of `copies.todo`."""
+
+BOOKS_SCHEMA_VERSION = 1
+
+BOOKS_SCHEMA = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value);
+
+-- state: ok | held.  accepted: the next scan applies whatever it finds.  gen: the open catalog generation.
+CREATE TABLE sources(
+    id INTEGER PRIMARY KEY, name TEXT UNIQUE, path TEXT, replicas INTEGER, active INTEGER,
+    device INTEGER, fsid INTEGER, state TEXT DEFAULT 'ok', cause TEXT, reason TEXT, accepted INTEGER DEFAULT 0,
+    gen INTEGER DEFAULT 1, scanned REAL, special INTEGER DEFAULT 0, problems TEXT);
+
+-- What is in the sources.  kind: f, d or l.  version: changes with the content.  suspect: same size and mtime
+-- as the version before, so only a full read decides.  blocked: cannot be copied (unreadable, or rotten).
+-- rnd: random, so that a random file of a group is found by index.
+CREATE TABLE entries(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER, parent INTEGER, path BLOB, kind TEXT, size INTEGER,
+    mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER,
+    target BLOB, version INTEGER, digest BLOB, suspect INTEGER DEFAULT 0, blocked TEXT, gen INTEGER,
+    grp INTEGER, rnd INTEGER);
+CREATE UNIQUE INDEX entries_path ON entries(source, path);
+CREATE INDEX entries_parent ON entries(parent);
+CREATE INDEX entries_gen ON entries(source, gen);
+CREATE INDEX entries_rnd ON entries(grp, rnd) WHERE grp IS NOT NULL;
+CREATE INDEX entries_size ON entries(grp, size) WHERE grp IS NOT NULL;
+
+-- Files that are gone but still lie in backups that have not heard of it.
+CREATE TABLE gone(id INTEGER PRIMARY KEY, source INTEGER, path BLOB);
+CREATE INDEX gone_path ON gone(source, path);
+
+-- Paths that are no longer in the catalog, for those who have an older one.
+CREATE TABLE graves(source INTEGER, path BLOB, gen INTEGER, PRIMARY KEY(source, path)) WITHOUT ROWID;
+CREATE INDEX graves_gen ON graves(source, gen);
+
+CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, PRIMARY KEY(source, gen)) WITHOUT ROWID;
+
+-- The last words of each backup.  heard: when, in seconds of this server's running time.
+CREATE TABLE backups(
+    id INTEGER PRIMARY KEY, name TEXT UNIQUE, host TEXT, configured INTEGER DEFAULT 1, lost INTEGER DEFAULT 0,
+    identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER, files INTEGER,
+    heard REAL, heard_date REAL, period REAL);
+
+-- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer waited for
+--        | r retired at the source.  checked: the version whose contents were confirmed, before `placed`.
+-- path: where the backup has it when that is not the entry's path.  tag, held_size, held_mtime: what it has.
+CREATE TABLE copies(
+    file INTEGER, backup INTEGER, source INTEGER, state TEXT, checked INTEGER, path BLOB, tag INTEGER,
+    held_size INTEGER, held_mtime INTEGER, expires REAL, todo INTEGER DEFAULT 0, seen INTEGER,
+    PRIMARY KEY(file, backup)) WITHOUT ROWID;
+CREATE INDEX copies_todo ON copies(backup, source, file) WHERE todo > 0;
+CREATE INDEX copies_expires ON copies(backup, expires) WHERE expires IS NOT NULL;
+CREATE INDEX copies_backup ON copies(backup, source, file);
+
+CREATE TABLE declines(
+    file INTEGER, backup INTEGER, version INTEGER, until REAL, reason TEXT, PRIMARY KEY(file, backup)) WITHOUT ROWID;
+
+-- Files held by the same backups in the same way are one group: placing looks at groups, not at files.
+-- key: "id+" for a confirmed copy, "id-" for a claim, joined by commas; a leading "!" means blocked.
+-- n: distinct hosts with a claim or a copy; k: distinct hosts with a copy.  Triggers keep files and bytes.
+CREATE TABLE groups(
+    id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
+    files INTEGER DEFAULT 0, bytes INTEGER DEFAULT 0, UNIQUE(source, key));
+CREATE TRIGGER entries_in AFTER INSERT ON entries WHEN NEW.grp IS NOT NULL BEGIN
+    UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
+CREATE TRIGGER entries_out AFTER DELETE ON entries WHEN OLD.grp IS NOT NULL BEGIN
+    UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp; END;
+CREATE TRIGGER entries_change AFTER UPDATE OF grp, size ON entries
+    WHEN OLD.grp IS NOT NEW.grp OR OLD.size IS NOT NEW.size BEGIN
+    UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp;
+    UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
+
+-- The sum of what each backup holds of each source, to be compared with the backup's own (see tag_of).
+CREATE TABLE sums(
+    backup INTEGER, source INTEGER, files INTEGER, bytes INTEGER, tags INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
+CREATE TRIGGER copies_in AFTER INSERT ON copies WHEN NEW.tag IS NOT NULL BEGIN
+    INSERT OR IGNORE INTO sums VALUES(NEW.backup, NEW.source, 0, 0, 0);
+    UPDATE sums SET files = files + 1, bytes = bytes + NEW.held_size, tags = tags + NEW.tag
+        WHERE backup = NEW.backup AND source = NEW.source; END;
+CREATE TRIGGER copies_out AFTER DELETE ON copies WHEN OLD.tag IS NOT NULL BEGIN
+    UPDATE sums SET files = files - 1, bytes = bytes - OLD.held_size, tags = tags - OLD.tag
+        WHERE backup = OLD.backup AND source = OLD.source; END;
+CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
+    WHEN OLD.tag IS NOT NEW.tag OR OLD.held_size IS NOT NEW.held_size BEGIN
+    INSERT OR IGNORE INTO sums VALUES(NEW.backup, NEW.source, 0, 0, 0);
+    UPDATE sums SET files = files - (OLD.tag IS NOT NULL) + (NEW.tag IS NOT NULL),
+        bytes = bytes - COALESCE(OLD.held_size, 0) + COALESCE(NEW.held_size, 0),
+        tags = tags - COALESCE(OLD.tag, 0) + COALESCE(NEW.tag, 0)
+        WHERE backup = NEW.backup AND source = NEW.source; END;
+"""
+
+
+def open_database(path: str, schema: str, version: int, journal: str) -> "sqlite3.Connection":
+    """A database of ours, made when absent.  One that SQLite calls damaged is set aside and a new one made:
+    everything in our databases can be rebuilt.  Raises CBackupError for one of a newer cbackup."""
+    for attempt in (1, 2):
+        connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode=%s" % journal)
+            connection.execute("PRAGMA synchronous=FULL")
+            found = connection.execute("PRAGMA user_version").fetchone()[0]
+            if found == 0:
+                connection.executescript("BEGIN IMMEDIATE;" + schema + "PRAGMA user_version=%d;COMMIT;" % version)
+            elif found != version:
+                raise CBackupError("%s was written by another version of cbackup (layout %d, this one has %d)"
+                                   % (path, found, version))
+            if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok" if attempt == 1 and _unclean(path) \
+                    else False:
+                raise sqlite3.DatabaseError("damaged")
+            return connection
+        except sqlite3.OperationalError as error:
+            connection.close()
+            raise CBackupError("%s: %s" % (path, error))
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            if attempt == 2:
+                raise CBackupError("%s: %s" % (path, error))
+            set_database_aside(path, str(error))
+    raise AssertionError("not reached")
+
+
+def _unclean(path: str) -> bool:
+    """Whether the last user of a database did not close it: only then its whole structure is checked."""
+    return os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
+
+
+def set_database_aside(path: str, why: str) -> None:
+    aside = "%s.damaged-%d" % (path, int(time.time()))
+    log.warning("%s is damaged (%s): kept as %s, a new one is made", path, why, aside)
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path + suffix, aside + suffix)
+
+
+class Group:
+    """What is known of one row of `groups`: `members` maps backup id to True for a copy, False for a claim."""
+
+    __slots__ = ("id", "members", "hosts", "copy_hosts", "blocked", "n", "k", "files", "bytes")
+
+    def __init__(self, row: "Tuple[Any, ...]", host_of: "Callable[[int], str]") -> None:
+        self.id, key, self.n, self.k, self.files, self.bytes = row
+        self.blocked = key.startswith("!")
+        self.members = {int(word[:-1]): word[-1] == "+" for word in key.lstrip("!").split(",") if word}
+        self.hosts = {host_of(backup) for backup in self.members}
+        self.copy_hosts = {host_of(backup) for backup, copy in self.members.items() if copy}
+
+    def copies_without(self, backup: int, host_of: "Callable[[int], str]") -> int:
+        """Distinct hosts that would still have a copy if `backup` had none."""
+        return len({host_of(b) for b, copy in self.members.items() if copy and b != backup})
+
+
+class Books:
+    """Everything that the server of one host knows, in one SQLite database.
+
+    One connection, guarded by `lock`: every method is short, except those that say otherwise.  Methods that
+    change something open a transaction of their own, or join the caller's (`with books.write():`).
+    """
+
+    def __init__(self, path: str, host: str) -> None:
+        self.host = host
+        self.lock = threading.RLock()
+        self.db = open_database(path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL")
+        self._depth = 0
+        self._group_ids: "Dict[Tuple[int, str], int]" = {}
+        self._hosts: "Dict[int, Tuple[str, bool]]" = {}
+        self._started = clock.steady()
+        self._up_before = float(self.meta("up") or 0)
+        self.id = self.meta("books")
+        if not self.id:
+            self.id = secrets.token_hex(8)
+            self.set_meta("books", self.id)
+        self.random = random.Random()
+
+    def close(self) -> None:
+        with self.lock:
+            self.save_up()
+            self.db.close()
+
+    # -- transactions, meta, time --
+
+    @contextlib.contextmanager
+    def write(self) -> "Iterator[sqlite3.Connection]":
+        """One transaction; nested uses join the outer one.  Committed durably before it returns."""
+        with self.lock:
+            if self._depth:
+                yield self.db
+                return
+            try:
+                self.db.execute("BEGIN IMMEDIATE")
+                self._depth = 1
+                yield self.db
+                self.db.execute("COMMIT")
+            except BaseException:
+                self._group_ids.clear()
+                self._hosts.clear()
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth = 0
+
+    def rows(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchall()
+
+    def one(self, sql: str, *values: Any) -> "Optional[Tuple[Any, ...]]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchone()
+
+    def meta(self, key: str) -> Any:
+        row = self.one("SELECT value FROM meta WHERE key=?", key)
+        return row[0] if row else None
+
+    def set_meta(self, key: str, value: Any) -> None:
+        with self.write() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
+
+    def up(self) -> float:
+        """Seconds that servers with these books have run: what leases and absence are measured in, so that
+        neither a wrong date nor a machine that was off makes anything expire."""
+        return self._up_before + max(0.0, clock.steady() - self._started)
+
+    def save_up(self) -> None:
+        self.set_meta("up", self.up())
+
+    def _next_version(self) -> int:
+        row = self.db.execute("SELECT value FROM meta WHERE key='version'").fetchone()
+        version = (row[0] if row else 0) + 1
+        self.db.execute("INSERT OR REPLACE INTO meta VALUES('version',?)", (version,))
+        return version
+
+    # -- configuration --
+
+    def configure(self, config: Config) -> None:
+        """Take over what the configuration says about sources of this host and all backups."""
+        with self.write() as db:
+            db.execute("UPDATE sources SET active=0")
+            for source in config.sources_of(self.host):
+                db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
+                db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
+                           (source.path, source.replicas, source.name))
+            before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured FROM backups"))
+            db.execute("UPDATE backups SET configured=0")
+            for backup in config.backups.values():
+                db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
+                db.execute("UPDATE backups SET host=?, configured=1 WHERE name=?", (backup.host, backup.name))
+            self._hosts.clear()
+            for number, host, configured in db.execute("SELECT id, host, configured FROM backups").fetchall():
+                if number in before and before[number] != (host, configured):
+                    self.regroup_backup(number)
+
+    def source_row(self, name: str) -> "Dict[str, Any]":
+        """The row of an active source of this host.  Raises Refused("unknown")."""
+        with self.lock:
+            cursor = self.db.execute("SELECT * FROM sources WHERE name=? AND active=1", (name,))
+            row = cursor.fetchone()
+            if not row:
+                raise Refused("unknown", "%s has no source %s" % (self.host, name))
+            return dict(zip((column[0] for column in cursor.description), row))
+
+    def active_sources(self) -> "List[str]":
+        return [row[0] for row in self.rows("SELECT name FROM sources WHERE active=1 ORDER BY name")]
+
+    def changeable(self, name: str) -> "Dict[str, Any]":
+        """Like source_row, for callers that let something change.  Raises Refused("held")."""
+        row = self.source_row(name)
+        if row["state"] != "ok":
+            raise Refused("held", "source %s is held: %s" % (name, row["reason"]))
+        return row
+
+    def backup_id(self, name: str) -> int:
+        row = self.one("SELECT id FROM backups WHERE name=? AND configured=1", name)
+        if not row:
+            raise Refused("unknown", "%s knows no backup %s: is its configuration the same?" % (self.host, name))
+        return row[0]
+
+    def host_of(self, backup: int) -> str:
+        return self._backup_facts(backup)[0]
+
+    def _backup_facts(self, backup: int) -> "Tuple[str, bool]":
+        """(host, whether its copies count)."""
+        if backup not in self._hosts:
+            host, configured, lost = self.one("SELECT host, configured, lost FROM backups WHERE id=?", backup)
+            self._hosts[backup] = (host, bool(configured and not lost and host != self.host))
+        return self._hosts[backup]
+
+    # -- groups --
+
+    def _group_id(self, source: int, key: str) -> int:
+        known = self._group_ids.get((source, key))
+        if known is not None:
+            return known
+        row = self.db.execute("SELECT id FROM groups WHERE source=? AND key=?", (source, key)).fetchone()
+        if row is None:
+            shape = Group((0, key, 0, 0, 0, 0), self.host_of)
+            row = (self.db.execute("INSERT INTO groups(source, key, n, k) VALUES(?,?,?,?)",
+                                   (source, key, len(shape.hosts), len(shape.copy_hosts))).lastrowid,)
+        self._group_ids[(source, key)] = row[0]
+        return row[0]
+
+    def regroup(self, files: "Iterable[int]") -> None:
+        """Put files into the group that their rows in `copies` ask for.  Call after every change of `copies`."""
+        db = self.db
+        for number in files:
+            entry = db.execute("SELECT source, grp, blocked FROM entries WHERE id=? AND kind='f'", (number,)).fetchone()
+            if not entry:
+                continue
+            words = []
+            for backup, state in db.execute("SELECT backup, state FROM copies WHERE file=? ORDER BY backup", (number,)):
+                if state in ("k", "c", "s") and self._backup_facts(backup)[1]:
+                    words.append("%d%s" % (backup, "+" if state == "k" else "-"))
+            group = self._group_id(entry[0], ("!" if entry[2] else "") + ",".join(words))
+            if group != entry[1]:
+                db.execute("UPDATE entries SET grp=? WHERE id=?", (group, number))
+
+    def regroup_backup(self, backup: int) -> None:
+        """After a backup began or ceased to count, or moved to another host.  Long for a full backup."""
+        with self.write() as db:
+            self._group_ids.clear()
+            self._hosts.clear()
+            for number, source, key in db.execute("SELECT id, source, key FROM groups").fetchall():
+                shape = Group((0, key, 0, 0, 0, 0), self.host_of)
+                db.execute("UPDATE groups SET n=?, k=? WHERE id=?",
+                           (len(shape.hosts), len(shape.copy_hosts), number))
+            self.regroup(row[0] for row in db.execute(
+                "SELECT file FROM copies WHERE backup=?", (backup,)).fetchall())
+
+    def groups(self, source: int) -> "List[Group]":
+        """The groups of a source that have files."""
+        return [Group(row, self.host_of) for row in self.rows(
+            "SELECT id, key, n, k, files, bytes FROM groups WHERE source=? AND files>0", source)]
+
+    # -- backups: their last words, absence, leases --
+
+    def hear(self, name: str, words: "Dict[str, Any]") -> int:
+        """Remember the last words of a backup (`capacity`, `free`, `want`, `used`, `files`, `identity`; those
+        that are given) and renew its claims.  Returns its id."""
+        number = self.backup_id(name)
+        now = self.up()
+        with self.write() as db:
+            row = db.execute("SELECT lost, heard, period FROM backups WHERE id=?", (number,)).fetchone()
+            known = {key: value for key, value in words.items() if value is not None}
+            known.update(heard=now, heard_date=clock.now())
+            if known.pop("first", None) and row[1] is not None:
+                known["period"] = max(1.0, now - row[1])
+            db.execute("UPDATE backups SET %s WHERE id=?" % ", ".join("%s=?" % key for key in known),
+                       list(known.values()) + [number])
+            db.execute("UPDATE copies SET expires=? WHERE backup=? AND state='c' AND expires<?",
+                       (now + CLAIM_LEASE, number, now + CLAIM_LEASE * 0.9))
+            if row[0]:
+                db.execute("UPDATE backups SET lost=0 WHERE id=?", (number,))
+                self.regroup_backup(number)
+        return number
+
+    def expire(self, lost_after: float) -> None:
+        """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
+        now = self.up()
+        with self.lock:
+            due = self.rows("SELECT file, backup, state FROM copies WHERE expires<=?", now)
+            lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
+            if not due and not lost:
+                return
+            with self.write() as db:
+                for number, backup, state in due:
+                    if state == "c":
+                        db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                    else:
+                        db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=?",
+                                   (number, backup))
+                self.regroup(row[0] for row in due)
+                for number, name in lost:
+                    log.warning("backup %s has not been heard of for %s: its copies no longer count",
+                                name, format_seconds(lost_after))
+                    db.execute("UPDATE backups SET lost=1 WHERE id=?", (number,))
+                    self.regroup_backup(number)
+
+    def last_words(self) -> "List[Dict[str, Any]]":
+        """What every configured backup said last, and the bytes that it could drop of this host's sources."""
+        spare: "Dict[int, int]" = {}
+        for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND state='ok'"):
+            for group in self.groups(source):
+                if group.k > replicas:
+                    for backup, copy in group.members.items():
+                        if copy and group.copies_without(backup, self.host_of) >= replicas:
+                            spare[backup] = spare.get(backup, 0) + group.bytes
+        now = self.up()
+        return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want, "used": used,
+                 "files": files, "age": None if date is None else max(0.0, now - heard), "period": period,
+                 "lost": bool(lost), "droppable": spare.get(number, 0)}
+                for number, name, host, capacity, free, want, used, files, heard, date, period, lost in self.rows(
+                    "SELECT id, name, host, capacity, free, want, used, files, heard, heard_date, period, lost "
+                    "FROM backups WHERE configured=1 ORDER BY name")]
+
+    # -- what the scanner found --
+
+    def children(self, parent: int) -> "Dict[bytes, Tuple[Any, ...]]":
+        """The entries of one directory: path -> (id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink,
+        target, blocked)."""
+        return {row[1]: (row[0],) + row[2:] for row in self.rows(
+            "SELECT id, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked "
+            "FROM entries WHERE parent=?", parent)}
+
+    def directory_id(self, source: int, path: bytes) -> "Optional[int]":
+        row = self.one("SELECT id FROM entries WHERE source=? AND path=? AND kind='d'", source, path)
+        return row[0] if row else None
+
+    def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
+        self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,?)", (source["id"], path, source["gen"]))
+
+    def bury(self, source: "Dict[str, Any]", number: int, path: bytes, kind: str) -> None:
+        """An entry that is no longer in the source: backups that hold it are to retire it."""
+        db = self.db
+        db.execute("DELETE FROM entries WHERE id=?", (number,))
+        db.execute("DELETE FROM declines WHERE file=?", (number,))
+        self._grave(source, path)
+        if kind == "f":
+            db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
+            if db.execute("UPDATE copies SET state='r', todo=?, expires=NULL, path=COALESCE(path, ?) WHERE file=?",
+                          (TODO_RETIRE, path, number)).rowcount:
+                db.execute("INSERT INTO gone VALUES(?,?,?)", (number, source["id"], path))
+
+    def add_entry(self, source: "Dict[str, Any]", row: "Dict[str, Any]", parent: int) -> int:
+        """A new path.  A file that lies in backups under this path, and was retired, is taken up again."""
+        db = self.db
+        db.execute("DELETE FROM graves WHERE source=? AND path=?", (source["id"], row["path"]))
+        known = db.execute("SELECT id FROM gone WHERE source=? AND path=?", (source["id"], row["path"])).fetchone() \
+            if row["kind"] == "f" else None
+        number = db.execute(
+            "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, "
+            "version, blocked, gen, grp, rnd) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            (known[0] if known else None, source["id"], parent, row["path"], row["kind"], row["size"], row["mtime"],
+             row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"],
+             self._next_version() if row["kind"] == "f" else 0, row["blocked"], source["gen"],
+             self._group_id(source["id"], "!" if row["blocked"] else "") if row["kind"] == "f" else None,
+             self.random.getrandbits(40) if row["kind"] == "f" else None)).lastrowid
+        if known:
+            db.execute("DELETE FROM gone WHERE id=?", known)
+            db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN NULL ELSE path END "
+                       "WHERE file=?", (TODO_UPDATE, self.up() + STALE_LEASE, row["path"], number))
+            self.regroup([number])
+        return number
+
+    def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]", how: str) -> None:
+        """A known path with new facts.  `how`: "content" (a new version), "suspect" (a new version that has
+        size and mtime of the old one), "metadata" (mode or owner), "silent" (nothing that anybody must hear)."""
+        db = self.db
+        db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, nlink=?, target=?, "
+                   "blocked=? WHERE id=?", (row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"],
+                                            row["ctime"], row["nlink"], row["target"], row["blocked"], number))
+        if how == "silent":
+            return
+        db.execute("UPDATE entries SET gen=? WHERE id=?", (source["gen"], number))
+        if row["kind"] != "f":
+            return
+        if how == "metadata":
+            db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
+            db.execute("DELETE FROM declines WHERE file=?", (number,))
+        else:
+            db.execute("UPDATE entries SET version=?, digest=NULL, suspect=? WHERE id=?",
+                       (self._next_version(), int(how == "suspect"), number))
+            db.execute("UPDATE copies SET checked=NULL, state=CASE state WHEN 'k' THEN 's' ELSE state END, "
+                       "expires=CASE state WHEN 'k' THEN ? ELSE expires END, "
+                       "todo=CASE state WHEN 'c' THEN todo ELSE todo|? END WHERE file=?",
+                       (self.up() + STALE_LEASE, TODO_UPDATE, number))
+            db.execute("DELETE FROM declines WHERE file=?", (number,))
+        self.regroup([number])
+
+    def lift(self, number: int) -> None:
+        """First half of a move: free the entry's path, so that swaps and chains do not collide."""
+        path = self.db.execute("SELECT path FROM entries WHERE id=?", (number,)).fetchone()[0]
+        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), todo=todo|? WHERE file=? AND state!='c'",
+                        (path, TODO_MOVE, number))
+        self.db.execute("UPDATE entries SET path=? WHERE id=?", (b"\0%d" % number, number))
+
+    def settle_move(self, source: "Dict[str, Any]", number: int, old: bytes, row: "Dict[str, Any]", parent: int) -> None:
+        """Second half: the file has its new path and metadata; its content and copies are the same."""
+        db = self.db
+        if not db.execute("SELECT 1 FROM entries WHERE source=? AND path=?", (source["id"], old)).fetchone():
+            self._grave(source, old)
+        db.execute("DELETE FROM graves WHERE source=? AND path=?", (source["id"], row["path"]))
+        db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, blocked=?, gen=? "
+                   "WHERE id=?", (row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"], row["nlink"],
+                                  row["blocked"], source["gen"], number))
+        # Claims on the old path are void: rsync would not find it.
+        db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
+        db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?", (TODO_MOVE, number, row["path"]))
+        self.regroup([number])
+
+    def file_counts(self, source: int) -> "Tuple[int, int]":
+        """(files, bytes) of a source, from the groups."""
+        files, size = self.one("SELECT SUM(files), SUM(bytes) FROM groups WHERE source=?", source)
+        return files or 0, size or 0
+
+    def finish_scan(self, name: str, **facts: Any) -> None:
+        """Record a scan's own facts: scanned, device, fsid, state, cause, reason, accepted, special, problems."""
+        with self.write() as db:
+            db.execute("UPDATE sources SET %s WHERE name=?" % ", ".join("%s=?" % key for key in facts),
+                       list(facts.values()) + [name])
+
+    def mismatch(self, source: int) -> "Tuple[int, int]":
+        """(copies that backups hold of something that the source does not have like that, all copies)."""
+        bad, total = self.one(
+            "SELECT COALESCE(SUM(e.id IS NULL OR e.size IS NOT c.held_size OR e.mtime IS NOT c.held_mtime), 0), COUNT(*) "
+            "FROM copies c LEFT JOIN entries e ON e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL", source)
+        return bad, total
+
+    # -- placing: claims, confirmations, drops, relief (the rules of a pass are in section 13) --
+
+    WANTED = "e.path, e.size, e.mtime, e.mode, e.uid, e.gid, e.version"
+
+    def own_claims(self, backup: int, source: int, limit: int) -> "List[Tuple[Any, ...]]":
+        """Claims that this backup already has, for a client that comes back after it was killed."""
+        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND c.source=? "
+                         "AND c.state='c' ORDER BY e.path LIMIT ?" % self.WANTED, backup, source, limit)
+
+    def candidates(self, backup: int, source: int, replicas: int, free: int) -> "List[Tuple[int, int]]":
+        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any.
+
+        On that level, files whose present holders have the most free room together come first: a host
+        with room can never take the same file twice, so its files must go to others.
+        """
+        host = self.host_of(backup)
+        room: "Dict[str, int]" = {}
+        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0"):
+            room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
+        levels: "Dict[int, List[Group]]" = {}
+        for group in self.groups(source):
+            if group.n < replicas and host not in group.hosts and not group.blocked:
+                levels.setdefault(group.n, []).append(group)
+        for level in sorted(levels):
+            found = self._sample(levels[level], backup, free)
+            if found:
+                return [(number, size) for _, _, number, size in sorted(
+                    (-sum(room.get(h, 0) for h in group.hosts), self.random.random(), number, size)
+                    for number, size, group in found)]
+        return []
+
+    def _sample(self, groups: "List[Group]", backup: int, free: int) -> "List[Tuple[int, int, Group]]":
+        """Up to CANDIDATES random files of `groups` that fit into `free` and were not declined by `backup`."""
+        drawn: "Dict[int, int]" = {}
+        by_id = {group.id: group for group in groups}
+        for group in self.random.choices(groups, weights=[g.files for g in groups], k=CANDIDATES):
+            drawn[group.id] = drawn.get(group.id, 0) + 1
+        found: "Dict[int, Tuple[int, int, Group]]" = {}
+        accept = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)"
+        for number, count in drawn.items():
+            start = self.random.getrandbits(40)
+            for side in (">=", "<"):
+                for row in self.rows(
+                        "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT 200) x "
+                        "WHERE 1 %s LIMIT ?" % (side, accept), number, start, free, backup, self.up(), count):
+                    found.setdefault(row[0], row + (by_id[number],))
+        if not found:
+            for group in groups:
+                for row in self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?" % accept,
+                                     group.id, free, backup, self.up(), CANDIDATES):
+                    found[row[0]] = row + (group,)
+                if len(found) >= CANDIDATES:
+                    break
+        return list(found.values())
+
+    def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int, max_bytes: int,
+              ) -> "List[Tuple[Any, ...]]":
+        """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path."""
+        taken, size = [], 0
+        with self.write() as db:
+            while len(taken) < max_files and size < max_bytes:
+                before = len(taken)
+                for number, each in self.candidates(backup, source["id"], source["replicas"], free - size):
+                    if len(taken) >= max_files or taken and size + each > max_bytes:
+                        break
+                    if each <= free - size:
+                        taken.append(number)
+                        size += each
+                        self._insert_claim(number, backup, source["id"])
+                if len(taken) == before or size + 1 > max_bytes:
+                    break
+            db.execute("UPDATE backups SET free=free-? WHERE id=?", (size, backup))
+            return [row[1:] for row in self._wanted(taken)]
+
+    def _insert_claim(self, number: int, backup: int, source: int) -> None:
+        self.db.execute("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
+                        "ON CONFLICT(file, backup) DO UPDATE SET state='s', expires=excluded.expires",
+                        (number, backup, source, self.up() + CLAIM_LEASE))
+        self.regroup([number])
+
+    def _wanted(self, numbers: "Iterable[int]") -> "List[Tuple[Any, ...]]":
+        rows = [self.one("SELECT e.id, %s FROM entries e WHERE e.id=?" % self.WANTED, number) for number in numbers]
+        return sorted((row for row in rows if row), key=lambda row: row[1])
+
+    def claim_paths(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]", relieved: "Optional[int]",
+                    ) -> "List[Tuple[Any, ...]]":
+        """Claim named files, those that the rules still allow: underserved ones, or with `relieved` such as that
+        backup holds and that have exactly N.  Returns rows of WANTED."""
+        host, taken = self.host_of(backup), []
+        with self.write():
+            for path in paths:
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
+                               "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
+                if not row:
+                    continue
+                group = Group(row[1:], self.host_of)
+                if relieved is None:
+                    allowed = group.n < source["replicas"] and host not in group.hosts
+                else:
+                    same_host = self.host_of(relieved) == host and backup not in group.members
+                    allowed = group.n == source["replicas"] and group.members.get(relieved) is True \
+                        and (host not in group.hosts or same_host)
+                if allowed and not group.blocked:
+                    self._insert_claim(row[0], backup, source["id"])
+                    taken.append(row[0])
+        return [row[1:] for row in self._wanted(taken)]
+
+    def release(self, backup: int, source: int, paths: "Optional[List[bytes]]") -> None:
+        """Give claims back: those of `paths`, or all of this backup."""
+        with self.write() as db:
+            if paths is None:
+                files = [row[0] for row in self.rows(
+                    "SELECT file FROM copies WHERE backup=? AND source=? AND state='c'", backup, source)]
+            else:
+                files = [row[0] for row in (self.one(
+                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? AND e.path=? "
+                    "AND c.backup=? AND c.state='c'", source, path, backup) for path in paths) if row]
+            for number in files:
+                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (number, backup))
+            self.regroup(files)
+
+    def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
+                             ) -> "Optional[Tuple[bytes, int]]":
+        """(path, size) of the smallest file larger than `above`, at most `most`, on the lowest level that has
+        one which `backup` could take if it had room."""
+        host, levels = self.host_of(backup), {}
+        for group in self.groups(source["id"]):
+            if group.n < source["replicas"] and host not in group.hosts and not group.blocked:
+                levels.setdefault(group.n, []).append(group.id)
+        for level in sorted(levels):
+            found = [row for row in (self.one(
+                "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d "
+                "WHERE d.file=x.id AND d.backup=? AND d.until>?) ORDER BY size LIMIT 1",
+                number, above, most, backup, self.up()) for number in levels[level]) if row]
+            if found:
+                size, path = min(found)
+                return path, size
+        return None
+
+    def droppable(self, backup: int, source: "Dict[str, Any]", need: int) -> "List[Tuple[bytes, int]]":
+        """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
+        the largest smaller ones, up to `need`."""
+        numbers = [group.id for group in self.groups(source["id"])
+                   if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
+        return self._around(numbers, need, 1 << 62, backup)
+
+    def _around(self, groups: "List[int]", need: int, most: int, backup: int) -> "List[Tuple[bytes, int]]":
+        above: "List[Tuple[int, bytes]]" = []
+        below: "List[Tuple[int, bytes]]" = []
+        free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=%d AND d.until>%f)" % (
+            backup, self.up())
+        for number in groups:
+            above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND size<=? AND %s ORDER BY size "
+                               "LIMIT 1" % free_of_declines, number, need, most)
+            total = 0
+            for row in self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<? AND size<=? AND %s "
+                                 "ORDER BY size DESC LIMIT 500" % free_of_declines, number, need, most):
+                below.append(row)
+                total += row[0]
+                if total >= need:
+                    break
+        chosen, total = ([(path, size) for size, path in [min(above)]] if above else []), 0
+        for size, path in sorted(below, reverse=True)[:1000]:
+            if total >= need:
+                break
+            chosen.append((path, size))
+            total += size
+        return chosen
+
+    def grant_drop(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]") -> "List[bytes]":
+        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain without it.
+
+        The grant is committed before it is returned.  A caller that dies now still has the bytes: its sum
+        differs from ours then, it reports everything, and the copy counts again.
+        """
+        granted = []
+        with self.write() as db:
+            for path in paths:
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
+                               "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
+                if not row:
+                    continue
+                group = Group(row[1:], self.host_of)
+                if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
+                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
+                    self.regroup([row[0]])
+                    granted.append(path)
+        return granted
+
+    def relief_offers(self, backup: int, source: "Dict[str, Any]", relieved: int, gap: int, free: int,
+                      ) -> "List[Tuple[bytes, int]]":
+        """(path, size) of files with exactly N claims or copies that `relieved` holds and `backup`'s host lacks:
+        the smallest one of at least `gap` bytes, and the largest smaller ones up to `gap`; none over `free`."""
+        host = self.host_of(backup)
+        inside = self.host_of(relieved) == host
+        numbers = [group.id for group in self.groups(source["id"])
+                   if group.n == source["replicas"] and group.members.get(relieved) and not group.blocked
+                   and (backup not in group.members if inside else host not in group.hosts)]
+        return self._around(numbers, gap, free, backup)
+
+    def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> int:
+        """Bytes of underserved files that `backup` may hold and lacks, each at most `most`."""
+        host, total = self.host_of(backup), 0
+        for group in self.groups(source["id"]):
+            if group.n < source["replicas"] and host not in group.hosts and not group.blocked:
+                total += group.bytes
+                total -= self.one("SELECT COALESCE(SUM(size), 0) FROM entries WHERE grp=? AND size>?",
+                                  group.id, most)[0]
+        declined = self.one(
+            "SELECT COALESCE(SUM(e.size), 0) FROM declines d JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp "
+            "WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
+            backup, self.up(), source["id"], source["replicas"], most)[0]
+        return max(0, total - declined)
+
+    def decline(self, backup: int, source: int, rows: "List[Tuple[bytes, int, str]]") -> None:
+        """`backup` could not take these (path, version, reason): others may, for a while it is not asked again."""
+        with self.write() as db:
+            for path, version, reason in rows:
+                row = self.one("SELECT id, version FROM entries WHERE source=? AND path=? AND kind='f'", source, path)
+                if not row:
+                    continue
+                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (row[0], backup))
+                db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=? AND state='s'",
+                           (row[0], backup))
+                if row[1] == version:
+                    db.execute("INSERT OR REPLACE INTO declines VALUES(?,?,?,?,?)",
+                               (row[0], backup, version, self.up() + DECLINE_FOR, reason[:200]))
+                self.regroup([row[0]])
+
+    def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
+        """Facts of a file's present version, for a confirmation; None when there is no such file."""
+        row = self.one("SELECT id, version, size, mtime, ino, ctime, digest, suspect, blocked FROM entries "
+                       "WHERE source=? AND path=? AND kind='f'", source, path)
+        return dict(zip(("id", "version", "size", "mtime", "ino", "ctime", "digest", "suspect", "blocked"), row)) \
+            if row else None
+
+    def record_check(self, backup: int, source: "Dict[str, Any]", results: "List[Tuple[int, int, bytes]]") -> "List[int]":
+        """Note that `backup` has the right contents of (file id, version, digest); the first digest of a version
+        goes into the catalog.  Returns the ids for which the version is still the same."""
+        noted = []
+        with self.write() as db:
+            for number, version, digest in results:
+                row = db.execute("SELECT version, digest FROM entries WHERE id=?", (number,)).fetchone()
+                if not row or row[0] != version or row[1] not in (None, digest):
+                    continue
+                if row[1] is None:
+                    db.execute("UPDATE entries SET digest=?, suspect=0, gen=? WHERE id=?",
+                               (digest, source["gen"], number))
+                if not db.execute("UPDATE copies SET checked=? WHERE file=? AND backup=?",
+                                  (version, number, backup)).rowcount:
+                    db.execute("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
+                               (number, backup, source["id"], version, self.up() + CLAIM_LEASE))
+                    self.regroup([number])
+                noted.append(number)
+        return noted
+
+    def count_copies(self, backup: int, source: int, rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
+        """The second step of a confirmation: (path, version, tag) are durable at their place in `backup`.
+        Returns the paths that count from now on; the others are of a version that is no longer known."""
+        counted = []
+        with self.write() as db:
+            for path, version, tag in rows:
+                row = self.one("SELECT e.id, e.version, c.checked, e.size, e.mtime FROM entries e JOIN copies c "
+                               "ON c.file=e.id WHERE e.source=? AND e.path=? AND c.backup=? AND e.kind='f'",
+                               source, path, backup)
+                if not row or row[1] != version or row[2] != version:
+                    continue
+                db.execute("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
+                           "todo=0 WHERE file=? AND backup=?", (tag, row[3], row[4], row[0], backup))
+                db.execute("DELETE FROM declines WHERE file=? AND backup=?", (row[0], backup))
+                self.regroup([row[0]])
+                counted.append(path)
+        return counted
+
+    def forget_copies(self, backup: int, source: int, paths: "List[bytes]") -> None:
+        """`backup` says that it does not (or no longer) hold what the books say it has under these paths."""
+        with self.write() as db:
+            for path in paths:
+                for (number,) in self.rows(
+                        "SELECT c.file FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND e.source=? "
+                        "AND COALESCE(c.path, e.path)=? UNION SELECT c.file FROM copies c JOIN gone g ON g.id=c.file "
+                        "WHERE c.backup=? AND g.source=? AND COALESCE(c.path, g.path)=?",
+                        backup, source, path, backup, source, path):
+                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                    self._after_retire(number)
+                    self.regroup([number])
+
+    def _after_retire(self, number: int) -> None:
+        if not self.db.execute("SELECT 1 FROM copies WHERE file=?", (number,)).fetchone():
+            self.db.execute("DELETE FROM gone WHERE id=?", (number,))
+
+    # -- what a backup must hear --
+
+    def todo(self, backup: int, source: int, kind: int, after: int) -> "List[Tuple[Any, ...]]":
+        """A page of rows (cursor, path as the backup has it, tag, WANTED columns or Nones when retired)."""
+        return self.rows(
+            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, %s FROM copies c LEFT JOIN entries e ON e.id=c.file "
+            "LEFT JOIN gone g ON g.id=c.file WHERE c.backup=? AND c.source=? AND c.todo>0 AND c.todo&? AND c.file>? "
+            "ORDER BY c.file LIMIT ?" % self.WANTED, backup, source, kind, after, PAGE)
+
+    def todo_counts(self, backup: int, source: int) -> int:
+        return self.one("SELECT COUNT(*) FROM (SELECT 1 FROM copies WHERE backup=? AND source=? AND todo>0 LIMIT ?)",
+                        backup, source, PAGE)[0]
+
+    def done(self, backup: int, source: int, kind: int, rows: "List[Tuple[int, Optional[int]]]") -> None:
+        """`backup` has done what it was told for (cursor, new tag or None): moved, touched or retired it."""
+        with self.write() as db:
+            for number, tag in rows:
+                if kind == TODO_RETIRE:
+                    if db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='r'",
+                                  (number, backup)).rowcount:
+                        self._after_retire(number)
+                elif kind == TODO_MOVE:
+                    db.execute("UPDATE copies SET path=NULL, tag=COALESCE(?, tag), todo=todo&~? WHERE file=? AND backup=?",
+                               (tag, TODO_MOVE, number, backup))
+                else:
+                    db.execute("UPDATE copies SET todo=todo&~? WHERE file=? AND backup=?", (kind, number, backup))
+
+    def sum_of(self, backup: int, source: int) -> "Tuple[int, int, int]":
+        """(files, bytes, sum of tags) that these books believe `backup` holds of a source."""
+        row = self.one("SELECT files, bytes, tags FROM sums WHERE backup=? AND source=?", backup, source)
+        return (row[0], row[1], row[2]) if row else (0, 0, 0)
+
+    def start_report(self) -> int:
+        serial = int(self.meta("report") or 0) + 1
+        self.set_meta("report", serial)
+        return serial
+
+    def report(self, backup: int, source: "Dict[str, Any]", serial: int,
+               rows: "List[Tuple[bytes, int, int, int]]") -> None:
+        """Take over (path, size, mtime, tag) that `backup` holds.  What is not counted yet becomes an update to do:
+        the backup confirms anew what has the present version's size and mtime, and fetches the rest."""
+        with self.write() as db:
+            for path, size, mtime, tag in rows:
+                known = self.one("SELECT id, size, mtime FROM entries WHERE source=? AND path=? AND kind='f'",
+                                 source["id"], path)
+                moved = None if known else self.one(
+                    "SELECT c.file, e.size, e.mtime FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? "
+                    "AND c.source=? AND c.todo&? AND c.path=?", backup, source["id"], TODO_MOVE, path)
+                number = (known or moved or (self._gone_id(source["id"], path),))[0]
+                held = self.one("SELECT state, tag, todo FROM copies WHERE file=? AND backup=?", number, backup)
+                if held and held[1] == tag and (held[0] != "c" or moved):
+                    db.execute("UPDATE copies SET seen=? WHERE file=? AND backup=?", (serial, number, backup))
+                    continue
+                db.execute(
+                    "INSERT INTO copies(file, backup, source, state, tag, held_size, held_mtime, expires, todo, path, seen) "
+                    "VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(file, backup) DO UPDATE SET state=excluded.state, "
+                    "tag=excluded.tag, held_size=excluded.held_size, held_mtime=excluded.held_mtime, "
+                    "expires=excluded.expires, todo=excluded.todo, path=excluded.path, seen=excluded.seen",
+                    (number, backup, source["id"], "s" if known else "r", tag, size, mtime,
+                     self.up() + STALE_LEASE if known else None, TODO_UPDATE if known else TODO_RETIRE,
+                     None if known else path, serial))
+                self.regroup([number])
+
+    def _gone_id(self, source: int, path: bytes) -> int:
+        row = self.one("SELECT id FROM gone WHERE source=? AND path=?", source, path)
+        if row:
+            return row[0]
+        # An id that no entry will ever have: AUTOINCREMENT never goes back.
+        number = self.db.execute("INSERT INTO entries(source, path, kind) VALUES(?,?,'x')",
+                                 (source, b"\0gone")).lastrowid
+        self.db.execute("DELETE FROM entries WHERE id=?", (number,))
+        self.db.execute("INSERT INTO gone VALUES(?,?,?)", (number, source, path))
+        return number
+
+    def end_report(self, backup: int, source: "Dict[str, Any]", serial: int) -> None:
+        """The report is complete: what was not in it is not there.  A source of which these books have never
+        counted a copy, and that has less than half of what is reported, is held."""
+        with self.write() as db:
+            missing = [row[0] for row in self.rows(
+                "SELECT file FROM copies WHERE backup=? AND source=? AND tag IS NOT NULL AND seen IS NOT ?",
+                backup, source["id"], serial)]
+            for number in missing:
+                db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                self._after_retire(number)
+            self.regroup(missing)
+            counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0", source["id"])[0]
+            bad, total = self.mismatch(source["id"])
+            if source["state"] == "ok" and not counted and not source["accepted"] \
+                    and total >= HELD_SHARE_OF and bad * 2 > total:
+                self.finish_scan(source["name"], state="held", cause="report",
+                                 reason="backups hold %s of it, and %s of these are not in it like that now"
+                                 % (count_of(total, "file"), format(bad, ",")))
+
+    # -- catalogs --
+
+    def close_generation(self, source: "Dict[str, Any]") -> int:
+        """The newest complete catalog generation; what changed since the last one becomes a new one."""
+        with self.write() as db:
+            number, gen = source["id"], source["gen"]
+            changed = db.execute("SELECT 1 FROM entries WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone() or \
+                db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone()
+            if not changed:
+                return gen - 1
+            db.execute("INSERT OR REPLACE INTO generations VALUES(?,?,?)", (number, gen, clock.now()))
+            db.execute("UPDATE sources SET gen=gen+1 WHERE id=?", (number,))
+            return gen
+
+    def raise_generation(self, source: int, least: int) -> None:
+        """After the books were lost: go on above the generations that backups already have."""
+        with self.write() as db:
+            row = db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()
+            if row and row[0] <= least:
+                db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
+                db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
+                db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
+
+    def generation_time(self, source: int, gen: int) -> float:
+        row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
+        return row[0] if row else 0.0
+
+    def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]") -> "List[Tuple[Any, ...]]":
+        """A page of live entries of generations in (since, upto], after the cursor (gen, id)."""
+        return self.rows(
+            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
+            "digest FROM entries WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) ORDER BY gen, id LIMIT ?",
+            source, since, upto, after[0], after[0], after[1], PAGE)
+
+    def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "List[bytes]":
+        return [row[0] for row in self.rows(
+            "SELECT path FROM graves WHERE source=? AND gen>? AND gen<=? AND path>? ORDER BY path LIMIT ?",
+            source, since, upto, after, PAGE)]
+
+    # -- figures --
+
+    def figures(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
+        """What `status` says of one source; costs the same with a thousand files and with a million."""
+        replicas, histogram = source["replicas"], {}
+        out = {"files": 0, "bytes": 0, "underserved_files": 0, "underserved_bytes": 0, "overserved_files": 0,
+               "missing_bytes": 0, "claimed_files": 0, "blocked_files": 0}
+        for group in self.groups(source["id"]):
+            out["files"] += group.files
+            out["bytes"] += group.bytes
+            histogram[group.k] = histogram.get(group.k, 0) + group.files
+            if group.k < replicas:
+                out["underserved_files"] += group.files
+                out["underserved_bytes"] += group.bytes
+                out["missing_bytes"] += (replicas - group.k) * group.bytes
+            if group.k > replicas:
+                out["overserved_files"] += group.files
+            if group.n > group.k:
+                out["claimed_files"] += group.files
+            if group.blocked:
+                out["blocked_files"] += group.files
+        out["copies"] = {str(k): histogram[k] for k in sorted(histogram)}
+        return out
+
+    def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
+        """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the rules)."""
+        return sum((source["replicas"] - g.n) * g.bytes for g in self.groups(source["id"])
+                   if g.n < source["replicas"] and not g.blocked)
+
+    def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
+        """(path, size, why) of files that are short of copies, the largest first."""
+        return self.rows(
+            "SELECT e.path, e.size, COALESCE(e.blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
+            "FROM entries e JOIN groups g ON g.id=e.grp WHERE g.source=? AND g.k<? ORDER BY e.size DESC LIMIT ?",
+            source, replicas, limit)
+
+
+# ==== 8. The scanner, and what the server reads of its own files ======================================
+
+SCAN_TABLES = """
+CREATE TEMP TABLE IF NOT EXISTS found(
+    path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER,
+    uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB, blocked TEXT);
+CREATE TEMP TABLE IF NOT EXISTS lost(
+    id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER, replaced INTEGER);
+CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
+CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
+DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
+"""
+"""What one scan found to be different.  how: new | replaced (another inode) | content | suspect | metadata |
+silent.  lost: entries that are gone, and those whose inode was replaced."""
+
+FOUND_COLUMNS = ("path", "above", "known", "how", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
+                 "target", "blocked")
+APPLY_CHUNK = 5000
+"""Rows applied in one transaction, so that a first scan does not keep clients waiting for minutes."""
+
+
+class Held(CBackupError):
+    """A scan's verdict: nothing may change.  `cause` is one word, for the books."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        self.cause = cause
+        super().__init__(text)
+
+
+def compile_excludes(patterns: "Iterable[str]") -> "Callable[[bytes, bytes], bool]":
+    """A test (path, name) -> excluded.  A pattern with `/` is for the whole path, another for any name."""
+    import fnmatch
+    paths = [re.compile(fnmatch.translate(p.strip("/"))) for p in patterns if "/" in p.strip("/")]
+    names = [re.compile(fnmatch.translate(p.strip("/"))) for p in patterns if "/" not in p.strip("/")]
+
+    def excluded(path: bytes, name: bytes) -> bool:
+        return any(p.match(as_text(name)) for p in names) or any(p.match(as_text(path)) for p in paths)
+    return excluded if paths or names else lambda path, name: False
+
+
+class Scan:
+    """One look at one source: compares the tree with the books, judges, and applies what is different.
+
+    Reads no contents.  Memory is that of the largest single directory.  Raises Held when the difference is
+    one that must not reach the backups by itself.
+    """
+
+    def __init__(self, books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None) -> None:
+        self.books, self.source = books, source
+        self.root = os.fsencode(source.path)
+        self.excluded = compile_excludes(source.exclude)
+        self.pace = pace or Pace(None)
+        self.special = 0
+        self.problems: "List[str]" = []
+        self.problem_count = 0
+        self.skip = set()
+        for path in skip:
+            with contextlib.suppress(OSError):
+                info = os.stat(path)
+                self.skip.add((info.st_dev, info.st_ino))
+
+    def run(self) -> bool:
+        """Scan and apply.  Returns whether anything was different."""
+        row = self.books.source_row(self.source.name)
+        self.row = row
+        self.known_files = self.books.file_counts(row["id"])[0]
+        with self.books.lock:
+            self.books.db.executescript(SCAN_TABLES)
+        self._look_at_root()
+        self._walk()
+        self._match_moves()
+        if not row["accepted"]:
+            self._judge()
+        changed = self._apply()
+        self._finish()
+        return changed
+
+    def _look_at_root(self) -> None:
+        try:
+            info = os.stat(self.root)
+            names = os.listdir(self.root)
+        except OSError as error:
+            raise Held("gone", "%s cannot be read (%s): is its disk mounted?" % (self.source.path, reason_of(error)))
+        if RESTORE_DIR in names and os.path.exists(os.path.join(self.root, RESTORE_DIR, RESTORE_MARK)):
+            raise Held("restore", "a restore into %s is not finished: run it again until it says that everything is back"
+                       % self.source.path)
+        self.device, self.fsid = info.st_dev, _fsid(self.root)
+        self.root_info = info
+
+    # -- the walk --
+
+    def _walk(self) -> None:
+        root_row = self._facts(b"", b"", self.root_info, "d")
+        known = self.books.rows("SELECT id, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked "
+                                "FROM entries WHERE source=? AND path=x''", self.row["id"])
+        self._flush([self._compare(root_row, known[0][:1] + known[0][2:] if known else None)])
+        pending: "List[Tuple[bytes, Optional[int]]]" = [(b"", known[0][0] if known else None)]
+        while pending:
+            directory, number = pending.pop()
+            pending += self._walk_directory(directory, number)
+
+    def _walk_directory(self, directory: bytes, number: "Optional[int]") -> "List[Tuple[bytes, Optional[int]]]":
+        """Compare one directory with the books; returns its subdirectories that are to be walked."""
+        known = self.books.children(number) if number is not None else {}
+        try:
+            entries = os.scandir(os.path.join(self.root, directory) if directory else self.root)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._problem(directory, reason_of(error))
+            return []
+        different, below = [], []
+        try:
+            with entries:
+                for entry in entries:
+                    path = directory + b"/" + entry.name if directory else entry.name
+                    row = self._look_at(entry, path, directory, known)
+                    if row is None:
+                        continue
+                    old = known.pop(path, None)
+                    if row["kind"] == "d" and row["walk"]:
+                        below.append((path, old[0] if old and old[1] == "d" else None))
+                    different.append(self._compare(row, old))
+                    self.pace.spent(512)
+        except OSError as error:
+            self._problem(directory, reason_of(error))
+            return []
+        self._flush(different)
+        if known:
+            self._lose(list(known.items()))
+        return below
+
+    def _look_at(self, entry: "os.DirEntry[bytes]", path: bytes, directory: bytes,
+                 known: "Dict[bytes, Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
+        """The facts of one directory entry; None when it is not for the catalog."""
+        if self.excluded(path, entry.name) or path == RESTORE_DIR:
+            return None
+        try:
+            info = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._problem(path, reason_of(error))
+            known.pop(path, None)
+            return None
+        if stat.S_ISDIR(info.st_mode):
+            if (info.st_dev, info.st_ino) in self.skip:
+                return None
+            row = self._facts(path, directory, info, "d")
+            row["walk"] = info.st_dev == self.device
+            return row
+        if stat.S_ISREG(info.st_mode):
+            return self._facts(path, directory, info, "f")
+        if stat.S_ISLNK(info.st_mode):
+            return self._facts(path, directory, info, "l")
+        self.special += 1
+        return None
+
+    def _facts(self, path: bytes, above: bytes, info: os.stat_result, kind: str) -> "Dict[str, Any]":
+        return {"path": path, "above": above, "kind": kind, "size": info.st_size if kind == "f" else 0,
+                "mtime": info.st_mtime_ns, "mode": stat.S_IMODE(info.st_mode), "uid": info.st_uid, "gid": info.st_gid,
+                "ino": info.st_ino, "ctime": info.st_ctime_ns, "nlink": info.st_nlink if kind == "f" else 1,
+                "target": None, "blocked": None, "known": None, "how": "new"}
+
+    def _compare(self, row: "Dict[str, Any]", old: "Optional[Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
+        """`row` with `known` and `how` filled in; None when nothing is different."""
+        full = os.path.join(self.root, row["path"]) if row["path"] else self.root
+        if old is None or old[1] != row["kind"]:
+            if old is not None:
+                self._lose([(row["path"], old)])
+            self._read_more(row, full)
+            return row
+        number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked = old
+        same_owner = (mode, uid, gid) == (row["mode"], row["uid"], row["gid"])
+        if (size, mtime, ino, ctime, blocked) == (row["size"], row["mtime"], row["ino"], row["ctime"], None) \
+                and same_owner:
+            return None
+        row["known"] = number
+        self._read_more(row, full)
+        if row["kind"] == "d":
+            row["how"] = "silent" if same_owner and mtime == row["mtime"] else "metadata"
+        elif row["kind"] == "l":
+            row["how"] = "silent" if same_owner and (mtime, target) == (row["mtime"], row["target"]) else "content"
+        else:
+            row["how"] = self._file_change(row, old, same_owner)
+        if row["how"] == "silent" and (ino, ctime, nlink, blocked) == tuple(
+                row[key] for key in ("ino", "ctime", "nlink", "blocked")):
+            return None
+        return row
+
+    def _file_change(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]", same_owner: bool) -> str:
+        _, _, size, mtime, _, _, _, ino, ctime, nlink, _, blocked = old
+        if ino != row["ino"] and ctime != row["ctime"]:
+            return "replaced"
+        if (size, mtime) != (row["size"], row["mtime"]):
+            return "content"
+        if ctime == row["ctime"]:
+            # File systems without inodes of their own number them anew at each mount: no sign of a change.
+            return "silent" if same_owner and blocked == row["blocked"] else "metadata"
+        if not same_owner or nlink != row["nlink"] or blocked != row["blocked"]:
+            return "metadata"
+        return "suspect"
+
+    def _read_more(self, row: "Dict[str, Any]", full: bytes) -> None:
+        if row["kind"] == "l":
+            try:
+                row["target"] = os.readlink(full)
+            except OSError as error:
+                row["target"] = b""
+                self._problem(row["path"], reason_of(error))
+        elif row["kind"] == "f" and not os.access(full, os.R_OK):
+            row["blocked"] = "unreadable"
+            self._problem(row["path"], "cannot be read by the server")
+
+    def _problem(self, path: bytes, why: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < 20:
+            self.problems.append("%s: %s" % (shown(path) or ".", why))
+
+    def _flush(self, rows: "List[Optional[Dict[str, Any]]]") -> None:
+        values = [[row[column] for column in FOUND_COLUMNS] for row in rows if row is not None]
+        replaced = [(row["known"],) for row in rows if row is not None and row["how"] == "replaced"]
+        if not values:
+            return
+        with self.books.lock:
+            db = self.books.db
+            db.execute("BEGIN")
+            db.executemany("INSERT OR REPLACE INTO found VALUES(%s)" % ",".join("?" * len(FOUND_COLUMNS)), values)
+            db.executemany("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 1 FROM entries WHERE id=?",
+                           replaced)
+            db.execute("COMMIT")
+
+    def _lose(self, known: "List[Tuple[bytes, Tuple[Any, ...]]]") -> None:
+        """Entries of the books that are no longer there, with all that was below them."""
+        with self.books.lock:
+            db = self.books.db
+            db.execute("BEGIN")
+            for path, old in known:
+                db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 FROM entries WHERE id=?",
+                           (old[0],))
+                if old[1] == "d":
+                    db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 FROM entries "
+                               "WHERE source=? AND path>? AND path<?", (self.row["id"], path + b"/", path + b"0"))
+            db.execute("COMMIT")
+
+    # -- moves and the verdict --
+
+    def _match_moves(self) -> None:
+        """A file that is lost under one path and found under another, with inode, size and mtime, was moved."""
+        with self.books.lock:
+            self.books.db.execute(
+                "INSERT OR IGNORE INTO moves SELECT l.id, f.path FROM found f JOIN lost l ON l.ino=f.ino AND l.size=f.size "
+                "AND l.mtime=f.mtime WHERE f.kind='f' AND l.kind='f' AND f.how IN ('new', 'replaced') AND f.path<>l.path "
+                "ORDER BY f.path, l.path")
+
+    def _count(self, sql: str) -> int:
+        return self.books.one(sql)[0]
+
+    def _judge(self) -> None:
+        gone = self._count("SELECT COUNT(*) FROM lost l WHERE kind='f' AND replaced=0 "
+                           "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id)")
+        changed = self._count("SELECT COUNT(*) FROM found f JOIN lost l ON l.id=f.known WHERE f.how='replaced' AND "
+                              "(f.size<>l.size OR f.mtime<>l.mtime) AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id)") \
+            + self._count("SELECT COUNT(*) FROM found WHERE kind='f' AND how='content'")
+        path, known = self.source.path, self.known_files
+        elsewhere = self.row["device"] is not None and self.row["device"] != self.device \
+            and (self.row["fsid"] != self.fsid or not self.fsid)
+        if known and gone == known and not self._count("SELECT COUNT(*) FROM found WHERE kind='f'"):
+            raise Held("empty", "%s is empty; it had %s" % (path, count_of(known, "file")))
+        if elsewhere and gone + changed:
+            raise Held("device", "%s is on another file system than before, and %s of its %s are gone or different there"
+                       % (path, format(gone + changed, ","), count_of(known, "file")))
+        if known >= HELD_SHARE_OF and (gone + changed) * 2 > known:
+            raise Held("mass", "of the %s in %s, %s are gone and %s have changed since the last look"
+                       % (count_of(known, "file"), path, format(gone, ","), format(changed, ",")))
+
+    # -- applying --
+
+    def _rows(self, condition: str) -> "Iterator[Dict[str, Any]]":
+        """Rows of `found`, in chunks, by path: a directory comes before what is in it."""
+        after: "Optional[bytes]" = None
+        while True:
+            page = self.books.rows("SELECT %s FROM found WHERE %s AND (? IS NULL OR path>?) ORDER BY path LIMIT ?"
+                                   % (", ".join(FOUND_COLUMNS), condition), after, after, APPLY_CHUNK)
+            for row in page:
+                yield dict(zip(FOUND_COLUMNS, row))
+            if len(page) < APPLY_CHUNK:
+                return
+            after = page[-1][0]
+
+    def _parent_id(self, row: "Dict[str, Any]") -> int:
+        if row["path"] == b"":
+            return 0
+        if self._parent_known[0] != row["above"]:
+            number = self.books.directory_id(self.row["id"], row["above"])
+            self._parent_known = (row["above"], number or 0)
+        return self._parent_known[1]
+
+    def _apply(self) -> bool:
+        books, different = self.books, False
+        self._parent_known: "Tuple[Optional[bytes], int]" = (None, 0)
+        with books.write():
+            # What claims and reports did meanwhile concerns other columns; the generation may have moved on.
+            self.row = books.source_row(self.source.name)
+            for number, path, kind in books.rows(
+                    "SELECT l.id, l.path, l.kind FROM lost l WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) AND "
+                    "(replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))"):
+                books.bury(self.row, number, path, kind)
+                different = True
+            moved = books.rows("SELECT m.lost, m.path, l.path FROM moves m JOIN lost l ON l.id=m.lost")
+            for number, _, _ in moved:
+                books.lift(number)
+            for row in self._rows("kind='d' AND how='new'"):
+                books.add_entry(self.row, row, self._parent_id(row))
+                different = True
+            self._parent_known = (None, 0)
+            for number, path, old in moved:
+                row = next(self._rows("path=x'%s'" % path.hex()))
+                books.settle_move(self.row, number, old, row, self._parent_id(row))
+                different = True
+        return self._apply_rest() or different
+
+    def _apply_rest(self) -> bool:
+        """New files and symlinks and all changes in place, in transactions of limited size."""
+        condition = "NOT (kind='d' AND how='new') AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.path=found.path)"
+        rows, different, more = self._rows(condition), False, True
+        while more:
+            more = False
+            with self.books.write():
+                self.row = self.books.source_row(self.source.name)
+                for count, row in enumerate(rows, 1):
+                    different = different or row["how"] != "silent"
+                    self._apply_row(row)
+                    if count >= APPLY_CHUNK:
+                        more = True
+                        break
+        return different
+
+    def _apply_row(self, row: "Dict[str, Any]") -> None:
+        books = self.books
+        if row["how"] == "new":
+            books.add_entry(self.row, row, self._parent_id(row))
+        elif row["how"] == "replaced":
+            if books.one("SELECT 1 FROM moves WHERE lost=?", row["known"]):
+                books.add_entry(self.row, row, self._parent_id(row))
+            else:
+                size, mtime = books.one("SELECT size, mtime FROM lost WHERE id=?", row["known"])
+                same = (size, mtime) == (row["size"], row["mtime"])
+                books.change_entry(self.row, row["known"], row, "suspect" if same else "content")
+        else:
+            books.change_entry(self.row, row["known"], row, row["how"])
+
+    def _finish(self) -> None:
+        held, row = False, self.row
+        if row["state"] == "held" and row["cause"] == "report" and not row["accepted"]:
+            bad, total = self.books.mismatch(row["id"])
+            held = bad * 2 > total
+        facts: "Dict[str, Any]" = {
+            "device": self.device, "fsid": self.fsid, "scanned": clock.now(), "special": self.special,
+            "problems": json.dumps({"count": self.problem_count, "some": self.problems})}
+        if not held:
+            facts.update(state="ok", cause=None, reason=None)
+        self.books.finish_scan(self.source.name, **facts)
+
+
+def _fsid(path: bytes) -> int:
+    """The file system's own number, kept over a reboot where st_dev is not; 0 when there is none.
+    SQLite's integers are signed: the number is folded."""
+    try:
+        number = getattr(os.statvfs(path), "f_fsid", 0)
+    except OSError:
+        return 0
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None) -> bool:
+    """One scan, its verdict recorded.  Returns whether anything was different."""
+    try:
+        return Scan(books, source, skip, pace).run()
+    except Held as held:
+        before = books.source_row(source.name)
+        if before["state"] != "held" or before["reason"] != str(held):
+            log.warning("source %s is held: %s", source.name, held)
+        books.finish_scan(source.name, state="held", cause=held.cause, reason=str(held), scanned=clock.now())
+        return False
+
+
+def read_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]", pace: "Pace") -> str:
+    """Compare what a client says of a copy with the source's own file.
+
+    `facts`: Books.version_of; `given`: size, digest, offsets and samples.  Returns "ok", "changed" (the file
+    is not, or no longer, the version in the books), "bad" (the copy is wrong), "rotten" (our own file is no
+    longer what its digest says, with size, mtime and ctime unchanged) or "unreadable".
+    """
+    try:
+        descriptor = tree.open(given["path"])
+    except OSError as error:
+        return "changed" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else "unreadable"
+    try:
+        if not _is_version(os.fstat(descriptor), facts):
+            return "changed"
+        expected = facts["digest"]
+        disputed = facts["suspect"] or expected is not None and expected != given["digest"]
+        if disputed or facts["size"] <= WHOLE_BELOW or not given["offsets"]:
+            own = digest_descriptor(descriptor, pace)[0]
+            verdict = "ok" if own == given["digest"] else "bad"
+            if expected is not None and own != expected:
+                verdict = "rotten"
+        else:
+            pace.spent(SAMPLES * SAMPLE_BYTES)
+            verdict = "ok" if digest_samples(descriptor, given["offsets"]) == given["samples"] else "bad"
+        return verdict if _is_version(os.fstat(descriptor), facts) else "changed"
+    except OSError:
+        return "unreadable"
+    finally:
+        os.close(descriptor)
+
+
+def _is_version(info: os.stat_result, facts: "Dict[str, Any]") -> bool:
+    return (info.st_size, info.st_mtime_ns, info.st_ino) == (facts["size"], facts["mtime"], facts["ino"]) \
+        and info.st_ctime_ns == facts["ctime"]
+
+
+# ==== 9. The channel ==================================================================================
+
+NO_TIME_CHECK = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME: a board without a clock wakes up in 1970 and must still be let in."""
+
+
+def tls_context(home: Home, server_side: bool) -> "ssl.SSLContext":
+    """TLS in which the cluster's certificate is chain and only root: both sides prove that they hold the key."""
+    home.check_key()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= NO_TIME_CHECK
+    try:
+        context.load_cert_chain(home.key_path)
+        context.load_verify_locations(home.key_path)
+    except (OSError, ValueError) as error:
+        raise UsageError("%s is not a key of a cluster (%s); copy it again from another machine"
+                         % (home.key_path, reason_of(error)))
+    return context
+
+
+class Channel:
+    """JSON messages, one a line, over a connected socket.  Long ones travel as {"z": base64 of zlib}."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._buffer = bytearray()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.close()
+
+    def send(self, message: "Dict[str, Any]", timeout: float = 60.0) -> None:
+        data = json.dumps(message, separators=(",", ":")).encode("ascii")
+        if len(data) > PACK_FROM:
+            packed = base64.b64encode(zlib.compress(data, 1)).decode()
+            data = json.dumps({"z": packed}, separators=(",", ":")).encode("ascii")
+        if len(data) > MESSAGE_LIMIT:
+            raise ProtocolError("a message of %d bytes is too long to be sent" % len(data))
+        self.socket.settimeout(timeout)
+        self.socket.sendall(data + b"\n")
+
+    def receive(self, idle: float) -> "Optional[Dict[str, Any]]":
+        """The next message; None at the end of the connection.  `idle`: seconds until its first byte; once
+        begun, it has to be complete within a minute.  Raises OSError or ProtocolError."""
+        begun: "Optional[float]" = time.monotonic() if self._buffer else None
+        searched = 0
+        while True:
+            end = self._buffer.find(b"\n", searched)
+            if end >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[:end + 1]
+                return self._parse(line)
+            searched = len(self._buffer)
+            if searched > MESSAGE_LIMIT:
+                raise ProtocolError("a message that is too long")
+            self.socket.settimeout(idle if begun is None else max(0.01, begun + 60 - time.monotonic()))
+            data = self.socket.recv(1 << 16)
+            if not data:
+                if self._buffer:
+                    raise ProtocolError("the connection ended within a message")
+                return None
+            if begun is None:
+                begun = time.monotonic()
+            self._buffer += data
+
+    def _parse(self, line: bytes) -> "Dict[str, Any]":
+        try:
+            message = json.loads(line)
+            if isinstance(message, dict) and set(message) == {"z"}:
+                unpacker = zlib.decompressobj()
+                data = unpacker.decompress(base64.b64decode(message["z"], validate=True), UNPACKED_LIMIT)
+                if unpacker.unconsumed_tail:
+                    raise ProtocolError("a message that is too long")
+                message = json.loads(data)
+        except (ValueError, TypeError, zlib.error, binascii.Error, RecursionError):
+            raise ProtocolError("a message that is not JSON")
+        if not isinstance(message, dict):
+            raise ProtocolError("a message that is not an object")
+        return message
+
+
+class Link:
+    """A client's connection to the server of one host: opened at the first call, again after an interruption.
+
+    Not thread-safe: a thread that wants to talk at the same time opens one of its own.
+    """
+
+    def __init__(self, host: str, config: Config, context: "ssl.SSLContext") -> None:
+        self.host, self.config, self.context = host, config, context
+        self.hello: "Dict[str, Any]" = {}
+        self._channel: "Optional[Channel]" = None
+
+    def again(self) -> "Link":
+        """Another link to the same host, for another thread."""
+        return Link(self.host, self.config, self.context)
+
+    def close(self) -> None:
+        if self._channel:
+            self._channel.close()
+            self._channel = None
+
+    def connect(self) -> Channel:
+        """A new connection, after the server's hello.  Raises Unreachable with a reason for people."""
+        address, port = self.config.address(self.host)
+        connection = None
+        try:
+            connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.settimeout(HANDSHAKE_TIMEOUT)
+            channel = Channel(self.context.wrap_socket(connection, do_handshake_on_connect=True))
+            # The server speaks first: with TLS 1.3 a refusal is only seen at the first read.
+            hello = channel.receive(HANDSHAKE_TIMEOUT)
+        except ssl.SSLError:
+            connection and connection.close()
+            raise Unreachable(self.host, "TLS failed: this machine's cluster.pem is not the key of the cluster that %s:%d "
+                              "belongs to" % (address, port))
+        except (OSError, ProtocolError, UnicodeError) as error:
+            connection and connection.close()
+            raise Unreachable(self.host, "%s:%d: %s" % (address, port, reason_of(error)))
+        if not hello or hello.get("cbackup") != PROTOCOL:
+            channel.close()
+            raise Unreachable(self.host, str((hello or {}).get("text") or "it speaks another version of the protocol")[:300])
+        if hello.get("host") != self.host:
+            channel.close()
+            raise Unreachable(self.host, "%s:%d is the machine %r; correct its line in [hosts]"
+                              % (address, port, hello.get("host")))
+        self.hello = hello
+        return channel
+
+    def call(self, op: str, **fields: Any) -> "Dict[str, Any]":
+        """Send a request and return the answer.  Raises Refused, Unreachable or ProtocolError.
+
+        A connection that broke is opened again once: every request may be answered twice without harm.
+        """
+        for attempt in (1, 2):
+            fresh = self._channel is None
+            try:
+                if self._channel is None:
+                    self._channel = self.connect()
+                self._channel.send(dict(fields, op=op))
+                answer = self._channel.receive(REPLY_TIMEOUT)
+                if answer is None:
+                    raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")
+            except (OSError, ProtocolError) as error:
+                self.close()
+                if fresh or attempt == 2 or isinstance(error, socket.timeout):
+                    raise Unreachable(self.host, reason_of(error))
+                continue
+            if answer.get("ok") is True:
+                return answer
+            raise Refused(str(answer.get("error"))[:40], "%s: %s" % (self.host, str(answer.get("text"))[:2000]))
+        raise AssertionError("not reached")
+
+    def stream(self, **fields: Any) -> socket.socket:
+        """A new connection on which the rsync protocol follows.  Raises like `call`."""
+        channel = self.connect()
+        try:
+            channel.send(dict(fields, op="rsync"))
+            answer = channel.receive(REPLY_TIMEOUT) or {}
+        except (OSError, ProtocolError) as error:
+            channel.close()
+            raise Unreachable(self.host, reason_of(error))
+        if answer.get("ok") is not True:
+            channel.close()
+            raise Refused(str(answer.get("error"))[:40], "%s: %s" % (self.host, str(answer.get("text"))[:2000]))
+        return channel.socket
+
+
+def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "Callable[[int], None]") -> str:
+    """Carry bytes between a TLS socket and a local pair of descriptors until one side ends.
+
+    Returns "done", "cut" (the peer went away) or "stalled" (`idle` seconds without a byte).  All are made
+    non-blocking; each direction waits only for itself, or rsync would deadlock.
+    """
+    limit = 1 << 18
+    tls.setblocking(False)
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    outward, inward = bytearray(), bytearray()
+    local_end = peer_end = False
+    last = time.monotonic()
+    waits = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+    while True:
+        moved = False
+        with contextlib.suppress(*waits):
+            while not peer_end and len(inward) < limit:
+                data = _receive(tls, limit)
+                peer_end = not data
+                inward += data
+                on_bytes(len(data))
+                moved = True
+        with contextlib.suppress(*waits):
+            while inward:
+                sent = _write(writer, inward)
+                if sent is None:
+                    return "done"
+                del inward[:sent]
+                moved = True
+        with contextlib.suppress(*waits):
+            while not local_end and len(outward) < limit:
+                data = _read(reader, limit)
+                local_end = not data
+                outward += data
+                moved = True
+        with contextlib.suppress(*waits):
+            while outward:
+                try:
+                    del outward[:tls.send(outward[:limit])]
+                except waits:
+                    raise
+                except OSError:
+                    return "cut"
+                moved = True
+        if local_end and not outward:
+            return "done"
+        if peer_end and not inward:
+            return "cut"
+        if moved:
+            last = time.monotonic()
+            continue
+        if time.monotonic() - last > idle:
+            return "stalled"
+        read, write = [], []
+        if not peer_end and len(inward) < limit:
+            read.append(tls)
+        if not local_end and len(outward) < limit:
+            read.append(reader)
+        if outward:
+            write.append(tls)
+        if inward:
+            write.append(writer)
+        _wait(read, write, 1.0)
+
+
+def _wait(read: "List[Any]", write: "List[Any]", seconds: float) -> None:
+    """poll(2): unlike select it takes descriptors of any number."""
+    poller = select.poll()
+    events: "Dict[int, int]" = {}
+    for source, event in [(x, select.POLLIN) for x in read] + [(x, select.POLLOUT) for x in write]:
+        number = source if isinstance(source, int) else source.fileno()
+        events[number] = events.get(number, 0) | event
+    for number, event in events.items():
+        poller.register(number, event)
+    poller.poll(seconds * 1000)
+
+
+def _receive(tls: socket.socket, count: int) -> bytes:
+    try:
+        return tls.recv(count)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        raise
+    except OSError:
+        return b""
+
+
+def _read(descriptor: int, count: int) -> bytes:
+    try:
+        return os.read(descriptor, count)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return b""
+
+
+def _write(descriptor: int, data: bytearray) -> "Optional[int]":
+    """Bytes written; None when the reader has gone away."""
+    try:
+        return os.write(descriptor, data)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return None
+
+
+# ==== 10. rsync =======================================================================================
+
+CONNECT_CODE = """\
+import array, socket, sys
+s = socket.socket(fileno=int(sys.argv[1]))
+s.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
+s.recv(1)
+"""
+"""What the puller's rsync runs as its remote shell: it hands its own standard input and output to the process
+that holds the TLS connection, and waits until that is done with them.  No byte is copied twice."""
+
+RSYNC_DAEMON_CONFIG = """\
+use chroot = {chroot}
+read only = yes
+list = no
+numeric ids = yes
+munge symlinks = no
+timeout = 900
+log file = /dev/null
+refuse options = copy-links copy-unsafe-links copy-dirlinks remove-source-files remove-sent-files
+{owner}[m]
+path = {path}
+"""
+"""One per connection.  `use chroot` must be written for 3.1.3 and older; uid and gid only as root, where a
+daemon without them reads as nobody; openrsync dies on any key that it does not know."""
+
+
+RSYNC_ENDED = (0, 11, 23, 24)
+"""Exit statuses of an rsync that came to the end of its list, or to the end of the disk (11)."""
+
+
+def find_rsync() -> str:
+    """The path of an rsync that will do.  Raises UsageError that names the command to install one."""
+    path = shutil.which("rsync")
+    if not path:
+        raise UsageError("rsync is not installed: %s" % install_hint("rsync"))
+    if path not in _RSYNC_CHECKED:
+        text = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              stdin=subprocess.DEVNULL).stdout.decode(errors="replace")
+        match = re.search(r"rsync\s+version\s+v?(\d+)\.(\d+)\.(\d+)", text)
+        if not match:
+            raise UsageError("%s is not an rsync that cbackup can use (%s): %s"
+                             % (path, text.strip().split("\n")[0][:60], install_hint("rsync")))
+        if tuple(int(n) for n in match.groups()) < (2, 6, 9):
+            raise UsageError("%s is version %s, cbackup needs 2.6.9 or newer: %s"
+                             % (path, ".".join(match.groups()), install_hint("rsync")))
+        _RSYNC_CHECKED.add(path)
+    return path
+
+
+_RSYNC_CHECKED: "set[str]" = set()
+
+
+@dataclass
+class Pull:
+    """The outcome of one rsync: what matters is what lies at the destination, never `code` alone."""
+
+    code: int = 0
+    wire: int = 0
+    how: str = "done"
+    errors: "List[str]" = field(default_factory=list)
+
+    @property
+    def full_disk(self) -> bool:
+        return any("No space left" in line or "Disc quota" in line or "Read-only file system" in line
+                   for line in self.errors)
+
+    def why(self, path: bytes) -> str:
+        """What rsync said of one file, or its last words."""
+        name = os.path.basename(path).decode("utf-8", "replace")
+        for line in self.errors:
+            if name and name in line:
+                return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
+        return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
+
+
+def list_with_parents(paths: "Iterable[bytes]") -> bytes:
+    """A sorted, NUL-separated list for --files-from: without -r every parent has to be named."""
+    names = set()
+    for path in paths:
+        while path and path not in names:
+            names.add(path)
+            path = path.rpartition(b"/")[0]
+    # A leading # or ; would be taken for a comment by rsync 2.6.9 and Apple's.
+    return b"".join((b"./" + name if name[:1] in b"#;" else name) + b"\0" for name in sorted(names))
+
+
+def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes, bwlimit: "Optional[int]" = None,
+         always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
+    """Fetch files over a connection from `Link.stream` into the directory `destination`.
+
+    paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size and mtime are the
+    same.  Whatever happens, look at the destination afterwards: rsync's exit status says little (a file that
+    changed while it was sent arrives torn, with status 0).
+    """
+    rsync = find_rsync()
+    ours, theirs = socket.socketpair()
+    process = None
+    result = Pull()
+    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+        listing, out, err = (os.path.join(scratch, name) for name in ("list", "out", "err"))
+        shell = os.path.join(scratch, "connect")
+        with open(listing, "wb") as stream:
+            stream.write(list_with_parents(paths))
+        with open(shell, "w") as stream:
+            stream.write("#!/bin/sh\nexec %s -I -S -c %s %d\n"
+                         % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
+        os.chmod(shell, 0o700)
+        command: "List[Any]" = [rsync, "-ptgo", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
+                                b"--partial-dir=" + PART_SUFFIX_DIR, "--timeout=%d" % max(60, RSYNC_IDLE), "--stats",
+                                "--files-from=" + listing, "--from0", "-e", "'%s'" % shell]
+        if bwlimit:
+            command.append("--bwlimit=%d" % max(1, bwlimit // 1024))
+        if always:
+            command.append("-I")
+        try:
+            with open(out, "wb") as out_stream, open(err, "wb") as err_stream:
+                process = subprocess.Popen(
+                    command + ["cbackup::m/.", destination + b"/"], stdin=subprocess.DEVNULL, stdout=out_stream,
+                    stderr=err_stream, pass_fds=[theirs.fileno()], start_new_session=True,
+                    env=dict(os.environ, LC_ALL="C"))
+            theirs.close()
+            ended = _relay_for(process, ours, connection, on_bytes)
+            result.code = _reap(process, 20.0 if ended != "stalled" else 2.0)
+            result.how = ended if ended == "stalled" else "done" if result.code in RSYNC_ENDED else "cut"
+        finally:
+            for end in (ours, theirs, connection):
+                with contextlib.suppress(OSError):
+                    end.close()
+            if process is not None:
+                _reap(process, 0)
+        with open(out, errors="replace") as stream:
+            match = re.search(r"Total bytes received: ([\d.,]+)", stream.read())
+            result.wire = int(re.sub(r"\D", "", match.group(1))) if match else 0
+        with open(err, errors="replace") as stream:
+            result.errors = [line.strip() for line in stream.readlines()[:2000] if line.strip()]
+    if result.how == "stalled":
+        result.errors.append("no byte came for %d s" % RSYNC_IDLE)
+    return result
+
+
+def _relay_for(process: "subprocess.Popen[bytes]", ours: socket.socket, connection: socket.socket,
+               on_bytes: "Callable[[int], None]") -> str:
+    """Take over the pipes of the rsync that was just started and relay them until one side ends."""
+    ours.settimeout(60)
+    try:
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(2 * 4))
+    except OSError:
+        return "done"
+    pipes: "List[int]" = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            pipes += [int.from_bytes(data[i:i + 4], sys.byteorder) for i in range(0, len(data) - len(data) % 4, 4)]
+    try:
+        return relay(connection, pipes[0], pipes[1], RSYNC_IDLE, on_bytes) if len(pipes) == 2 else "done"
+    finally:
+        for descriptor in pipes:
+            os.close(descriptor)
+        ours.close()
+
+
+def _reap(process: "subprocess.Popen[bytes]", patience: float) -> int:
+    """Wait for a process that should end, then kill its whole group: rsync is two or three processes."""
+    try:
+        return process.wait(patience) if patience else process.wait(0.001)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.wait(3)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def serve_rsync(connection: socket.socket, root: str) -> None:
+    """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of `connection`."""
+    rsync = find_rsync()
+    as_root = os.geteuid() == 0
+    ours, theirs = socket.socketpair()
+    process = None
+    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+        # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
+        tree, configuration = os.path.join(scratch, "t"), os.path.join(scratch, "conf")
+        os.symlink(root, tree)
+        with open(configuration, "w") as stream:
+            stream.write(RSYNC_DAEMON_CONFIG.format(chroot="yes" if as_root else "no", path=tree,
+                                                    owner="uid = 0\ngid = 0\n" if as_root else ""))
+        try:
+            process = subprocess.Popen([rsync, "--daemon", "--config=" + configuration], stdin=theirs, stdout=theirs,
+                                       stderr=subprocess.DEVNULL, start_new_session=True)
+            theirs.close()
+            how = relay(connection, ours.fileno(), ours.fileno(), 900.0, lambda count: None)
+            ours.close()
+            _reap(process, 5.0 if how == "done" else 0.2)
+        finally:
+            for end in (ours, theirs):
+                with contextlib.suppress(OSError):
+                    end.close()
+            if process is not None:
+                _reap(process, 0)
+
+
+# ==== 11. The backup: a location's own database, catalogs and directory ===============================
+
+VAULT_SCHEMA_VERSION = 1
+
+VAULT_SCHEMA = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value);
+
+-- What lies at PATH/SOURCE/path and was confirmed.  size, mtime: of the source's version.
+CREATE TABLE held(
+    source TEXT, path BLOB, size INTEGER, mtime INTEGER, digest BLOB, tag INTEGER, checked REAL,
+    PRIMARY KEY(source, path)) WITHOUT ROWID;
+CREATE INDEX held_checked ON held(checked);
+
+-- Claimed and on its way.  stage 0: being copied to `incoming`; 1: confirmed, being put into its place.
+CREATE TABLE coming(
+    source TEXT, path BLOB, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, version INTEGER,
+    books TEXT, digest BLOB, stage INTEGER DEFAULT 0, PRIMARY KEY(source, path)) WITHOUT ROWID;
+
+-- Old versions, at PATH/.cbackup/<stored>.  done 0: the rename may not have happened yet.
+CREATE TABLE attic(
+    id INTEGER PRIMARY KEY, source TEXT, path BLOB, stored BLOB, size INTEGER, mtime INTEGER, digest BLOB,
+    since REAL, why TEXT, done INTEGER DEFAULT 0);
+CREATE INDEX attic_since ON attic(since);
+CREATE INDEX attic_path ON attic(source, path);
+
+-- Renames under way; ino tells after a crash how far each came.
+CREATE TABLE moving(id INTEGER PRIMARY KEY, source TEXT, old BLOB, new BLOB, ino INTEGER, cursor INTEGER);
+
+CREATE TABLE sums(source TEXT PRIMARY KEY, files INTEGER, bytes INTEGER, tags INTEGER) WITHOUT ROWID;
+CREATE TABLE used(what TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID;
+INSERT INTO used VALUES('coming', 0), ('attic', 0);
+CREATE TRIGGER held_in AFTER INSERT ON held BEGIN
+    INSERT OR IGNORE INTO sums VALUES(NEW.source, 0, 0, 0);
+    UPDATE sums SET files=files+1, bytes=bytes+NEW.size, tags=tags+NEW.tag WHERE source=NEW.source; END;
+CREATE TRIGGER held_out AFTER DELETE ON held BEGIN
+    UPDATE sums SET files=files-1, bytes=bytes-OLD.size, tags=tags-OLD.tag WHERE source=OLD.source; END;
+CREATE TRIGGER coming_in AFTER INSERT ON coming BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE what='coming'; END;
+CREATE TRIGGER coming_out AFTER DELETE ON coming BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE what='coming'; END;
+CREATE TRIGGER attic_in AFTER INSERT ON attic BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE what='attic'; END;
+CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE what='attic'; END;
+"""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A server's committed permission to delete the copy of `path` of `source`: what `Vault.delete` asks for."""
+
+    source: str
+    path: bytes
+
+
+class Misplaced(CBackupError):
+    """A backup directory that is not what the configuration says: not mounted, of another cluster, another's."""
+
+
+class Vault:
+    """One backup: the only code that writes or deletes below its directory.
+
+    Paths given to methods are those of the source; `place_of` says where they lie.  Methods that change the
+    database and the disk write down the intention first, so that `recover` can finish what was cut off.
+    Use it by one thread at a time (`lock` guards the database for the confirming thread).
+    """
+
+    def __init__(self, spec: Backup, cluster: str, expected: "Optional[str]" = None, adopt: bool = False) -> None:
+        """Open the backup, make it when it is new.  `cluster`: Home.cluster_id.  `expected`: the identity that
+        was seen here before.  Raises Misplaced when the directory is not this backup's."""
+        self.spec, self.name = spec, spec.name
+        self.path = os.fsencode(spec.path)
+        self.meta_path = os.path.join(spec.path, META_DIR.decode())
+        self.lock = threading.RLock()
+        self._depth = 0
+        identity = self._identify(cluster, expected, adopt)
+        self.identity: str = identity["id"]
+        self.tree = Tree(self.path, own_links=True)
+        self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA, VAULT_SCHEMA_VERSION, "DELETE")
+        self.stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock.now())).encode()
+
+    def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool) -> "Dict[str, Any]":
+        path = os.path.join(self.meta_path, "identity")
+        identity = read_json(path)
+        if not identity.get("id"):
+            if expected and not adopt:
+                raise Misplaced("%s: %s was in use and has lost its .cbackup: is its disk mounted?  If this is the right, "
+                                "new directory: cbackup.pyz client --adopt %s" % (self.name, self.spec.path, self.name))
+            try:
+                os.makedirs(self.spec.path, mode=0o700, exist_ok=True)
+                os.makedirs(self.meta_path, mode=0o700, exist_ok=True)
+                identity = {"id": secrets.token_hex(8), "cluster": cluster, "backup": self.name}
+                atomic_write(path, json.dumps(identity).encode())
+                fsync_directory(self.spec.path)
+            except OSError as error:
+                raise Misplaced("%s: %s: %s" % (self.name, error.filename or self.spec.path, reason_of(error)))
+        elif identity.get("cluster") != cluster:
+            raise Misplaced("%s: %s belongs to another cluster; choose another directory" % (self.name, self.spec.path))
+        elif identity.get("backup") != self.name or expected not in (None, identity["id"]):
+            if not adopt:
+                raise Misplaced("%s: %s is the backup %s (%s), not the one that was here; if that is right: "
+                                "cbackup.pyz client --adopt %s" % (self.name, self.spec.path, identity.get("backup"),
+                                                                   identity["id"][:6], self.name))
+            identity["backup"] = self.name
+            atomic_write(path, json.dumps(identity).encode())
+        return identity
+
+    def close(self) -> None:
+        self.tree.close()
+        self.db.close()
+
+    @contextlib.contextmanager
+    def locked(self, wait: bool = False) -> "Iterator[None]":
+        """Keep other clients out of this backup.  Raises Busy."""
+        with open(os.path.join(self.meta_path, "lock"), "a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError:
+                raise Busy("%s: another client is at work in %s" % (self.name, self.spec.path))
+            yield
+
+    # -- database --
+
+    @contextlib.contextmanager
+    def write(self) -> "Iterator[sqlite3.Connection]":
+        """One durable transaction; nested uses join the outer one."""
+        with self.lock:
+            if self._depth:
+                yield self.db
+                return
+            try:
+                self.db.execute("BEGIN IMMEDIATE")
+                self._depth = 1
+                yield self.db
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth = 0
+
+    def rows(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchall()
+
+    def one(self, sql: str, *values: Any) -> "Optional[Tuple[Any, ...]]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchone()
+
+    def meta(self, key: str) -> Any:
+        row = self.one("SELECT value FROM meta WHERE key=?", key)
+        return row[0] if row else None
+
+    def set_meta(self, key: str, value: Any) -> None:
+        with self.write() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
+
+    # -- room --
+
+    def used(self) -> int:
+        """Bytes of copies, of files on their way and of the attic."""
+        return self.one("SELECT (SELECT COALESCE(SUM(bytes), 0) FROM sums) + (SELECT SUM(bytes) FROM used)")[0]
+
+    def attic_bytes(self) -> int:
+        return self.one("SELECT bytes FROM used WHERE what='attic'")[0]
+
+    def files(self) -> int:
+        return self.one("SELECT COALESCE(SUM(files), 0) FROM sums")[0]
+
+    def capacity(self) -> int:
+        """The most that may lie here now: `size`, and less when `reserve` would not stay free."""
+        limits = [self.spec.size] if self.spec.size is not None else []
+        if self.spec.reserve is not None:
+            info = os.statvfs(self.path)
+            limits.append(max(0, self.used() + info.f_bavail * info.f_frsize - self.spec.reserve))
+        return min(limits)
+
+    def free(self) -> int:
+        """Room for copies, bytes; negative when over capacity.  Old versions do not count against it: they go
+        when the room is needed (`make_room`)."""
+        return self.capacity() - self.used() + self.attic_bytes()
+
+    def make_room(self, need: int) -> "Tuple[int, int]":
+        """Delete old versions, oldest first, until `need` bytes are free.  Returns (files, bytes) deleted."""
+        files = size = 0
+        while self.capacity() - self.used() < need:
+            page = self.rows("SELECT id, stored, size FROM attic WHERE done=1 ORDER BY since, id LIMIT 100")
+            if not page:
+                break
+            for number, stored, each in page:
+                if self.capacity() - self.used() >= need:
+                    break
+                self._delete_old(number, stored)
+                files, size = files + 1, size + each
+        return files, size
+
+    def expire_attic(self, keep: float) -> None:
+        while True:
+            page = self.rows("SELECT id, stored FROM attic WHERE done=1 AND since<? LIMIT 500", clock.now() - keep)
+            if not page:
+                return
+            for number, stored in page:
+                self._delete_old(number, stored)
+
+    def _delete_old(self, number: int, stored: bytes) -> None:
+        self.delete(META_DIR + b"/" + stored, None)
+        with self.write() as db:
+            db.execute("DELETE FROM attic WHERE id=?", (number,))
+
+    # -- where things lie --
+
+    @staticmethod
+    def place_of(source: str, path: bytes) -> bytes:
+        return source.encode() + b"/" + path
+
+    @staticmethod
+    def incoming(source: str, path: bytes = b"") -> bytes:
+        return META_DIR + b"/incoming/" + source.encode() + (b"/" + path if path else b"")
+
+    def attic_name(self, source: str, path: bytes, kind: bytes = b"attic") -> bytes:
+        """A free name (below .cbackup) for an old version: attic/SOURCE/TIME/path."""
+        for count in range(1000):
+            stamp = self.stamp + (b"-%d" % count if count else b"")
+            stored = b"/".join((kind, source.encode(), stamp, path))
+            if self.tree.lstat(META_DIR + b"/" + stored) is None \
+                    and not self.one("SELECT 1 FROM attic WHERE source=? AND path=? AND stored=?", source, path, stored):
+                return stored
+        raise CBackupError("no name left in the attic for %s" % shown(path))
+
+    # -- deleting, the dangerous verb --
+
+    def delete(self, rel: bytes, grant: "Optional[Grant]") -> None:
+        """Delete one file: the only place in the program that does so in a backup.
+
+        Outside of .cbackup/ it wants the server's grant for just this file.  A file that is gone already is
+        no error: the grant may be carried out twice.
+        """
+        own = rel.startswith((META_DIR + b"/attic/", META_DIR + b"/incoming/", META_DIR + b"/bad/"))
+        if not own and (grant is None or self.place_of(grant.source, grant.path) != rel):
+            raise AssertionError("deleting %r without a grant" % rel)
+        try:
+            self.tree.unlink(rel)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
+        if own and not rel.startswith(META_DIR + b"/incoming/"):
+            self._prune(rel)  # not in `incoming`, where an rsync may be about to use the directory
+
+    def _prune(self, rel: bytes) -> None:
+        """Remove the directories above a deleted file as far as they are empty; never .cbackup's own."""
+        above = rel.rpartition(b"/")[0]
+        while above.count(b"/") >= 2:
+            try:
+                self.tree.rmdir(above)
+            except OSError:
+                return
+            above = above.rpartition(b"/")[0]
+
+    def drop(self, grants: "List[Grant]") -> int:
+        """Carry out grants; returns the bytes freed.  The rows go first: a file without a row is found by the
+        next report, a row without a file would be counted as a copy."""
+        freed = 0
+        with self.write() as db:
+            for grant in grants:
+                row = self.one("SELECT size FROM held WHERE source=? AND path=?", grant.source, grant.path)
+                freed += row[0] if row else 0
+                db.execute("DELETE FROM held WHERE source=? AND path=?", (grant.source, grant.path))
+        test_point("drop-before-delete")
+        for grant in grants:
+            self.delete(self.place_of(grant.source, grant.path), grant)
+        return freed
+
+    # -- setting aside --
+
+    def set_aside(self, source: str, paths: "List[bytes]", why: str) -> None:
+        """Move files of this backup into the attic (`why`: changed, deleted, found or bad) and forget them as copies."""
+        names = []
+        with self.write() as db:
+            for path in paths:
+                info = self.tree.lstat(self.place_of(source, path))
+                row = self.one("SELECT size, mtime, digest FROM held WHERE source=? AND path=?", source, path)
+                db.execute("DELETE FROM held WHERE source=? AND path=?", (source, path))
+                if info is None or not stat.S_ISREG(info.st_mode):
+                    continue
+                stored = self.attic_name(source, path, b"bad" if why == "bad" else b"attic")
+                size, mtime, digest = row if row and why != "bad" else (info.st_size, info.st_mtime_ns, None)
+                number = db.execute(
+                    "INSERT INTO attic(source, path, stored, size, mtime, digest, since, why) VALUES(?,?,?,?,?,?,?,?)",
+                    (source, path, stored, info.st_size, mtime, digest, clock.now(), why)).lastrowid
+                names.append((number, path, stored))
+        test_point("set-aside-planned")
+        for _, path, stored in names:
+            self.tree.rename(self.place_of(source, path), META_DIR + b"/" + stored)
+        with self.write() as db:
+            db.executemany("UPDATE attic SET done=1 WHERE id=?", [(number,) for number, _, _ in names])
+
+    def _finish_attic(self) -> None:
+        """Renames into the attic that a crash left undone."""
+        for number, source, path, stored in self.rows("SELECT id, source, path, stored FROM attic WHERE done=0"):
+            place = self.place_of(source, path)
+            held = self.one("SELECT 1 FROM held WHERE source=? AND path=?", source, path)
+            coming = self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage=1", source, path)
+            if coming:
+                continue
+            if self.tree.lstat(META_DIR + b"/" + stored) is None:
+                info = self.tree.lstat(place)
+                if held or info is None or not stat.S_ISREG(info.st_mode):
+                    with self.write() as db:
+                        db.execute("DELETE FROM attic WHERE id=?", (number,))
+                    continue
+                self.tree.rename(place, META_DIR + b"/" + stored)
+            with self.write() as db:
+                db.execute("UPDATE attic SET done=1 WHERE id=?", (number,))
+
+    # -- files on their way in --
+
+    def expect(self, source: str, books: str, files: "List[Wanted]") -> None:
+        """Write down claims before anything is copied."""
+        with self.write() as db:
+            for f in files:
+                db.execute("DELETE FROM coming WHERE source=? AND path=?", (source, f.path))
+                db.execute("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, books) "
+                           "VALUES(?,?,?,?,?,?,?,?,?)",
+                           (source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version, books))
+
+    def give_up(self, source: str, paths: "Iterable[bytes]", keep_parts: bool = False) -> None:
+        """Forget files that were on their way, and what arrived of them."""
+        paths = list(paths)
+        with self.write() as db:
+            db.executemany("DELETE FROM coming WHERE source=? AND path=?", [(source, path) for path in paths])
+        if not keep_parts:
+            for path in paths:
+                self.delete(self.incoming(source, path), None)
+
+    def sweep_incoming(self) -> None:
+        """Delete what lies in `incoming` for files that are no longer expected (and rsync's leftovers)."""
+        incoming = META_DIR + b"/incoming"
+        for rel in list(self.tree.walk_files(incoming)):
+            source, _, path = rel[len(incoming) + 1:].partition(b"/")
+            parts = path.split(b"/")
+            if len(parts) > 1 and parts[-2] == PART_SUFFIX_DIR:
+                path = b"/".join(parts[:-2] + parts[-1:])
+            if not self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage<2", as_text(source), path):
+                self.delete(rel, None)
+        self.tree.clear_empty(incoming)
+
+    def prepare_basis(self, source: str, path: bytes) -> None:
+        """Give rsync the present version as the basis of a difference: a second link to it in `incoming`."""
+        staged = self.incoming(source, path)
+        if self.tree.lstat(staged) is None:
+            with contextlib.suppress(OSError):
+                self.tree.link(self.place_of(source, path), staged)
+
+    def plan_places(self, source: str, rows: "List[Tuple[bytes, bytes]]") -> None:
+        """(path, digest) were confirmed: write down that they go to their places, and old versions to the attic."""
+        with self.write() as db:
+            for path, digest in rows:
+                db.execute("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?", (digest, source, path))
+                info = self.tree.lstat(self.place_of(source, path))
+                if info is None or not stat.S_ISREG(info.st_mode):
+                    continue
+                row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, path)
+                mtime, old = row or (info.st_mtime_ns, None)
+                db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, why) VALUES(?,?,?,?,?,?,?,?)",
+                           (source, path, self.attic_name(source, path), info.st_size, mtime, old, clock.now(),
+                            "changed" if row else "found"))
+
+    def put_in_place(self, source: str, path: bytes) -> None:
+        """Rename a confirmed file from `incoming` to its place; may be done twice.  Raises OSError."""
+        staged, place = self.incoming(source, path), self.place_of(source, path)
+        if self.tree.lstat(staged) is None:
+            return
+        mode, uid, gid, mtime = self.one("SELECT mode, uid, gid, mtime FROM coming WHERE source=? AND path=?", source, path)
+        self.clear_the_way(place)
+        row = self.one("SELECT stored FROM attic WHERE source=? AND path=? AND done=0", source, path)
+        if row and self.tree.lstat(META_DIR + b"/" + row[0]) is None:
+            try:
+                self.tree.link(place, META_DIR + b"/" + row[0])
+            except OSError:
+                with contextlib.suppress(FileNotFoundError):  # a file system without links: a moment without the file
+                    self.tree.rename(place, META_DIR + b"/" + row[0])
+        self.set_metadata(staged, mode, uid, gid, mtime)
+        self.tree.rename(staged, place)
+
+    def clear_the_way(self, place: bytes) -> None:
+        """Remove what our skeleton (empty directories, symlinks) has at a file's place.
+
+        Raises OSError for a directory with files in it, and for a name that this file system takes for another.
+        """
+        info = self.tree.lstat(place)
+        if info is None:
+            return
+        if stat.S_ISLNK(info.st_mode):
+            self.tree.unlink(place)
+        elif stat.S_ISDIR(info.st_mode):
+            self.tree.clear_empty(place)
+            if self.tree.lstat(place) is not None:
+                raise OSError(errno.ENOTEMPTY, "a directory with other files is in its place")
+        else:
+            above, _, name = place.rpartition(b"/")
+            if self.folds and name not in self.tree.list(above):
+                raise OSError(errno.EEXIST, "this file system takes its name for that of another file")
+
+    @property
+    def folds(self) -> bool:
+        """Whether this file system takes names for the same that differ (by case, say); found out once."""
+        known = self.meta("folds")
+        if known is None:
+            probe = META_DIR + b"/probe-Name"
+            self.tree.make_directory(probe)
+            known = int(self.tree.lstat(META_DIR + b"/PROBE-nAME") is not None)
+            self.tree.rmdir(probe)
+            self.set_meta("folds", known)
+        return bool(known)
+
+    def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int) -> None:
+        """Mode, times and, as root, owner.  What the file system cannot do is no error: the catalog has it."""
+        if os.geteuid() == 0:
+            with contextlib.suppress(OSError):
+                self.tree.chown(rel, uid, gid)
+        else:
+            mode |= 0o400  # we must be able to read it back
+        for change in (lambda: self.tree.chmod(rel, mode), lambda: self.tree.set_mtime(rel, mtime)):
+            with contextlib.suppress(OSError):
+                change()
+
+    def arrived(self, source: str, paths: "Iterable[bytes]") -> None:
+        """Files are at their places and counted by the server: they are copies now."""
+        now = clock.now()
+        with self.write() as db:
+            for path in paths:
+                row = self.one("SELECT size, mtime, digest FROM coming WHERE source=? AND path=?", source, path)
+                if row:
+                    self.hold(source, path, row[0], row[1], row[2], now)
+                db.execute("DELETE FROM coming WHERE source=? AND path=?", (source, path))
+                db.execute("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0", (source, path))
+
+    def hold(self, source: str, path: bytes, size: int, mtime: int, digest: bytes, checked: float) -> None:
+        with self.write() as db:
+            db.execute("DELETE FROM held WHERE source=? AND path=?", (source, path))
+            db.execute("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
+                       (source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked))
+
+    def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
+        """(size, mtime, digest, tag) of a copy; None when we have none."""
+        return self.one("SELECT size, mtime, digest, tag FROM held WHERE source=? AND path=?", source, path)
+
+    def held_page(self, source: str, after: bytes, limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
+        """(path, size, mtime, digest, tag) of copies, by path."""
+        return self.rows("SELECT path, size, mtime, digest, tag FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
+                         source, after, limit)
+
+    def sum_of(self, source: str) -> "Tuple[int, int, int]":
+        row = self.one("SELECT files, bytes, tags FROM sums WHERE source=?", source)
+        return (row[0], row[1], row[2]) if row else (0, 0, 0)
+
+    def sources(self) -> "List[str]":
+        return [row[0] for row in self.rows("SELECT source FROM sums WHERE files>0 ORDER BY source")]
+
+    # -- renames --
+
+    def plan_moves(self, source: str, rows: "List[Tuple[int, bytes, bytes]]") -> None:
+        """(cursor, old path, new path): write down what is to be renamed."""
+        with self.write() as db:
+            for cursor, old, new in rows:
+                info = self.tree.lstat(self.place_of(source, old))
+                db.execute("INSERT INTO moving(source, old, new, ino, cursor) VALUES(?,?,?,?,?)",
+                           (source, old, new, info.st_ino if info and stat.S_ISREG(info.st_mode) else None, cursor))
+
+    def carry_out_moves(self, source: str) -> "List[Tuple[int, bytes, Optional[int]]]":
+        """Rename what is written down, through names of its own so that swaps and chains work; may be done twice.
+        Returns (cursor, new path, new tag or None when there was nothing to rename)."""
+        done = []
+        rows = self.rows("SELECT id, old, new, ino, cursor FROM moving WHERE source=? ORDER BY id", source)
+        for number, old, _, ino, _ in rows:
+            if ino is not None and self._is_inode(self.place_of(source, old), ino):
+                self.tree.rename(self.place_of(source, old), self._between(number))
+        test_point("moves-between")
+        for number, old, new, ino, cursor in rows:
+            place = self.place_of(source, new)
+            if self.tree.lstat(self._between(number)) is not None:
+                info = self.tree.lstat(place)
+                if info is not None and stat.S_ISREG(info.st_mode):
+                    self.set_aside(source, [new], "deleted")
+                self.clear_the_way(place)
+                self.tree.rename(self._between(number), place)
+        with self.write() as db:
+            for number, old, new, ino, cursor in rows:
+                row = self.one("SELECT size, mtime, digest, checked FROM held WHERE source=? AND path=?", source, old)
+                done.append([cursor, new, None, row, old])
+            for item in done:
+                db.execute("DELETE FROM held WHERE source=? AND path=?", (source, item[4]))
+            for item in done:
+                if item[3]:
+                    self.hold(source, item[1], *item[3])
+                    item[2] = self.held(source, item[1])[3]
+            db.execute("DELETE FROM moving WHERE source=?", (source,))
+        self.tree.sync([self.place_of(source, row[2]) for row in rows])
+        return [(cursor, new, tag) for cursor, new, tag, _, _ in done]
+
+    def _between(self, number: int) -> bytes:
+        return META_DIR + b"/moving/%d" % number
+
+    def _is_inode(self, rel: bytes, ino: int) -> bool:
+        info = self.tree.lstat(rel)
+        return info is not None and info.st_ino == ino
+
+    # -- after a crash --
+
+    def recover(self) -> None:
+        """Finish on disk what an earlier process wrote down and did not end."""
+        for (source,) in self.rows("SELECT DISTINCT source FROM moving"):
+            self.carry_out_moves(source)
+        for source, path in self.rows("SELECT source, path FROM coming WHERE stage=1 ORDER BY source, path"):
+            try:
+                self.put_in_place(source, path)
+            except OSError as error:
+                log.warning("%s: %s: %s", self.name, shown(path), reason_of(error))
+                self.give_up(source, [path])
+        self._finish_attic()
+
+    def needs_rebuild(self) -> bool:
+        """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
+        return self.meta("complete") is None
+
+    def rebuild(self, say: "Callable[[bytes], None]") -> int:
+        """Enter every file that lies here into the database, with digests read from the files.  Returns how many.
+
+        What each file is a copy of is for the servers to say: the next report confirms it, or not.
+        """
+        count = 0
+        for name in self.tree.list():
+            info = self.tree.lstat(name)
+            if name == META_DIR or not _NAME.match(as_text(name)) or info is None or not stat.S_ISDIR(info.st_mode):
+                continue
+            for rel in self.tree.walk_files(name):
+                count += self._enter(as_text(name), rel[len(name) + 1:], rel, say)
+        for rel in list(self.tree.walk_files(META_DIR + b"/attic")):
+            parts = rel.split(b"/", 4)
+            info = self.tree.lstat(rel)
+            if len(parts) == 5 and info is not None and stat.S_ISREG(info.st_mode):
+                with self.write() as db:
+                    db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) VALUES(?,?,?,?,?,?,?,1)",
+                               (as_text(parts[2]), parts[4], rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns,
+                                _stamp_time(parts[3]), "deleted"))
+        return count
+
+    def _enter(self, source: str, path: bytes, rel: bytes, say: "Callable[[bytes], None]") -> int:
+        try:
+            descriptor = self.tree.open(rel)
+        except OSError:
+            return 0
+        try:
+            say(path)
+            info = os.fstat(descriptor)
+            digest, size = digest_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+        self.hold(source, path, size, info.st_mtime_ns, digest, clock.now())
+        return 1
+
+    # -- catalogs, configuration, skeleton --
+
+    def catalog_directory(self, source: str) -> str:
+        path = os.path.join(self.meta_path, "catalog", source)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        return path
+
+    def apply_skeleton(self, source: str, rows: "Iterable[CatalogRow]") -> None:
+        """Bring directories and symlinks in line with catalog news, so that `cp` alone gives the whole tree.
+
+        Takes only removals of empty directories and symlinks upon itself; files are copies and have their own rules.
+        """
+        gone: "List[bytes]" = []
+        for row in rows:
+            place = self.place_of(source, row.path) if row.path else source.encode()
+            info = self.tree.lstat(place)
+            kind = stat.S_IFMT(info.st_mode) if info else 0
+            try:
+                if row.kind is None and kind == stat.S_IFLNK:
+                    self.tree.unlink(place)
+                elif row.kind is None and kind == stat.S_IFDIR:
+                    gone.append(place)
+                elif row.kind == "d" and kind in (0, stat.S_IFLNK, stat.S_IFDIR):
+                    self.tree.make_directory(place)
+                    self.tree.chmod(place, row.mode | 0o700)
+                elif row.kind == "l":
+                    self._lay_symlink(place, kind, row)
+            except OSError as error:
+                log.info("%s: %s: %s", self.name, shown(place), reason_of(error))
+        for place in sorted(gone, reverse=True):
+            with contextlib.suppress(OSError):
+                self.tree.rmdir(place)
+
+    def _lay_symlink(self, place: bytes, kind: int, row: "CatalogRow") -> None:
+        if kind == stat.S_IFLNK:
+            if self.tree.readlink(place) == row.target:
+                return
+            self.tree.unlink(place)
+        elif kind == stat.S_IFDIR:
+            self.tree.clear_empty(place)
+        elif kind:
+            return  # a file: a copy that is still to be retired; the next catalog lays the link
+        self.tree.symlink(row.target or b"", place)
+        with contextlib.suppress(OSError):
+            self.tree.set_mtime(place, row.mtime)
+
+
+def _stamp_time(stamp: bytes) -> float:
+    import calendar
+    try:
+        return calendar.timegm(time.strptime(stamp[:16].decode(), "%Y%m%dT%H%M%SZ"))
+    except ValueError:
+        return clock.now()
+
+
+@dataclass(frozen=True)
+class CatalogRow:
+    """One path of a source at one time.  kind None: no longer there.  link: a number shared by hard links."""
+
+    path: bytes
+    kind: "Optional[str]" = None
+    size: int = 0
+    mtime: int = 0
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    user: str = ""
+    group: str = ""
+    link: "Optional[int]" = None
+    target: "Optional[bytes]" = None
+    digest: "Optional[bytes]" = None
+
+    def to_json(self) -> "List[Any]":
+        if self.kind is None:
+            return [as_text(self.path)]
+        extra = self.digest.hex() if self.digest else as_text(self.target) if self.target is not None else None
+        return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid, self.user,
+                self.group, self.link, extra]
+
+    @classmethod
+    def from_json(cls, row: Any) -> "CatalogRow":
+        """Check a row from a peer or a disk.  Raises ProtocolError for anything that is not of the form."""
+        if not isinstance(row, list) or len(row) not in (1, 11) or not isinstance(row[0], str):
+            raise ProtocolError("a catalog row that is not of the form")
+        path = as_raw(row[0])
+        if path or len(row) == 1 or row[1] != "d":
+            check_relative(path)
+        if len(row) == 1:
+            return cls(path)
+        _, kind, size, mtime, mode, uid, gid, user, group, link, extra = row
+        if kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
+                or not all(isinstance(n, int) for n in (size, mtime, mode, uid, gid)) \
+                or size < 0 or not 0 <= mode <= 0o7777 or link is not None and not isinstance(link, int) \
+                or extra is not None and not isinstance(extra, str):
+            raise ProtocolError("a catalog row with wrong values for %s" % shown(path))
+        digest = target = None
+        if kind == "f" and extra is not None:
+            try:
+                digest = bytes.fromhex(extra)
+            except ValueError:
+                raise ProtocolError("a catalog row with a wrong digest for %s" % shown(path))
+            if len(digest) != 32:
+                raise ProtocolError("a catalog row with a wrong digest for %s" % shown(path))
+        elif kind == "l":
+            target = as_raw(extra or "")
+        return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest)
+
+
+@dataclass(frozen=True)
+class CatalogFile:
+    """One file in a backup's catalog directory: the news from generation `since` (0: everything) to `upto`."""
+
+    name: str
+    since: int
+    upto: int
+    time: int
+
+    PATTERN = re.compile(r"(\d{12})-(\d{12})-(\d+)\.gz\Z")
+
+    @classmethod
+    def parse(cls, name: str) -> "Optional[CatalogFile]":
+        match = cls.PATTERN.match(name)
+        return cls(name, *(int(part) for part in match.groups())) if match else None
+
+
+def list_catalogs(names: "Iterable[str]") -> "List[CatalogFile]":
+    """The catalog files among `names`, newest generation first."""
+    return sorted((found for found in map(CatalogFile.parse, names) if found), key=lambda f: (-f.upto, f.since))
+
+
+def catalog_chain(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "List[CatalogFile]":
+    """The files to read, oldest first, for the newest catalog (not newer than `at`); [] when there is none."""
+    for last in files:
+        if at is not None and last.time > at:
+            continue
+        chain = [last]
+        while chain[0].since:
+            before = [f for f in files if f.upto == chain[0].since]
+            if not before:
+                break
+            chain.insert(0, before[0])
+        if not chain[0].since:
+            return chain
+    return []
+
+
+def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[CatalogRow]") -> "Optional[CatalogFile]":
+    """Write one catalog file, durably; `header` has source, books and since; `upto` and `time` may be filled in
+    while `rows` is consumed.  Returns None, and leaves nothing, when there was no row."""
+    temporary, count = os.path.join(directory, "new.%d" % os.getpid()), 0
+    with open(temporary, "wb") as raw:
+        with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, filename="", mtime=0) as stream:
+            for row in rows:
+                stream.write(json.dumps(row.to_json(), separators=(",", ":")).encode() + b"\n")
+                count += 1
+            stream.write(json.dumps(dict(header, end=count)).encode() + b"\n")
+        raw.flush()
+        os.fsync(raw.fileno())
+    if not count:
+        os.unlink(temporary)
+        return None
+    name = "%012d-%012d-%d.gz" % (header["since"], header["upto"], int(header["time"]))
+    os.rename(temporary, os.path.join(directory, name))
+    fsync_directory(directory)
+    return CatalogFile.parse(name)
+
+
+def read_catalog(path: str) -> "Iterator[CatalogRow]":
+    """The rows of a catalog file, checked.  Raises CBackupError when it is damaged or cut off."""
+    count, ended = 0, False
+    try:
+        with gzip.open(path, "rb") as stream:
+            for line in stream:
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    ended = value.get("end") == count
+                    continue
+                count += 1
+                yield CatalogRow.from_json(value)
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise CBackupError("%s is damaged: %s" % (path, reason_of(error)))
+    if not ended:
+        raise CBackupError("%s is cut off" % path)
+
+
+def prune_catalogs(directory: str, keep: float) -> None:
+    """Delete catalog files that no time within `keep` seconds needs."""
+    files = list_catalogs(os.listdir(directory))
+    limit = clock.now() - keep
+    full = [f for f in files if not f.since and f.time <= limit]
+    if full:
+        for found in files:
+            if found.upto < full[0].upto:
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(directory, found.name))
+
+
+# ==== 12. The server ==================================================================================
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NAME.match(value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 62) < value < 1 << 62
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 2 * PAGE
+
+
+FIELDS: "Dict[str, Callable[[Any], bool]]" = {
+    "backup": _is_name, "source": _is_name, "relieved": lambda v: v is None or _is_name(v), "name": _is_name,
+    "identity": lambda v: isinstance(v, str) and bool(re.match(r"[0-9a-f]{1,64}\Z", v)),
+    "adopt": lambda v: isinstance(v, bool), "kind": lambda v: v in (1, 2, 4, 8), "of": lambda v: v in SERVED,
+    "sums": lambda v: isinstance(v, dict) and len(v) < 10000, "after": lambda v: isinstance(v, (int, str)),
+    "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
+    "paths": _is_list, "rows": _is_list, "all": lambda v: isinstance(v, bool)}
+FIELDS.update({key: _is_count for key in (
+    "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since", "upto")})
+FIELDS.update({"free": _is_number})
+"""What each field of a request has to look like; lists are checked row by row where they are used."""
+
+SERVED = ("source", "backup", "attic", "catalog")
+
+
+def _paths_of(request: "Dict[str, Any]") -> "List[bytes]":
+    if not all(isinstance(path, str) for path in request["paths"]):
+        raise ProtocolError("paths that are not text")
+    return [check_relative(as_raw(path)) for path in request["paths"]]
+
+
+def _rows_of(request: "Dict[str, Any]", *kinds: Any) -> "List[Tuple[Any, ...]]":
+    """The rows of a request, each of the given types; `bytes` stands for a path, None for "int or null"."""
+    out = []
+    for row in request["rows"]:
+        if not isinstance(row, list) or len(row) != len(kinds):
+            raise ProtocolError("a row that is not of the form")
+        values: "List[Any]" = []
+        for value, kind in zip(row, kinds):
+            if kind is bytes and isinstance(value, str):
+                values.append(check_relative(as_raw(value)))
+            elif kind is int and _is_number(value) or kind is str and isinstance(value, str):
+                values.append(value)
+            elif kind is None and (value is None or _is_number(value)):
+                values.append(value)
+            else:
+                raise ProtocolError("a row with a value of the wrong type")
+        out.append(tuple(values))
+    return out
+
+
+def _files_out(rows: "Iterable[Tuple[Any, ...]]") -> "List[List[Any]]":
+    return [[as_text(row[0])] + list(row[1:]) for row in rows]
+
+
+class Names:
+    """Users and groups by name, remembered."""
+
+    def __init__(self) -> None:
+        self._users: "Dict[int, str]" = {}
+        self._groups: "Dict[int, str]" = {}
+
+    def user(self, uid: int) -> str:
+        if uid not in self._users:
+            import pwd
+            try:
+                self._users[uid] = pwd.getpwuid(uid).pw_name
+            except (KeyError, OverflowError):
+                self._users[uid] = ""
+        return self._users[uid]
+
+    def group(self, gid: int) -> str:
+        if gid not in self._groups:
+            import grp
+            try:
+                self._groups[gid] = grp.getgrgid(gid).gr_name
+            except (KeyError, OverflowError):
+                self._groups[gid] = ""
+        return self._groups[gid]
+
+
+class Scanner(threading.Thread):
+    """Looks at this host's sources: at start, every `scan` seconds, and when a client wants it."""
+
+    def __init__(self, service: "Service") -> None:
+        super().__init__(name="scanner", daemon=True)
+        self.service = service
+        self._changed = threading.Condition()
+        self._seen: "Dict[str, float]" = {}
+        self._wanted: "Dict[str, float]" = {}
+        self._stop = False
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+
+    def look(self, age: float, wait: float) -> "List[str]":
+        """Want a look at every source that began at most `age` seconds ago; returns, after at most `wait`
+        seconds, the sources for which there is none yet."""
+        since = time.monotonic() - age
+        deadline = time.monotonic() + wait
+        with self._changed:
+            while True:
+                missing = [name for name in self.service.books.active_sources()
+                           if self._seen.get(name, float("-inf")) < since]
+                left = deadline - time.monotonic()
+                if not missing or left <= 0 or self._stop:
+                    return missing
+                for name in missing:
+                    self._wanted[name] = max(since, self._wanted.get(name, since))
+                self._changed.notify_all()
+                self._changed.wait(left)
+
+    def run(self) -> None:
+        while not self._stop:
+            name = self._next()
+            if name is None:
+                continue
+            begun = time.monotonic()
+            try:
+                self.service.scan(name)
+            except Exception as error:
+                log.error("looking at %s: %s", name, reason_of(error), exc_info=log.isEnabledFor(logging.DEBUG))
+                time.sleep(0.2)
+            with self._changed:
+                self._seen[name] = begun
+                self._changed.notify_all()
+
+    def _next(self) -> "Optional[str]":
+        """Wait until a source is due, and return it; None from time to time, for a look at the configuration."""
+        with self._changed:
+            now, every = time.monotonic(), self.service.config.scan
+            due = []
+            for name in self.service.books.active_sources():
+                seen = self._seen.get(name)
+                if seen is None or self._wanted.get(name, float("-inf")) > seen or now - seen >= every:
+                    due.append((seen or 0.0, name))
+            if due:
+                return min(due)[1]
+            self._changed.wait(min(5.0, max(0.05, every)))
+            return None
+
+
+class Service:
+    """What a server answers.  Knows nothing of sockets: `handle` takes a request and returns the answer, so that
+    the same decisions can be tried without a network."""
+
+    def __init__(self, home: Home, config: Config, host: str, books: "Optional[Books]" = None) -> None:
+        self.home, self.config, self.host = home, config, host
+        self.books = books or Books(home.state("books.db"), host)
+        self.books.configure(config)
+        self.scanner: "Optional[Scanner]" = None
+        self.names = Names()
+        self._reports: "Dict[Tuple[str, str], int]" = {}
+
+    def hello(self) -> "Dict[str, Any]":
+        return {"cbackup": PROTOCOL, "host": self.host, "books": self.books.id, "version": __version__}
+
+    def handle(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """The answer to one request.  Raises CBackupError for what is refused."""
+        op = request.get("op")
+        if not isinstance(op, str) or op not in OPERATIONS:
+            raise Refused("unknown", "no operation is called %r" % (op,))
+        function, required, optional = OPERATIONS[op]
+        for key in required:
+            if key not in request:
+                raise ProtocolError("%s: the field %s is missing" % (op, key))
+        for key, value in request.items():
+            if key != "op" and (key not in required and key not in optional or not FIELDS[key](value)):
+                raise ProtocolError("%s: the field %s is wrong" % (op, key[:40]))
+        return dict(function(self, request), ok=True)
+
+    def scan(self, name: str) -> None:
+        source = self.config.sources.get(name)
+        if source is None:
+            return
+        skip = [self.home.state_path] + [b.path for b in self.config.backups_of(self.host)]
+        run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")))
+
+    def reload(self, config: Config) -> None:
+        self.config = config
+        self.books.configure(config)
+
+    # -- a pass begins --
+
+    def op_look(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """Make sure that the sources were looked at lately; answers after at most LOOK_WAIT seconds."""
+        if self.scanner is None:
+            return {"waiting": []}
+        return {"waiting": self.scanner.look(self.config.scan_min, LOOK_WAIT)}
+
+    def op_begin(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A backup's first words in a pass; the answer says how each source and the backup's copies stand."""
+        books, name = self.books, request["backup"]
+        number = books.backup_id(name)
+        books.expire(self.config.lost_after)
+        known = books.one("SELECT identity FROM backups WHERE id=?", number)[0]
+        if known not in (None, request["identity"]) and not request["adopt"] \
+                and books.one("SELECT 1 FROM copies WHERE backup=? AND tag IS NOT NULL LIMIT 1", number):
+            raise Refused("identity", "the backup %s used to be another directory, with copies in it; if this one is right: "
+                          "cbackup.pyz client --adopt %s" % (name, name))
+        words = {key: request[key] for key in ("identity", "capacity", "free", "used", "files")}
+        books.hear(name, dict(words, first=True))
+        sources = {}
+        for source in books.active_sources():
+            row = books.source_row(source)
+            told = request["sums"].get(source)
+            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]):
+                books.raise_generation(row["id"], told[0])
+                row = books.source_row(source)
+            sources[source] = self._standing(number, row)
+        return {"books": books.id, "sources": sources}
+
+    def _standing(self, backup: int, row: "Dict[str, Any]") -> "Dict[str, Any]":
+        books = self.books
+        return {"state": row["state"], "reason": row["reason"], "replicas": row["replicas"],
+                "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
+                "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row)}
+
+    def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        return self._standing(self.books.backup_id(request["backup"]), row)
+
+    def op_told(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        self.books.hear(request["backup"], {key: request.get(key) for key in ("capacity", "free", "want", "used", "files")})
+        return {}
+
+    def op_demand(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """For the rules: what is missing of each source, what this backup lacks, everybody's last words."""
+        books = self.books
+        number = books.hear(request["backup"], {"capacity": request["capacity"], "free": request["free"]})
+        sources = {}
+        for name in books.active_sources():
+            row = books.source_row(name)
+            if row["state"] != "ok":
+                continue
+            sources[name] = {"missing": books.unclaimed_bytes(row), "replicas": row["replicas"],
+                             "lacking": books.lacking(number, row, request["capacity"]),
+                             "short": books.figures(row)["underserved_files"], "size": books.file_counts(row["id"])[1]}
+        return {"sources": sources, "backups": books.last_words()}
+
+    # -- what became of copies --
+
+    def op_todo(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        if not _is_count(request["after"]):
+            raise ProtocolError("todo: the field after is wrong")
+        rows = self.books.todo(self.books.backup_id(request["backup"]), row["id"], request["kind"], request["after"])
+        return {"rows": [[cursor, as_text(path), tag, _files_out([wanted])[0] if wanted[0] is not None else None]
+                         for cursor, path, tag, *wanted in rows]}
+
+    def op_done(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        self.books.done(self.books.backup_id(request["backup"]), row["id"], request["kind"],
+                        _rows_of(request, int, None))
+        return {}
+
+    def op_forget(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        self.books.forget_copies(self.books.backup_id(request["backup"]), row["id"], _paths_of(request))
+        return {}
+
+    def op_report_start(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        self.books.source_row(request["source"])
+        return {"serial": self.books.start_report()}
+
+    def op_report(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        self.books.report(self.books.backup_id(request["backup"]), row, request["serial"],
+                          _rows_of(request, bytes, int, int, int))
+        return {}
+
+    def op_report_end(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        backup = self.books.backup_id(request["backup"])
+        self.books.end_report(backup, row, request["serial"])
+        return self._standing(backup, self.books.source_row(request["source"]))
+
+    # -- claims and confirmations --
+
+    def op_claim(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        self.books.expire(self.config.lost_after)
+        number = self.books.hear(request["backup"], {"free": request["free"]})
+        return {"rows": _files_out(self.books.claim(number, row, request["free"], min(request["most_files"], PAGE),
+                                                    request["most_bytes"]))}
+
+    def op_claims(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """The claims that a backup has: those of an earlier pass that did not come to its end."""
+        row = self.books.changeable(request["source"])
+        number = self.books.hear(request["backup"], {})
+        return {"rows": _files_out(claim[1:] for claim in self.books.own_claims(number, row["id"], PAGE))}
+
+    def op_claim_paths(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        number = self.books.hear(request["backup"], {"free": request["free"]})
+        relieved = None if request["relieved"] is None else self.books.backup_id(request["relieved"])
+        return {"rows": _files_out(self.books.claim_paths(number, row, _paths_of(request), relieved))}
+
+    def op_release(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        self.books.release(self.books.backup_id(request["backup"]), row["id"],
+                           None if request["all"] else _paths_of(request))
+        return {}
+
+    def op_confirm(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """Compare digests and samples of copies with our own files; the first step of a confirmation.
+
+        rows: [path, version, digest, [offset...], samples' digest]; the answer has one word for each (read_own).
+        """
+        row = self.books.changeable(request["source"])
+        number = self.books.hear(request["backup"], {})
+        spec = self.config.sources[request["source"]]
+        pace = Pace(self.config.rate(spec, key="read_rate"))
+        verdicts: "List[Tuple[str, Optional[int]]]" = []
+        good = []
+        with _open_source(spec) as tree:
+            for given in [self._given(item) for item in request["rows"]]:
+                facts = self.books.version_of(row["id"], given["path"])
+                if facts is None or facts["version"] != given["version"] or facts["blocked"] == "unreadable":
+                    verdicts.append(("changed", None))
+                    continue
+                verdict = read_own(tree, facts, given, pace)
+                if verdict == "ok":
+                    good.append((facts["id"], facts["version"], given["digest"]))
+                elif verdict == "rotten":
+                    log.warning("%s in %s has rotted: its content changed, its size and times did not",
+                                shown(given["path"]), spec.name)
+                verdicts.append((verdict, facts["id"]))
+        noted = set(self.books.record_check(number, row, good))
+        return {"verdicts": [word if word != "ok" or file in noted else "changed" for word, file in verdicts]}
+
+    @staticmethod
+    def _given(item: Any) -> "Dict[str, Any]":
+        if not isinstance(item, list) or len(item) != 5 or not isinstance(item[0], str) or not _is_count(item[1]) \
+                or not isinstance(item[2], str) or not isinstance(item[3], list) or len(item[3]) > 64 \
+                or not all(map(_is_count, item[3])) or not isinstance(item[4], str):
+            raise ProtocolError("confirm: a row that is not of the form")
+        try:
+            return {"path": check_relative(as_raw(item[0])), "version": item[1], "digest": bytes.fromhex(item[2]),
+                    "offsets": item[3], "samples": bytes.fromhex(item[4])}
+        except ValueError:
+            raise ProtocolError("confirm: a digest that is none")
+
+    def op_placed(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        paths = self.books.count_copies(self.books.backup_id(request["backup"]), row["id"],
+                                        _rows_of(request, bytes, int, int))
+        return {"counted": [as_text(path) for path in paths]}
+
+    def op_decline(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        self.books.decline(self.books.backup_id(request["backup"]), row["id"],
+                           _rows_of(request, bytes, int, str))
+        return {}
+
+    # -- making room --
+
+    def op_smallest(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        found = self.books.smallest_underserved(self.books.backup_id(request["backup"]), row, request["above"], request["most"])
+        return {"file": [as_text(found[0]), found[1]] if found else None}
+
+    def op_droppable(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        rows = self.books.droppable(self.books.backup_id(request["backup"]), row, request["need"])
+        return {"rows": _files_out(rows)}
+
+    def op_drop(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        self.books.expire(self.config.lost_after)
+        granted = self.books.grant_drop(self.books.backup_id(request["backup"]), row, _paths_of(request))
+        return {"granted": [as_text(path) for path in granted]}
+
+    def op_relief(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.changeable(request["source"])
+        rows = self.books.relief_offers(self.books.backup_id(request["backup"]), row,
+                                        self.books.backup_id(request["relieved"]), request["gap"], request["most"])
+        return {"rows": _files_out(rows)}
+
+    # -- catalogs --
+
+    def op_catalog(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A page of the news since a generation, up to `upto` (0: the newest).  First the entries, cursor (gen, id),
+        then, with cursor (-1, 0) and `after` a path, the paths that are no more."""
+        row = self.books.source_row(request["source"])
+        upto = request["upto"] or self.books.close_generation(row)
+        cursor = tuple(request["cursor"])
+        out: "Dict[str, Any]" = {"upto": upto, "time": self.books.generation_time(row["id"], upto), "books": self.books.id}
+        if cursor[0] >= 0:
+            rows = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
+            out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
+                                      link, target, digest).to_json()
+                           for _, _, path, kind, size, mtime, mode, uid, gid, link, target, digest in rows]
+            out["cursor"] = list(rows[-1][:2]) if len(rows) == PAGE else [-1, 0]
+        else:
+            after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
+            graves = self.books.catalog_graves(row["id"], request["since"], upto, after)
+            out["rows"] = [[as_text(path)] for path in graves]
+            out["cursor"] = [-1, 0] if len(graves) == PAGE else [-2, 0]
+        return out
+
+    # -- for status and restore --
+
+    def op_status(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        books, sources = self.books, {}
+        books.expire(self.config.lost_after)
+        for name in books.active_sources():
+            row = books.source_row(name)
+            figures = books.figures(row)
+            figures.update(host=self.host, path=row["path"], replicas=row["replicas"], state=row["state"],
+                           reason=row["reason"], special=row["special"], problems=json.loads(row["problems"] or "{}"),
+                           last_scan=None if row["scanned"] is None else max(0.0, clock.now() - row["scanned"]),
+                           short=[[as_text(path), size, why] for path, size, why in
+                                  books.short_files(row["id"], row["replicas"], 10)])
+            sources[name] = figures
+        return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(),
+                "config_version": self.home.config_version(self.config)}
+
+    def _own_backups(self) -> "Dict[str, Any]":
+        """The backups of this host as they lie here now: used bytes, files, capacity, or why they cannot be read."""
+        out = {}
+        for spec in self.config.backups_of(self.host):
+            reader = VaultReader(spec)
+            try:
+                out[spec.name] = reader.facts()
+            except CBackupError as error:
+                out[spec.name] = {"state": str(error)}
+        return out
+
+    def op_vaults(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """The backups of this host that have something of a source, with their catalog files."""
+        out = {}
+        for spec in self.config.backups_of(self.host):
+            directory = os.path.join(spec.path, META_DIR.decode(), "catalog", request["source"])
+            try:
+                names = [(name, os.path.getsize(os.path.join(directory, name))) for name in os.listdir(directory)]
+            except OSError:
+                names = []
+            out[spec.name] = {"catalogs": [[f.name, dict(names)[f.name]] for f in list_catalogs(n for n, _ in names)]}
+        return {"vaults": out}
+
+    def op_holdings(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A page of what a backup of this host has of a source, by path; with `kind` 2 of its old versions, by number."""
+        spec = self.config.backups.get(request["backup"])
+        if spec is None or spec.host != self.host:
+            raise Refused("unknown", "%s has no backup %s" % (self.host, request["backup"]))
+        reader, after = VaultReader(spec), request["after"]
+        if request.get("kind") == 2:
+            rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0)
+            return {"rows": [[n, as_text(p), as_text(s), size, mtime, d.hex() if d else None] for n, p, s, size, mtime, d in rows]}
+        rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
+        return {"rows": [[as_text(path), size, mtime, digest.hex()] for path, size, mtime, digest in rows]}
+
+    def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        row = self.books.source_row(request["source"])
+        if row["state"] == "ok":
+            return {"text": "source %s is not held: nothing to accept" % request["source"]}
+        if row["cause"] in ("gone", "restore"):
+            raise Refused("held", row["reason"] + "; this cannot be accepted: mount it, or remove its line")
+        self.books.finish_scan(request["source"], accepted=1)
+        self.scan(request["source"])
+        self.books.finish_scan(request["source"], accepted=0)
+        return {"text": "source %s: accepted" % request["source"]}
+
+    def root_for(self, request: "Dict[str, Any]") -> str:
+        """The directory that an rsync request may read."""
+        if set(request) != {"op", "of", "name", "source"} or not all(FIELDS[k](request[k]) for k in ("of", "name", "source")):
+            raise ProtocolError("rsync: wrong fields")
+        if request["of"] == "source":
+            return os.path.realpath(self.books.changeable(request["source"])["path"])
+        spec = self.config.backups.get(request["name"])
+        if spec is None or spec.host != self.host:
+            raise Refused("unknown", "%s has no backup %s" % (self.host, request["name"]))
+        below = {"backup": (request["source"],), "attic": (META_DIR.decode(), "attic", request["source"]),
+                 "catalog": (META_DIR.decode(), "catalog", request["source"])}[request["of"]]
+        root = os.path.join(spec.path, *below)
+        if os.path.realpath(root) != os.path.join(os.path.realpath(spec.path), *below) or not os.path.isdir(root):
+            raise Refused("unknown", "backup %s has nothing of %s" % (spec.name, request["source"]))
+        return root
+
+
+def _open_source(spec: Source) -> Tree:
+    try:
+        return Tree(os.path.realpath(spec.path))
+    except OSError as error:
+        raise Refused("held", "source %s: %s: %s" % (spec.name, spec.path, reason_of(error)))
+
+
+class VaultReader:
+    """Reads a backup's database for the server, beside a client that may be at work in it."""
+
+    def __init__(self, spec: Backup) -> None:
+        self.spec = spec
+
+    def _query(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
+        path = os.path.join(self.spec.path, META_DIR.decode(), "backup.db")
+        if not os.path.exists(path):
+            raise Refused("unknown", "%s has nothing in it yet (no client has run)" % self.spec.path
+                          if os.path.isdir(self.spec.path) else "%s does not exist: is its disk mounted?" % self.spec.path)
+        try:
+            db = sqlite3.connect(path, timeout=30)
+            try:
+                return db.execute(sql, values).fetchall()
+            finally:
+                db.close()
+        except sqlite3.Error as error:
+            raise Refused("damaged", "the database in %s cannot be read: %s" % (self.spec.path, error))
+
+    def facts(self) -> "Dict[str, Any]":
+        files, held, other = self._query("SELECT (SELECT COALESCE(SUM(files), 0) FROM sums), (SELECT COALESCE(SUM(bytes), 0) "
+                                         "FROM sums), (SELECT SUM(bytes) FROM used)")[0]
+        used, limits = held + other, [self.spec.size] if self.spec.size is not None else []
+        if self.spec.reserve is not None:
+            info = os.statvfs(self.spec.path)
+            limits.append(max(0, used + info.f_bavail * info.f_frsize - self.spec.reserve))
+        return {"state": "ok", "used": used, "files": files, "capacity": min(limits)}
+
+    def held_page(self, source: str, after: bytes) -> "List[Tuple[bytes, int, int, bytes]]":
+        return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
+                           source, after, PAGE)
+
+    def old_versions(self, source: str, after: int) -> "List[Tuple[Any, ...]]":
+        return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
+                           "AND why<>'bad' ORDER BY id LIMIT ?", source, after, PAGE)
+
+
+OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]], Tuple[str, ...], Tuple[str, ...]]]" = {
+    "look": (Service.op_look, (), ()),
+    "begin": (Service.op_begin, ("backup", "identity", "adopt", "capacity", "free", "used", "files", "sums"), ()),
+    "standing": (Service.op_standing, ("backup", "source"), ()),
+    "told": (Service.op_told, ("backup",), ("capacity", "free", "want", "used", "files")),
+    "demand": (Service.op_demand, ("backup", "capacity", "free"), ()),
+    "todo": (Service.op_todo, ("backup", "source", "kind", "after"), ()),
+    "done": (Service.op_done, ("backup", "source", "kind", "rows"), ()),
+    "forget": (Service.op_forget, ("backup", "source", "paths"), ()),
+    "report_start": (Service.op_report_start, ("backup", "source"), ()),
+    "report": (Service.op_report, ("backup", "source", "serial", "rows"), ()),
+    "report_end": (Service.op_report_end, ("backup", "source", "serial"), ()),
+    "claim": (Service.op_claim, ("backup", "source", "free", "most_files", "most_bytes"), ()),
+    "claims": (Service.op_claims, ("backup", "source"), ()),
+    "claim_paths": (Service.op_claim_paths, ("backup", "source", "free", "paths", "relieved"), ()),
+    "release": (Service.op_release, ("backup", "source", "paths", "all"), ()),
+    "confirm": (Service.op_confirm, ("backup", "source", "rows"), ()),
+    "placed": (Service.op_placed, ("backup", "source", "rows"), ()),
+    "decline": (Service.op_decline, ("backup", "source", "rows"), ()),
+    "smallest": (Service.op_smallest, ("backup", "source", "above", "most"), ()),
+    "droppable": (Service.op_droppable, ("backup", "source", "need"), ()),
+    "drop": (Service.op_drop, ("backup", "source", "paths"), ()),
+    "relief": (Service.op_relief, ("backup", "source", "relieved", "gap", "most"), ()),
+    "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ()),
+    "status": (Service.op_status, (), ()),
+    "vaults": (Service.op_vaults, ("source",), ()),
+    "holdings": (Service.op_holdings, ("backup", "source", "after"), ("kind",)),
+    "accept": (Service.op_accept, ("source",), ()),
+}
+"""Every operation: what does it, the fields that it needs, the fields that it may have."""
+
+
+class Server:
+    """The passive process: accepts connections, a thread for each, and answers until it is told to stop."""
+
+    def __init__(self, home: Home, config: Config, host: str) -> None:
+        import socketserver
+        self.home, self.host = home, host
+        self.context = tls_context(home, server_side=True)
+        self.service = Service(home, config, host)
+        self.service.scanner = Scanner(self.service)
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        address, port = config.address(host)
+        outer = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                outer.converse(self.request)
+
+        class Listener(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+            block_on_close = False
+            request_queue_size = 128
+            address_family = socket.AF_INET6 if ":" in self._bind_address(address) else socket.AF_INET
+
+            def server_bind(self) -> None:
+                if self.address_family == socket.AF_INET6:
+                    with contextlib.suppress(OSError):
+                        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                super().server_bind()
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                log.error("a request failed: %s", reason_of(sys.exc_info()[1] or Exception("?")),
+                          exc_info=log.isEnabledFor(logging.DEBUG))
+
+        bind = self._bind_address(address)
+        try:
+            self.listener = Listener((bind, port), Handler)
+        except OSError as error:
+            raise CBackupError("cannot listen on port %d: %s; is a server running already?" % (port, reason_of(error)))
+        self.where = ("[%s]:%d" if ":" in bind else "%s:%d") % (bind, port)
+
+    @staticmethod
+    def _bind_address(address: str) -> str:
+        """A loopback address is taken at its word; for any other the server listens on all of the host's."""
+        if address == "localhost" or re.match(r"127\.\d+\.\d+\.\d+\Z", address):
+            return "127.0.0.1" if address == "localhost" else address
+        if address == "::1":
+            return address
+        if socket.has_ipv6:
+            try:
+                with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                    probe.bind(("::", 0))
+                return "::"
+            except OSError:
+                pass
+        return "0.0.0.0"
+
+    def run(self, ready: "Callable[[], None]") -> None:
+        """Serve until `stop`."""
+        assert self.service.scanner is not None
+        thread = threading.Thread(target=self.listener.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
+        self._stopped = threading.Event()
+        thread.start()
+        self.service.scanner.start()
+        ready()
+        seen = self._config_stamp()
+        while not self._stopped.wait(5.0):
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self.service.books.save_up()
+            if self._config_stamp() != seen:
+                seen = self._config_stamp()
+                try:
+                    self.service.reload(self.home.config())
+                    log.info("took over the changed configuration")
+                except CBackupError as error:
+                    log.error("the configuration is wrong, the last right one stays in force:\n%s", error)
+        self.service.scanner.stop()
+        self.listener.shutdown()
+        self.listener.server_close()
+        with contextlib.suppress(sqlite3.Error):
+            self.service.books.close()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _config_stamp(self) -> "Optional[Tuple[int, int, int]]":
+        try:
+            info = os.stat(self.home.config_path)
+        except OSError:
+            return None
+        return info.st_mtime_ns, info.st_size, info.st_ino
+
+    def converse(self, connection: socket.socket) -> None:
+        """Serve one connection.  Nothing that a peer does comes out of here, or holds up another."""
+        if not self._slots.acquire(blocking=False):
+            return
+        channel = None
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.settimeout(HANDSHAKE_TIMEOUT)
+            tls = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            channel = Channel(tls)
+            tls.do_handshake()
+            channel.send(self.service.hello())
+            while self._answer_one(channel):
+                pass
+        except (OSError, ProtocolError) as error:
+            log.debug("a connection ended: %s", reason_of(error))
+        finally:
+            if channel:
+                channel.close()
+            self._slots.release()
+
+    def _answer_one(self, channel: Channel) -> bool:
+        """Answer the next request; False when the connection is over."""
+        try:
+            request = channel.receive(REQUEST_IDLE)
+        except ProtocolError as error:
+            with contextlib.suppress(OSError):
+                channel.send({"error": "protocol", "text": str(error)})
+            return False
+        if request is None:
+            return False
+        try:
+            if request.get("op") == "rsync":
+                root = self.service.root_for(request)
+                find_rsync()
+                channel.send({"ok": True})
+                serve_rsync(channel.socket, root)
+                return False
+            answer = self.service.handle(request)
+        except Refused as error:
+            answer = {"error": error.reason, "text": str(error)}
+        except CBackupError as error:
+            channel.send({"error": "protocol", "text": str(error)})
+            return not isinstance(error, ProtocolError)
+        except sqlite3.Error as error:
+            log.error("the books: %s", error)
+            answer = {"error": "books", "text": "the server's books cannot be used: %s" % error}
+        except OSError as error:
+            answer = {"error": "system", "text": reason_of(error)}
+        channel.send(answer)
+        return True
+
+
+# ==== 13. The client: a pass ==========================================================================
+
+
+class Figures:
+    """What a pass did, as `client --json` prints it; several backups add up."""
+
+    COUNTS = ("copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files", "dropped_bytes",
+              "wire_bytes", "failed_files")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.counts = dict.fromkeys(self.COUNTS, 0)
+        self.actions = 0
+        self.unreachable: "set[str]" = set()
+        self.short = 0
+        self.trouble = False
+        self.lines: "List[str]" = []
+
+    def add(self, **counts: int) -> None:
+        """Count what was done; anything counted makes the pass one that had something to do."""
+        with self.lock:
+            for key, value in counts.items():
+                self.counts[key] += value
+                if value and key != "wire_bytes":
+                    self.actions += 1
+
+    def acted(self) -> None:
+        with self.lock:
+            self.actions += 1
+
+    def complain(self, line: str) -> None:
+        """Something that could not be done: a line for standard error, and exit status 1."""
+        with self.lock:
+            self.trouble = True
+            if line not in self.lines:
+                self.lines.append(line)
+
+    def gone(self, error: Unreachable) -> None:
+        with self.lock:
+            self.unreachable.add(error.host)
+        self.complain(str(error))
+
+    def as_json(self) -> "Dict[str, Any]":
+        return dict(self.counts, unreachable=sorted(self.unreachable), settled=not self.actions and not self.short)
+
+
+def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]") -> None:
+    """Call `function` for each item in a thread of its own; the first exception is raised at the end."""
+    errors: "List[BaseException]" = []
+
+    def guarded(item: Any) -> None:
+        try:
+            function(item)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(item,), daemon=True) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+    if errors:
+        raise errors[0]
+
+
+class Pipeline:
+    """One step of work beside the caller's: while a batch is checked and confirmed, the next one is copied."""
+
+    def __init__(self) -> None:
+        self._thread: "Optional[threading.Thread]" = None
+        self._error: "Optional[BaseException]" = None
+
+    def submit(self, work: "Callable[[], None]") -> None:
+        """Start `work` after the work before it; raises what that raised."""
+        self.drain()
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=guarded, daemon=True)
+        self._thread.start()
+
+    def drain(self) -> None:
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.5)
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+@dataclass
+class Standing:
+    """A source as a pass sees it."""
+
+    name: str
+    host: str
+    spec: "Optional[Source]"
+    books: str
+    facts: "Dict[str, Any]"
+    out: bool = False
+
+    @property
+    def usable(self) -> bool:
+        return not self.out and self.facts["state"] == "ok"
+
+
+class Rsync:
+    """How a pass gets bytes: one method, so that the decisions can be tried with another way of moving files."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]", always: bool,
+              on_bytes: "Callable[[int], None]") -> Pull:
+        find_rsync()
+        vault.tree.make_directory(vault.incoming(standing.name))
+        connection = link.again().stream(of="source", name=standing.name, source=standing.name)
+        limit = self.config.rate(*[line for line in (standing.spec, vault.spec) if line], key="bwlimit")
+        return pull(connection, (f.path for f in files), vault.path + b"/" + vault.incoming(standing.name),
+                    limit, always, on_bytes)
+
+
+class Pass:
+    """One pass over one backup, by the rules in PLACEMENT order: over capacity, claim, make room, relieve.
+
+    `links`: host -> Link (or anything with `call` and `again`), for all hosts with sources but our own.
+    """
+
+    def __init__(self, vault: Vault, config: Config, host: str, links: "Dict[str, Any]", figures: Figures,
+                 progress: "Optional[Progress]" = None, mover: "Optional[Any]" = None, adopt: bool = False) -> None:
+        self.vault, self.config, self.host, self.links = vault, config, host, links
+        self.figures, self.progress, self.adopt = figures, progress or Progress(quiet=True), adopt
+        self.mover = mover or Rsync(config)
+        self.standings: "Dict[str, Standing]" = {}
+        self.pipeline = Pipeline()
+        self.check_links = {name: link.again() for name, link in links.items()}
+        self.name = vault.name
+        self.stuck = False
+        self._moved = 0
+
+    # -- the whole pass --
+
+    def run(self) -> None:
+        try:
+            self.prepare()
+            for standing in list(self.standings.values()):
+                self.guarded(standing, self.catch_up)
+            self.place()
+            for standing in list(self.standings.values()):
+                self.guarded(standing, self.fetch_catalog)
+            self.clean_up()
+            self.scrub()
+            self.tell()
+        finally:
+            for link in list(self.links.values()) + list(self.check_links.values()):
+                link.close()
+
+    def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
+        """Do a step for a source; a source whose host fails or refuses is out for the rest of the pass."""
+        if not standing.usable:
+            return None
+        try:
+            return step(standing)
+        except Unreachable as error:
+            self.figures.gone(error)
+            for other in self.standings.values():
+                if other.host == standing.host:
+                    other.out = True
+        except Refused as error:
+            standing.out = True
+            self.figures.complain("%s: %s" % (self.name, error))
+        return None
+
+    def usable(self) -> "List[Standing]":
+        return [standing for standing in self.standings.values() if standing.usable]
+
+    def prepare(self) -> None:
+        """Finish what was left half done, have every server look at its sources, learn how they stand."""
+        vault = self.vault
+        vault.recover()
+        if vault.needs_rebuild():
+            found = vault.rebuild(lambda path: self.progress.say("%s: reading what lies here: %s" % (self.name, shown(path))))
+            if found:
+                self.figures.complain("%s: its database was lost; it was made again from %s" % (
+                    self.name, count_of(found, "file")))
+            vault.set_meta("complete", 1)
+        in_parallel(self._begin, sorted(self.links))
+
+    def _begin(self, host: str) -> None:
+        link, vault = self.links[host], self.vault
+        try:
+            while link.call("look")["waiting"]:
+                self.progress.say("%s: %s is looking at its sources" % (self.name, host))
+            sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
+            answer = link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
+                               capacity=vault.capacity(), free=vault.free(), used=vault.used(), files=vault.files())
+        except Unreachable as error:
+            self.figures.gone(error)
+            return
+        except Refused as error:
+            self.figures.complain("%s: %s" % (self.name, error))
+            return
+        for name, facts in sorted(answer["sources"].items()):
+            check_relative(as_raw(name))
+            if not _is_name(name):
+                continue
+            with self.figures.lock:
+                self.standings[name] = Standing(name, host, self.config.sources.get(name), str(answer["books"]), facts)
+            if facts["state"] != "ok":
+                self.figures.complain("%s is held: %s; if that is right: cbackup.pyz accept %s"
+                                      % (name, facts["reason"], name))
+
+    def _newest(self, source: str) -> int:
+        files = list_catalogs(os.listdir(self.vault.catalog_directory(source)))
+        return files[0].upto if files else 0
+
+    def clean_up(self) -> None:
+        """Give back claims that were not carried out, delete what arrived of them, and versions older than `keep`."""
+        vault = self.vault
+        for standing in self.usable():
+            paths = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)]
+            if paths and not self.stuck:
+                vault.give_up(standing.name, paths)
+                self.guarded(standing, lambda s: self.links[s.host].call(
+                    "release", backup=self.name, source=s.name, paths=[], all=True))
+        vault.sweep_incoming()
+        vault.expire_attic(self.config.keep)
+        for standing in self.standings.values():
+            prune_catalogs(vault.catalog_directory(standing.name), self.config.keep)
+
+    def tell(self, want: "Optional[int]" = None) -> None:
+        vault = self.vault
+        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=vault.free(), used=vault.used(), files=vault.files())
+        if want is not None:
+            words["want"] = want
+        for host in sorted({standing.host for standing in self.standings.values() if not standing.out}):
+            with contextlib.suppress(Unreachable, Refused):
+                self.links[host].call("told", backup=self.name, **words)
+
+    # -- catching up: what became of the copies here --
+
+    def catch_up(self, standing: Standing) -> None:
+        """Moves, updates, retirements; and a full report when the server's sum of our copies is not ours."""
+        self.finish_placing(standing)
+        if standing.facts["todo"]:
+            self.do_todo(standing)
+            standing.facts = self._standing(standing)
+        if tuple(standing.facts["sum"]) != self.vault.sum_of(standing.name):
+            self.report(standing)
+            if standing.usable:
+                self.do_todo(standing)
+        if standing.usable:
+            self.resume(standing)
+
+    def resume(self, standing: Standing) -> None:
+        """Go on with what an earlier pass had claimed: parts of large files lie in `incoming`."""
+        rows = self.links[standing.host].call("claims", backup=self.name, source=standing.name)["rows"]
+        files = [Wanted.from_row(row) for row in rows]
+        while files and standing.usable and not self.stuck:
+            part = self._next_part(files)
+            del files[:len(part)]
+            self.fetch(standing, part)
+        self.pipeline.drain()
+
+    def _standing(self, standing: Standing) -> "Dict[str, Any]":
+        return self.links[standing.host].call("standing", backup=self.name, source=standing.name)
+
+    def finish_placing(self, standing: Standing) -> None:
+        """Files that were confirmed when an earlier pass ended: they lie at their places now, the server may count them."""
+        vault = self.vault
+        rows = vault.rows("SELECT path, version, size, mtime, digest FROM coming WHERE source=? AND stage=1 AND books=?",
+                          standing.name, standing.books)
+        for start in range(0, len(rows), PAGE):
+            page = rows[start:start + PAGE]
+            vault.tree.sync([vault.place_of(standing.name, row[0]) for row in page])
+            self._count_in(standing, self.links[standing.host], [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
+        with vault.write() as db:  # confirmed by books that are no more: held, and reported below
+            others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
+            vault.arrived(standing.name, others)
+            db.execute("DELETE FROM coming WHERE source=? AND books<>?", (standing.name, standing.books))
+
+    def _pages(self, standing: Standing, kind: int) -> "Iterator[List[List[Any]]]":
+        after = 0
+        while True:
+            rows = self.links[standing.host].call("todo", backup=self.name, source=standing.name, kind=kind, after=after)["rows"]
+            if rows:
+                yield rows
+            if len(rows) < PAGE:
+                return
+            after = rows[-1][0]
+
+    def do_todo(self, standing: Standing) -> None:
+        self.move(standing)
+        self.touch(standing)
+        self.retire(standing)
+        self.update(standing)
+
+    def _done(self, standing: Standing, kind: int, rows: "List[List[Any]]") -> None:
+        for start in range(0, len(rows), PAGE):
+            self.links[standing.host].call("done", backup=self.name, source=standing.name, kind=kind,
+                                           rows=rows[start:start + PAGE])
+
+    def move(self, standing: Standing) -> None:
+        """All renames at once, so that swaps of whole directories work."""
+        vault, settled, unknown = self.vault, [], []
+        for page in self._pages(standing, TODO_MOVE):
+            plan = []
+            for cursor, old_text, tag, row in page:
+                old, new = check_relative(as_raw(old_text)), Wanted.from_row(row).path
+                there = vault.held(standing.name, new)
+                if vault.held(standing.name, old):
+                    plan.append((cursor, old, new))
+                elif there:
+                    settled.append([cursor, there[3]])
+                else:
+                    unknown.append(as_text(old))
+            vault.plan_moves(standing.name, plan)
+        done = vault.carry_out_moves(standing.name)
+        settled += [[cursor, tag] for cursor, _, tag in done]
+        self._done(standing, TODO_MOVE, settled)
+        for start in range(0, len(unknown), PAGE):
+            self.links[standing.host].call("forget", backup=self.name, source=standing.name, paths=unknown[start:start + PAGE])
+        self.figures.add(moved_files=len(done))
+
+    def touch(self, standing: Standing) -> None:
+        """New modes and owners; the contents are the same."""
+        for page in self._pages(standing, TODO_TOUCH):
+            for _, _, _, row in page:
+                f = Wanted.from_row(row)
+                if self.vault.held(standing.name, f.path):
+                    with contextlib.suppress(OSError):
+                        self.vault.set_metadata(self.vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
+            self._done(standing, TODO_TOUCH, [[row[0], None] for row in page])
+            self.figures.acted()
+
+    def retire(self, standing: Standing) -> None:
+        """Files deleted at the source go to the attic."""
+        vault = self.vault
+        for page in self._pages(standing, TODO_RETIRE):
+            paths = []
+            for _, text, tag, _ in page:
+                path = check_relative(as_raw(text))
+                held = vault.held(standing.name, path)
+                # Another file may have come to this path meanwhile; its tag is another one.
+                if held and tag in (None, held[3]):
+                    paths.append(path)
+            vault.set_aside(standing.name, paths, "deleted")
+            vault.tree.sync([])
+            self._done(standing, TODO_RETIRE, [[row[0], None] for row in page])
+            self.figures.acted()
+
+    def report(self, standing: Standing) -> None:
+        """Tell the server everything that we hold of a source."""
+        link, vault, after = self.links[standing.host], self.vault, b""
+        self.figures.acted()
+        serial = link.call("report_start", backup=self.name, source=standing.name)["serial"]
+        while True:
+            page = vault.held_page(standing.name, after)
+            link.call("report", backup=self.name, source=standing.name, serial=serial,
+                      rows=[[as_text(path), size, mtime, tag] for path, size, mtime, _, tag in page])
+            if len(page) < PAGE:
+                break
+            after = page[-1][0]
+        standing.facts = link.call("report_end", backup=self.name, source=standing.name, serial=serial)
+        if standing.facts["state"] != "ok":
+            self.figures.complain("%s is held: %s; if that is right: cbackup.pyz accept %s"
+                                  % (standing.name, standing.facts["reason"], standing.name))
+
+    def update(self, standing: Standing) -> None:
+        """Files of which we have an older version: confirmed anew when nothing is different, else fetched as a
+        difference.  Where there is no room for both versions, others are asked to take the file."""
+        for page in self._pages(standing, TODO_UPDATE):
+            batch: "List[Wanted]" = []
+            same: "List[Wanted]" = []
+            for _, _, _, row in page:
+                f = Wanted.from_row(row)
+                held = self.vault.held(standing.name, f.path)
+                (same if held and held[:2] == (f.size, f.mtime) else batch).append(f)
+            batch = sorted(batch + self.confirm_again(standing, same), key=lambda f: f.path)
+            while batch and standing.usable and not self.stuck:
+                part = self._next_part(batch)
+                del batch[:len(part)]
+                self.fetch(standing, part, updating=True)
+        self.pipeline.drain()
+
+    @staticmethod
+    def _next_part(files: "List[Wanted]") -> "List[Wanted]":
+        size = 0
+        for count, f in enumerate(files):
+            size += f.size
+            if count and (size > BATCH_BYTES or count >= BATCH_FILES):
+                return files[:count]
+        return list(files)
+
+    def confirm_again(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
+        """Have the server confirm copies that we hold already (it lost its books, or suspects a change).  Returns those
+        that are not copies of the present version and must be fetched."""
+        vault, link = self.vault, self.links[standing.host]
+        wrong: "List[Wanted]" = []
+        for start in range(0, len(files), BATCH_FILES):
+            part, rows = [], []
+            for f in files[start:start + BATCH_FILES]:
+                held = vault.held(standing.name, f.path)
+                row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
+                if row is None:
+                    wrong.append(f)
+                else:
+                    part.append(f)
+                    rows.append(row)
+            if not rows:
+                continue
+            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
+            good = []
+            for f, verdict, row in zip(part, verdicts, rows):
+                if verdict == "ok":
+                    vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
+                    good.append([as_text(f.path), f.version, vault.held(standing.name, f.path)[3]])
+                elif verdict in ("bad", "rotten"):
+                    wrong.append(f)
+            link.call("placed", backup=self.name, source=standing.name, rows=good)
+            self.figures.acted()
+        return wrong
+
+    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None) -> "Optional[List[Any]]":
+        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest]; the
+        digest is read from the file unless given.  None when it is no regular file of that size."""
+        try:
+            descriptor = self.vault.tree.open(rel)
+        except OSError:
+            return None
+        try:
+            if os.fstat(descriptor).st_size != f.size:
+                return None
+            offsets = choose_samples(f.size)
+            if digest is None or not offsets:
+                digest = digest_descriptor(descriptor)[0]
+            return [as_text(f.path), f.version, digest.hex(), offsets,
+                    digest_samples(descriptor, offsets).hex() if offsets else ""]
+        except OSError as error:
+            log.info("%s: %s: %s", self.name, shown(rel), reason_of(error))
+            return None
+        finally:
+            os.close(descriptor)
+
+    # -- copying --
+
+    def fetch(self, standing: Standing, files: "List[Wanted]", updating: bool = False) -> None:
+        """Copy a batch, and have it checked while the next one is copied."""
+        vault = self.vault
+        need = sum(f.size for f in files)
+        vault.make_room(need)
+        files = self._that_fit(standing, files)
+        if not files:
+            return
+        vault.expect(standing.name, standing.books, files)
+        test_point("claimed")
+        if updating:
+            for f in files:
+                vault.prepare_basis(standing.name, f.path)
+        total = need + self._moved
+
+        def on_bytes(count: int) -> None:
+            self._moved += count
+            self.progress.update("%s: %s" % (self.name, standing.name), self._moved, max(total, self._total))
+
+        try:
+            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, updating, on_bytes)
+        except Refused:
+            vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
+            raise
+        test_point("copied")
+        self.figures.add(wire_bytes=outcome.wire)
+        self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, outcome, updating)))
+
+    _total = 0
+
+    def _that_fit(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
+        """The files for which there is room; the others are declined, so that another backup takes them."""
+        vault = self.vault
+        expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
+        room, kept, refused = vault.capacity() - vault.used(), [], []
+        for f in files:
+            need = f.size - expected.get(f.path, 0)
+            if need > max(0, room):
+                refused.append(f)
+            else:
+                room -= need
+                kept.append(f)
+        if refused:
+            self.decline(standing, self.links[standing.host], [(f, "no room") for f in refused], failed=False)
+        return kept
+
+    def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
+        """Leave files to others for a while, and forget what came of them."""
+        link.call("decline", backup=self.name, source=standing.name,
+                  rows=[[as_text(f.path), f.version, why] for f, why in rows])
+        self.vault.give_up(standing.name, [f.path for f, _ in rows])
+        if failed:
+            self.figures.add(failed_files=len(rows))
+            for f, why in rows:
+                self.figures.complain("%s: %s: %s: %s" % (self.name, standing.name, shown(f.path), why))
+
+    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
+        """Digest what arrived, have it confirmed, put it into place, have it counted."""
+        vault, link = self.vault, self.check_links[standing.host]
+        rows, arrived, refused = [], [], []
+        for f in files:
+            row = self._evidence(vault.incoming(standing.name, f.path), f)
+            if row is not None:
+                rows.append(row)
+                arrived.append(f)
+            elif outcome.how == "done" and not outcome.full_disk:
+                refused.append((f, self._why_missing(standing, f, outcome)))
+        test_point("digested")
+        good, digests = [], {}
+        if rows:
+            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
+            for f, verdict, row in zip(arrived, verdicts, rows):
+                if verdict == "ok":
+                    good.append(f)
+                    digests[f.path] = bytes.fromhex(row[2])
+                else:
+                    refused.append((f, self.VERDICTS.get(verdict, verdict)))
+        self._place(standing, link, good, digests, refused, updating)
+        changed = [(f, why) for f, why in refused if why == "changed"]
+        failed = [(f, why) for f, why in refused if why != "changed"]
+        if changed:
+            self.decline(standing, link, changed, failed=False)
+            self.figures.acted()
+        if failed:
+            self.decline(standing, link, failed)
+        if outcome.full_disk:
+            self.stuck = True
+            self.figures.complain("%s: %s is full or cannot be written: %s" % (
+                self.name, self.vault.spec.path, outcome.errors[0][:160]))
+        elif outcome.how != "done":
+            raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
+
+    VERDICTS = {"bad": "it did not arrive whole", "unreadable": "its host cannot read it",
+                "rotten": "at its source the content changed while size and times did not: it may have rotted there"}
+
+    def _why_missing(self, standing: Standing, f: Wanted, outcome: Pull) -> str:
+        """Why a file of the batch is not there as expected: "changed" when the source has another version by now."""
+        info = self.vault.tree.lstat(self.vault.incoming(standing.name, f.path))
+        if info is not None:
+            return "changed"
+        why = outcome.why(f.path)
+        vanished = "vanished" in why or "No such file" in why or "non-regular" in why or not outcome.errors
+        return "changed" if vanished else why
+
+    def _place(self, standing: Standing, link: Any, good: "List[Wanted]", digests: "Dict[bytes, bytes]",
+               refused: "List[Tuple[Wanted, str]]", updating: bool) -> None:
+        vault, source = self.vault, standing.name
+        vault.plan_places(source, [(f.path, digests[f.path]) for f in good])
+        test_point("confirmed")
+        placed = []
+        for f in good:
+            try:
+                vault.put_in_place(source, f.path)
+                placed.append(f)
+            except OSError as error:
+                refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
+        vault.tree.sync([vault.place_of(source, f.path) for f in placed])
+        test_point("in-place")
+        self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digests[f.path])) for f in placed])
+        if updating:
+            self.figures.add(updated_files=len(placed))
+        else:
+            self.figures.add(copied_files=len(placed), copied_bytes=sum(f.size for f in placed))
+
+    def _count_in(self, standing: Standing, link: Any, rows: "List[Tuple[bytes, int, int]]") -> None:
+        """Second step of a confirmation.  What the server does not count after all is ours all the same: it is told
+        of it by the next report."""
+        if rows:
+            link.call("placed", backup=self.name, source=standing.name,
+                      rows=[[as_text(path), version, tag] for path, version, tag in rows])
+            test_point("counted")
+            self.vault.arrived(standing.name, [row[0] for row in rows])
+
+    # -- placing --
+
+    def place(self) -> None:
+        """Rules 0 to 5: until nothing applies."""
+        while not self.stuck:
+            if self.drop_surplus() or self.claim_some():
+                continue
+            self.pipeline.drain()
+            if self.claim_some() or self.swap_in() or self.relieve():
+                continue
+            self.pipeline.drain()
+            break
+        self.pipeline.drain()
+
+    def demand(self) -> "List[Tuple[Standing, Dict[str, Any]]]":
+        """What is missing of each source; those with the highest pressure (missing bytes by room) first."""
+        found, self.words, self.figures_short = [], {}, 0
+        for host in sorted({standing.host for standing in self.usable()}):
+            one = next(s for s in self.usable() if s.host == host)
+            answer = self.guarded(one, lambda s: self.links[s.host].call(
+                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.vault.free()))
+            if answer is None:
+                continue
+            for name, facts in answer["sources"].items():
+                if name in self.standings:
+                    found.append((self.standings[name], facts))
+                    self.figures_short += facts["short"]
+            for words in answer["backups"]:
+                self._merge(words)
+        found.sort(key=lambda item: (-self._pressure(*item), item[0].name))
+        return found
+
+    def _merge(self, words: "Dict[str, Any]") -> None:
+        """Keep the most recent words of each backup; what it could drop adds up over the servers."""
+        known = self.words.get(words["name"])
+        if known is None:
+            self.words[words["name"]] = dict(words)
+            return
+        total = known["droppable"] + words["droppable"]
+        if words["age"] is not None and (known["age"] is None or words["age"] < known["age"]):
+            known.update(words)
+        known["droppable"] = total
+
+    def _pressure(self, standing: Standing, facts: "Dict[str, Any]") -> float:
+        room = sum(max(0, w["free"] or 0) for w in self.words.values()
+                   if w["host"] not in (standing.host, self.host) and not w["lost"])
+        return facts["missing"] / (1.0 + room + max(0, self.vault.free()))
+
+    def claim_some(self) -> bool:
+        """Rule 1: claim and fetch a batch of underserved files from the first source that has something that fits."""
+        demands = self.demand()
+        lacking = sum(facts["lacking"] for _, facts in demands)
+        self.figures.short = self.figures_short
+        free = self.vault.free()
+        self._total = max(self._total, self._moved + min(lacking, max(0, free)))
+        if free < 0 or not lacking:
+            return False
+        most = BATCH_BYTES if lacking < free / 2 else min(BATCH_BYTES, max(SCARCE_BYTES, free // 100))
+        for standing, facts in demands:
+            if not facts["lacking"]:
+                continue
+            rows = self.guarded(standing, lambda s: self.links[s.host].call(
+                "claim", backup=self.name, source=s.name, free=free, most_files=BATCH_FILES, most_bytes=most)["rows"])
+            if rows:
+                self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
+                return True
+        return False
+
+    def drop_surplus(self) -> bool:
+        """Rule 0: over capacity, drop overserved files; the smallest set that is enough, or what there is."""
+        need = -self.vault.free()
+        if need <= 0:
+            if self.vault.used() > self.vault.capacity():
+                self.vault.make_room(0)
+            return False
+        self.vault.make_room(0)
+        return self.drop(self.choose_drops(need)) > 0
+
+    def choose_drops(self, need: int) -> "List[Tuple[Standing, bytes, int]]":
+        """Overserved copies of ours: the smallest set of at least `need` bytes, else all that were offered."""
+        offers = []
+        for standing in self.usable():
+            rows = self.guarded(standing, lambda s: self.links[s.host].call(
+                "droppable", backup=self.name, source=s.name, need=need)["rows"])
+            offers += [(standing, check_relative(as_raw(path)), size) for path, size in rows or []]
+        return choose_around(offers, need)
+
+    def drop(self, chosen: "List[Tuple[Standing, bytes, int]]") -> int:
+        """Ask for the grants and carry them out.  Returns the bytes freed."""
+        freed = 0
+        for standing in self.usable():
+            paths = [as_text(path) for s, path, _ in chosen if s is standing]
+            for start in range(0, len(paths), PAGE):
+                granted = self.guarded(standing, lambda s: self.links[s.host].call(
+                    "drop", backup=self.name, source=s.name, paths=paths[start:start + PAGE])["granted"]) or []
+                test_point("granted")
+                grants = [Grant(standing.name, check_relative(as_raw(path))) for path in granted if path in paths]
+                size = self.vault.drop(grants)
+                self.figures.add(dropped_files=len(grants), dropped_bytes=size)
+                freed += size
+        return freed
+
+    def swap_in(self) -> bool:
+        """Rule 2: drop overserved copies where that lets an underserved file in; nothing when it would not suffice."""
+        free = max(0, self.vault.free())
+        for standing, facts in self.demand():
+            if not facts["lacking"]:
+                continue
+            found = self.guarded(standing, lambda s: self.links[s.host].call(
+                "smallest", backup=self.name, source=s.name, above=free, most=self.vault.capacity())["file"])
+            if not found:
+                continue
+            path, size = found
+            chosen = self.choose_drops(size - free)
+            if sum(each for _, _, each in chosen) < size - free or self.drop(chosen) < size - free:
+                continue
+            rows = self.guarded(standing, lambda s: self.links[s.host].call(
+                "claim_paths", backup=self.name, source=s.name, free=self.vault.free(), paths=[path], relieved=None)["rows"])
+            if rows:
+                self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
+            return True
+        return False
+
+    def relieve(self) -> bool:
+        """Rules 3 and 4: tell what we want, and take from one backup that is short of room files that it can drop then."""
+        demands, free = self.demand(), self.vault.free()
+        want = sum(facts["lacking"] for _, facts in demands)
+        want = max(want, 1) if free < 0 else want
+        self.tell(want)
+        if free <= 0:
+            return False
+        me = dict(self.words.get(self.name) or {"droppable": 0}, name=self.name, free=free, want=want)
+        missing = sum(facts["missing"] for _, facts in demands)
+        over = sum(-w["free"] for w in self.words.values() if (w["free"] or 0) < 0 and w["name"] != self.name)
+        for other in sorted(self.words.values(), key=self._relief_order):
+            if other["name"] == self.name or other["lost"] or other["free"] is None:
+                continue
+            if want and self._relief_order(other) > self._relief_order(me):
+                return False
+            wanted = other["want"] or 0
+            if other["host"] == self.host:
+                wanted = 0
+            if not wanted and other["free"] >= 0:
+                continue
+            gap = min(wanted, missing + over) - other["free"] - other["droppable"]
+            if gap <= 0:
+                if other["age"] is not None and other["age"] > 3 * (other["period"] or 3600.0):
+                    continue
+                return False
+            if self._take_from(other["name"], gap, free):
+                return True
+        return False
+
+    @staticmethod
+    def _relief_order(words: "Dict[str, Any]") -> "Tuple[float, str]":
+        return -((words["free"] or 0) + words["droppable"]), words["name"]
+
+    def _take_from(self, other: str, gap: int, free: int) -> bool:
+        offers = []
+        for standing in self.usable():
+            rows = self.guarded(standing, lambda s: self.links[s.host].call(
+                "relief", backup=self.name, source=s.name, relieved=other, gap=gap, most=free)["rows"])
+            offers += [(standing, path, size) for path, size in rows or []]
+        above = sorted((o for o in offers if o[2] >= gap), key=lambda o: o[2])[:1]
+        chosen, room = [], min(free, gap)
+        for offer in above or sorted(offers, key=lambda o: -o[2]):
+            if offer[2] <= (free if above else room):
+                chosen.append(offer)
+                room -= offer[2]
+        done = False
+        for standing in self.usable():
+            paths = [path for s, path, _ in chosen if s is standing][:BATCH_FILES]
+            rows = paths and self.guarded(standing, lambda s: self.links[s.host].call(
+                "claim_paths", backup=self.name, source=s.name, free=free, paths=paths, relieved=other)["rows"])
+            if rows:
+                self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
+                done = True
+        self.pipeline.drain()
+        return done
+
+    # -- catalogs and scrub --
+
+    def fetch_catalog(self, standing: Standing) -> None:
+        """Fetch what is new in a source's catalog, keep it, and bring the skeleton in line."""
+        vault, name = self.vault, standing.name
+        directory = vault.catalog_directory(name)
+        gen = self._standing(standing)["gen"]
+        chain = catalog_chain(list_catalogs(os.listdir(directory)))
+        newest = chain[-1].upto if chain else 0
+        known_books = vault.meta("catalog:" + name)
+        if known_books != standing.books:
+            newest = 0
+        elif newest == gen:
+            self._apply_skeleton(name, directory)
+            return
+        sizes = [os.path.getsize(os.path.join(directory, f.name)) for f in chain]
+        if len(sizes) > 60 or sizes and sum(sizes[1:]) > max(sizes[0], 1 << 20):
+            newest = 0
+        header = {"catalog": 1, "source": name, "books": standing.books, "since": newest, "upto": newest, "time": 0}
+        if write_catalog(directory, header, self._catalog_news(standing, header)):
+            vault.set_meta("catalog:" + name, standing.books)
+            self._apply_skeleton(name, directory)
+
+    def _apply_skeleton(self, name: str, directory: str) -> None:
+        done = self.vault.meta("skeleton:" + name) or 0
+        chain = [f for f in catalog_chain(list_catalogs(os.listdir(directory))) if f.upto > done]
+        for found in chain:
+            self.vault.apply_skeleton(name, read_catalog(os.path.join(directory, found.name)))
+        if chain:
+            self.vault.set_meta("skeleton:" + name, chain[-1].upto)
+
+    def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[CatalogRow]":
+        """Rows of everything since header["since"], in rounds until the server has nothing newer."""
+        link, since = self.links[standing.host], header["since"]
+        while True:
+            cursor, after, upto = [0, 0], "", 0
+            while cursor[0] != -2:
+                page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after)
+                upto = page["upto"]
+                if upto <= since:
+                    return
+                for row in page["rows"]:
+                    yield CatalogRow.from_json(row)
+                if cursor[0] == -1 and page["rows"]:
+                    after = page["rows"][-1][0]
+                cursor = page["cursor"]
+            header["upto"], header["time"] = upto, page["time"]
+            since = upto
+
+    def scrub(self) -> None:
+        """Read a few copies again: each once in the scrub period, the oldest reading first.
+
+        What is due grows with the time since the last scrub; an idle pass shortly after another writes nothing.
+        """
+        vault, now = self.vault, clock.now()
+        last = vault.meta("scrubbed")
+        if last is None:
+            vault.set_meta("scrubbed", now)
+            return
+        total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) FROM sums")[0]
+        budget = total * max(0.0, now - last) / max(1.0, self.config.scrub)
+        checked = self.verify(budget, now - self.config.scrub / 2, time.monotonic() + SCRUB_PASS_SECONDS)
+        if checked:
+            vault.set_meta("scrubbed", now)
+
+    def verify(self, budget: float, before: float, deadline: float = float("inf")) -> int:
+        """Read copies whose last reading is older than `before`, the oldest first, for at most `budget` bytes (a file
+        counts 4 KiB more than its size).  Returns how many were read."""
+        vault, count = self.vault, 0
+        pace = Pace(self.config.rate(vault.spec, key="read_rate"))
+        while time.monotonic() < deadline:
+            page = vault.rows("SELECT source, path, size, digest FROM held WHERE checked<? ORDER BY checked LIMIT 200", before)
+            read = []
+            for source, path, size, digest in page:
+                if size + 4096 > budget or time.monotonic() > deadline:
+                    break
+                budget -= size + 4096
+                self.progress.say("%s: reading %s" % (self.name, shown(path)))
+                verdict = self._read_copy(source, path, digest, pace)
+                if verdict:
+                    self.lose(source, path, verdict)
+                else:
+                    read.append((clock.now(), source, path))
+                count += 1
+            with vault.write() as db:
+                db.executemany("UPDATE held SET checked=? WHERE source=? AND path=?", read)
+            if len(page) < 200 or budget < 4096 or not read:
+                break
+        return count
+
+    def _read_copy(self, source: str, path: bytes, digest: bytes, pace: Pace) -> str:
+        """What is wrong with a copy: "" when it has its digest."""
+        try:
+            descriptor = self.vault.tree.open(self.vault.place_of(source, path))
+        except OSError as error:
+            return "gone" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else reason_of(error)
+        try:
+            return "" if digest_descriptor(descriptor, pace)[0] == digest else "damaged"
+        except OSError as error:
+            return reason_of(error)
+        finally:
+            os.close(descriptor)
+
+    def lose(self, source: str, path: bytes, why: str) -> None:
+        """A copy that is not one: tell the server first, then set it aside.  A server that cannot be told hears of it
+        by the next report."""
+        self.figures.complain("%s: the copy of %s in %s is %s; it will be copied again" % (self.name, shown(path), source, why))
+        self.figures.acted()
+        standing = self.standings.get(source)
+        if standing and not standing.out:
+            with contextlib.suppress(Unreachable, Refused):
+                self.links[standing.host].call("forget", backup=self.name, source=source, paths=[as_text(path)])
+        self.vault.set_aside(source, [path], "bad")
+
+
+def choose_around(offers: "List[Tuple[Any, bytes, int]]", need: int) -> "List[Tuple[Any, bytes, int]]":
+    """Of (…, path, size): the smallest single one of at least `need` bytes, or several smaller ones that are
+    together less; all of the smaller ones when even they do not suffice."""
+    above = sorted((o for o in offers if o[2] >= need), key=lambda o: o[2])[:1]
+    several, total = [], 0
+    for offer in sorted((o for o in offers if o[2] < need), key=lambda o: -o[2]):
+        if total >= need:
+            break
+        several.append(offer)
+        total += offer[2]
+    for offer in list(several)[::-1]:
+        if total - offer[2] >= need:
+            several.remove(offer)
+            total -= offer[2]
+    if above and (total < need or above[0][2] <= total):
+        return above
+    return several
+
+
+class Client:
+    """Runs passes over all backups of this host: side by side where they are on different disks."""
+
+    def __init__(self, home: Home, config: Config, host: str, progress: Progress, adopt: "Optional[str]" = None) -> None:
+        self.home, self.config, self.host, self.progress, self.adopt = home, config, host, progress, adopt
+        self.context = tls_context(home, server_side=False)
+        self.cluster = home.cluster_id()
+
+    def open_vault(self, spec: Backup) -> Vault:
+        """The backup's directory, when it is the one that was used before (state/backups.json remembers)."""
+        with self.home.lock("backups.lock"):
+            known = read_json(self.home.state("backups.json"))
+            vault = Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name)
+            if known.get(spec.name) != vault.identity:
+                known[spec.name] = vault.identity
+                atomic_write(self.home.state("backups.json"), json.dumps(known).encode())
+        return vault
+
+    def run(self) -> Figures:
+        """One pass over every backup of this host."""
+        figures = Figures()
+        disks: "Dict[Any, List[Backup]]" = {}
+        for spec in self.config.backups_of(self.host):
+            try:
+                disk: Any = os.stat(spec.path).st_dev
+            except OSError:
+                disk = spec.path
+            disks.setdefault(disk, []).append(spec)
+        in_parallel(lambda specs: [self.run_one(spec, figures) for spec in specs], disks.values())
+        self.progress.clear()
+        return figures
+
+    def links(self) -> "Dict[str, Link]":
+        hosts = sorted({s.host for s in self.config.sources.values() if s.host != self.host})
+        return {name: Link(name, self.config, self.context) for name in hosts}
+
+    def run_one(self, spec: Backup, figures: Figures, work: "Optional[Callable[[Pass], None]]" = None) -> None:
+        """A pass over one backup, or other `work` that needs one."""
+        try:
+            vault = self.open_vault(spec)
+        except Misplaced as error:
+            figures.complain(str(error))
+            return
+        try:
+            with vault.locked():
+                one = Pass(vault, self.config, self.host, self.links(), figures, self.progress,
+                           adopt=self.adopt == spec.name)
+                (work or Pass.run)(one)
+        except Busy as error:
+            with figures.lock:
+                figures.lines.append(str(error))
+        except sqlite3.Error as error:
+            figures.complain("%s: its database: %s" % (spec.name, error))
+        except OSError as error:
+            figures.complain("%s: %s: %s" % (spec.name, shown(os.fsencode(error.filename or spec.path)), reason_of(error)))
+        finally:
+            vault.close()
+
+
+# ==== 14. Restore =====================================================================================
+
+PLAN_SCHEMA = """
+-- What is to be restored.  state: 0 open | 1 in place | 2 being fetched | 3 a hard link to another path
+--                                | 4 in the way: another file is there | 5 missing
+CREATE TABLE want(
+    path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
+    grp TEXT, link INTEGER, target BLOB, digest BLOB, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1, note TEXT) WITHOUT ROWID;
+CREATE INDEX want_state ON want(state) WHERE kind='f';
+CREATE TABLE have(path BLOB, holder INTEGER, stored BLOB, PRIMARY KEY(path, holder)) WITHOUT ROWID;
+CREATE TABLE other(path BLOB, holder INTEGER, PRIMARY KEY(path, holder)) WITHOUT ROWID;
+"""
+"""have: who holds the wanted version (stored: its name in the attic); other: who holds another version."""
+
+DONE_SCHEMA = """
+CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
+"""
+"""What earlier runs put into place: kept while the restore is not over, so that nothing is read or fetched twice."""
+
+
+def parse_time(word: str) -> float:
+    """Seconds since 1970 of `2026-11-01` (the end of that day), `2026-11-01 14:00`, `yesterday` (24 hours ago), `3d`
+    (3 days ago).  Local time.  Raises UsageError."""
+    now = clock.now()
+    if word in ("yesterday", "now", "today"):
+        return now - (86400 if word == "yesterday" else 0)
+    with contextlib.suppress(ValueError):
+        return now - parse_duration(word)
+    for form, add in (("%Y-%m-%d", 86399), ("%Y-%m-%d %H:%M", 59), ("%Y-%m-%dT%H:%M", 59), ("%Y-%m-%d %H:%M:%S", 0),
+                      ("%Y-%m-%dT%H:%M:%S", 0)):
+        with contextlib.suppress(ValueError):
+            return time.mktime(time.strptime(word, form)) + add
+    raise UsageError("%r is not a time: write 2026-11-01, \"2026-11-01 14:00\", yesterday, or 3d for three days ago" % word)
+
+
+class RemoteHolder:
+    """A backup on a host whose server is up."""
+
+    def __init__(self, link: Link, backup: str, catalogs: "List[CatalogFile]", limit: "Optional[int]") -> None:
+        self.link, self.backup, self.catalogs, self.limit = link, backup, catalogs, limit
+        self.name = "%s on %s" % (backup, link.host)
+
+    def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
+        """Local paths of catalog files, fetched into `scratch`."""
+        self._pull("catalog", source, [f.name.encode() for f in files], os.fsencode(scratch))
+        return [os.path.join(scratch, f.name) for f in files]
+
+    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, Optional[bytes], int, int, Optional[bytes]]]":
+        """(path, name in the attic or None, size, mtime, digest) of copies, and with `old` of older versions."""
+        after: Any = ""
+        while True:
+            rows = self.link.call("holdings", backup=self.backup, source=source, after=after)["rows"]
+            for path, size, mtime, digest in rows:
+                yield check_relative(as_raw(path)), None, size, mtime, bytes.fromhex(digest)
+            if len(rows) < PAGE:
+                break
+            after = rows[-1][0]
+        after = 0
+        while old:
+            rows = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2)["rows"]
+            for _, path, stored, size, mtime, digest in rows:
+                yield (check_relative(as_raw(path)), check_relative(as_raw(stored)), size, mtime,
+                       bytes.fromhex(digest) if digest else None)
+            if len(rows) < PAGE:
+                break
+            after = rows[-1][0]
+
+    def fetch(self, source: str, names: "List[Tuple[bytes, Optional[bytes]]]", into: bytes,
+              on_bytes: "Callable[[int], None]") -> Pull:
+        """Bring (path, name in the attic or None) to `into`/path."""
+        outcome = Pull()
+        current = [path for path, stored in names if stored is None]
+        if current:
+            outcome = self._pull("backup", source, current, into, on_bytes)
+        old = [(path, stored) for path, stored in names if stored is not None]
+        if old:
+            prefix = b"attic/" + source.encode() + b"/"
+            outcome = self._pull("attic", source, [stored[len(prefix):] for _, stored in old], into + b"/.attic", on_bytes)
+            with Tree(into) as tree:
+                for path, stored in old:
+                    with contextlib.suppress(OSError):
+                        tree.rename(b".attic/" + stored[len(prefix):], path)
+        return outcome
+
+    def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
+              on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
+        os.makedirs(into, mode=0o700, exist_ok=True)
+        connection = self.link.again().stream(of=of, name=self.backup, source=source)
+        return pull(connection, paths, into, self.limit, on_bytes=on_bytes)
+
+
+class DirectoryHolder:
+    """A backup directory that is mounted here: no server needed."""
+
+    def __init__(self, path: str, source: str) -> None:
+        if not os.path.isdir(os.path.join(path, META_DIR.decode())):
+            raise UsageError("%s is not a backup's directory: it has no .cbackup" % path)
+        self.path, self.name = path, path
+        self.backup = str(read_json(os.path.join(path, META_DIR.decode(), "identity")).get("backup") or path)
+        try:
+            names = os.listdir(os.path.join(path, META_DIR.decode(), "catalog", source))
+        except OSError:
+            names = []
+        self.catalogs = list_catalogs(names)
+
+    def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
+        return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
+
+    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, Optional[bytes], int, int, Optional[bytes]]]":
+        """From the directory itself, not from the database: digests are checked when the files are read."""
+        with Tree(self.path) as tree:
+            for rel in tree.walk_files(source.encode()):
+                info = tree.lstat(rel)
+                if info is not None and stat.S_ISREG(info.st_mode):
+                    yield rel[len(source.encode()) + 1:], None, info.st_size, info.st_mtime_ns, None
+            prefix = META_DIR + b"/attic/" + source.encode()
+            for rel in tree.walk_files(prefix) if old else ():
+                info = tree.lstat(rel)
+                path = rel[len(prefix) + 1:].partition(b"/")[2]
+                if path and info is not None and stat.S_ISREG(info.st_mode):
+                    yield path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns, None
+
+    def fetch(self, source: str, names: "List[Tuple[bytes, Optional[bytes]]]", into: bytes,
+              on_bytes: "Callable[[int], None]") -> Pull:
+        outcome = Pull()
+        os.makedirs(into, mode=0o700, exist_ok=True)
+        with Tree(self.path) as tree, Tree(into) as target:
+            for path, stored in names:
+                rel = META_DIR + b"/" + stored if stored else source.encode() + b"/" + path
+                try:
+                    target.make_directory(path.rpartition(b"/")[0]) if b"/" in path else None
+                    self._copy(tree, rel, os.path.join(into, path), on_bytes)
+                except OSError as error:
+                    outcome.errors.append("%s: %s" % (shown(path), reason_of(error)))
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        break
+        return outcome
+
+    @staticmethod
+    def _copy(tree: Tree, rel: bytes, into: bytes, on_bytes: "Callable[[int], None]") -> None:
+        reader = tree.open(rel)
+        try:
+            with open(into, "wb") as writer:
+                while True:
+                    block = os.read(reader, READ_BLOCK)
+                    if not block:
+                        return
+                    writer.write(block)
+                    on_bytes(len(block))
+        finally:
+            os.close(reader)
+
+
+class Restore:
+    """Brings a source, or parts of it, back from whichever backups can be reached."""
+
+    def __init__(self, source: str, target: str, patterns: "List[str]", at: "Optional[float]", force: bool,
+                 progress: Progress) -> None:
+        self.source, self.target, self.at, self.force, self.progress = source, target, at, force, progress
+        self.patterns = [os.fsencode(p).strip(b"/") for p in patterns]
+        self.holders: "List[Any]" = []
+        self.down: "List[str]" = []
+        self.notes: "Dict[str, int]" = {}
+        self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes", "kept_files"), 0)
+        self.lock = threading.RLock()
+        self.catalog_time = 0
+        self._fetched = 0
+        self._total = 0
+
+    # -- what there should be --
+
+    def find_holders(self, config: Config, context: "ssl.SSLContext") -> None:
+        """Ask the servers of all backups; those that do not answer are listed in `down`."""
+        def ask(host: str) -> None:
+            link = Link(host, config, context)
+            try:
+                vaults = link.call("vaults", source=self.source)["vaults"]
+            except (Unreachable, Refused) as error:
+                with self.lock:
+                    self.down += ["%s on %s" % (b.name, host) for b in config.backups_of(host)]
+                log.info("%s", error)
+                return
+            for name, facts in sorted(vaults.items()):
+                spec = config.backups.get(name)
+                if spec and spec.host == host:
+                    with self.lock:
+                        self.holders.append(RemoteHolder(Link(host, config, context), name, list_catalogs(
+                            str(row[0]) for row in facts["catalogs"]), config.rate(spec, key="bwlimit")))
+        in_parallel(ask, sorted({b.host for b in config.backups.values()}))
+        self.holders.sort(key=lambda holder: holder.name)
+
+    def open_plan(self, work: str) -> None:
+        """Make the plan's database in the working directory, and load the newest catalog that can be had."""
+        self.work = work
+        plan = os.path.join(work, "plan.db")
+        for suffix in ("", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(plan + suffix)
+        self.db = sqlite3.connect(plan, isolation_level=None, check_same_thread=False)
+        self.db.execute("PRAGMA synchronous=OFF")
+        self.db.execute("PRAGMA journal_mode=MEMORY")
+        self.db.executescript(PLAN_SCHEMA)
+        self.done = open_database(os.path.join(work, "done.db"), DONE_SCHEMA, 1, "DELETE")
+        self.done.execute("PRAGMA synchronous=OFF")
+        self._load_catalog()
+        self._select()
+
+    def _load_catalog(self) -> None:
+        choices = [(chain[-1].upto, chain[-1].time, number, chain) for number, holder in enumerate(self.holders)
+                   for chain in [catalog_chain(holder.catalogs, self.at)] if chain]
+        for _, when, number, chain in sorted(choices, key=lambda c: c[:3], reverse=True):
+            holder = self.holders[number]
+            scratch = os.path.join(self.work, "catalog-%d" % number)
+            try:
+                self.db.execute("BEGIN")
+                self.db.execute("DELETE FROM want")
+                for path in holder.catalog_paths(self.source, chain, scratch):
+                    self._load_rows(read_catalog(path))
+                self.db.execute("COMMIT")
+                self.catalog_time = when
+                return
+            except (CBackupError, OSError) as error:
+                self.db.execute("ROLLBACK")
+                log.warning("the catalog of %s: %s", holder.name, error)
+        where = "; not reachable: %s" % ", ".join(self.down) if self.down else ""
+        raise CBackupError("no backup that can be reached has a catalog of %s%s%s" % (
+            self.source, " of that time" if self.at else "", where))
+
+    def _load_rows(self, rows: "Iterable[CatalogRow]") -> None:
+        for row in rows:
+            if row.kind is None:
+                self.db.execute("DELETE FROM want WHERE path=?", (row.path,))
+            else:
+                self.db.execute(
+                    "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest) "
+                    "VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
+                    (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
+                     row.target, row.digest))
+
+    def _select(self) -> None:
+        """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
+        if self.patterns:
+            import fnmatch
+            tests = [re.compile(fnmatch.translate(as_text(p))) for p in self.patterns]
+
+            def wanted(path: bytes) -> bool:
+                return any(path == p or path.startswith(p + b"/") for p in self.patterns) \
+                    or any(test.match(as_text(path)) for test in tests)
+            self.db.create_function("wanted", 1, lambda path: int(wanted(path)))
+            self.db.execute("DELETE FROM want WHERE kind<>'d' AND NOT wanted(path)")
+            self.db.execute("UPDATE want SET asked=0 WHERE NOT wanted(path)")
+            if not self._one("SELECT 1 FROM want WHERE asked=1 LIMIT 1"):
+                raise CBackupError("nothing in %s matches %s" % (
+                    self.source, ", ".join(shown(p) for p in self.patterns)))
+        files, size = self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE kind='f'")
+        self.counts.update(files=files, bytes=size)
+        # Of hard links only the first path is fetched.
+        self.db.execute("UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND EXISTS(SELECT 1 FROM want w "
+                        "WHERE w.kind='f' AND w.link=want.link AND w.digest IS want.digest AND w.path<want.path)") \
+            if self._one("SELECT 1 FROM want WHERE link IS NOT NULL LIMIT 1") and self._index_links() else None
+
+    def _index_links(self) -> bool:
+        self.db.execute("CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL")
+        return True
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        with self.lock:
+            return self.db.execute(sql, values).fetchone()
+
+    def _rows(self, sql: str, *values: Any) -> "List[Any]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchall()
+
+    # -- who has it --
+
+    def ask_holders(self) -> None:
+        """Learn which holder has which wanted file."""
+        for number, holder in enumerate(list(self.holders)):
+            self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
+            try:
+                self.db.execute("BEGIN")
+                for path, stored, size, mtime, digest in holder.holdings(self.source, self.at is not None):
+                    row = self._one("SELECT size, mtime, digest FROM want WHERE path=? AND kind='f'", path)
+                    if not row:
+                        continue
+                    same = row[2] == digest if digest and row[2] else \
+                        row[0] == size and (digest is None or row[1] == mtime)
+                    self.db.execute("INSERT OR IGNORE INTO %s" % ("have VALUES(?,?,?)" if same else "other VALUES(?,?)"),
+                                    (path, number, stored) if same else (path, number))
+            except (Unreachable, Refused, ProtocolError, OSError) as error:
+                self.down.append(holder.name)
+                log.warning("%s: %s", holder.name, error)
+            finally:
+                self.db.execute("COMMIT")
+
+    # -- the target --
+
+    def prepare_target(self) -> None:
+        """Find what is there already: what has the right digest stays, what differs is in the way."""
+        after = b""
+        while True:
+            page = self._rows("SELECT path, size, digest FROM want WHERE kind='f' AND path>? ORDER BY path LIMIT 1000", after)
+            for path, size, digest in page:
+                info = self.tree.lstat(path)
+                if info is None:
+                    continue
+                if stat.S_ISREG(info.st_mode) and info.st_size == size and self._is_right(path, info, digest):
+                    self._set_state(path, 1)
+                    self.counts["kept_files"] += 1
+                elif self.force:
+                    self._move_aside(path)
+                else:
+                    self._set_state(path, 4)
+            if len(page) < 1000:
+                return
+            after = page[-1][0]
+
+    def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]") -> bool:
+        known = self.done.execute("SELECT 1 FROM done WHERE path=? AND size=? AND mtime=? AND ino=? AND digest IS ?",
+                                  (path, info.st_size, info.st_mtime_ns, info.st_ino, digest)).fetchone()
+        if known or digest is None:
+            return bool(known)
+        self.progress.say("checking what is there: %s" % shown(path))
+        try:
+            descriptor = self.tree.open(path)
+        except OSError:
+            return False
+        try:
+            return digest_descriptor(descriptor)[0] == digest
+        finally:
+            os.close(descriptor)
+
+    def _move_aside(self, path: bytes) -> None:
+        aside = b".cbackup-before-" + time.strftime("%Y%m%dT%H%M%S", time.localtime(self.started)).encode()
+        self.tree.rename(path, aside + b"/" + path)
+
+    def _set_state(self, path: bytes, state: int, note: "Optional[str]" = None) -> None:
+        with self.lock:
+            self.db.execute("UPDATE want SET state=?, note=COALESCE(?, note) WHERE path=?", (state, note, path))
+
+    # -- fetching --
+
+    def run(self, whole: bool) -> bool:
+        """Restore into the target.  Returns whether everything that was asked for is there now."""
+        self.started = clock.now()
+        os.makedirs(self.target, exist_ok=True)
+        work = os.path.join(self.target, RESTORE_DIR.decode())
+        os.makedirs(work, mode=0o700, exist_ok=True)
+        if os.path.islink(work):
+            raise CBackupError("%s is a symlink; remove it" % work)
+        with open(os.path.join(work, "lock"), "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CBackupError("another restore is at work in %s" % self.target)
+            if whole:
+                atomic_write(os.path.join(work, RESTORE_MARK.decode()), b"")
+            self.open_plan(work)
+            self.ask_holders()
+            with Tree(self.target) as self.tree:
+                self.prepare_target()
+                self._fetch_all()
+                self._links_and_symlinks()
+                self._directories()
+                self._mark_missing()
+            complete = not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
+            self.done.close()
+        if complete or not whole:
+            shutil.rmtree(work, ignore_errors=True)
+        if self._root_metadata:
+            with contextlib.suppress(OSError):
+                os.chmod(self.target, self._root_metadata[0])
+                os.utime(self.target, ns=(self._root_metadata[1],) * 2)
+        return complete
+
+    _root_metadata: "Optional[Tuple[int, int]]" = None
+
+    def _fetch_all(self) -> None:
+        """All holders at once, each taking the next batch that it can deliver, until nobody can deliver more."""
+        self._total = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND state=0")[0]
+        while self._one("SELECT 1 FROM want w WHERE state=0 AND kind='f' AND EXISTS(SELECT 1 FROM have h "
+                        "WHERE h.path=w.path) LIMIT 1"):
+            in_parallel(self._work_through, range(len(self.holders)))
+        self.progress.clear()
+
+    def _work_through(self, number: int) -> None:
+        holder, failures = self.holders[number], 0
+        while failures < 3:
+            batch = self._next_batch(number)
+            if not batch:
+                return
+            before = self._fetched
+            try:
+                outcome = holder.fetch(self.source, [(path, stored) for path, _, stored in batch],
+                                       os.fsencode(os.path.join(self.work, "files-%d" % number)), self._count_bytes)
+            except (Unreachable, Refused, OSError) as error:
+                outcome = Pull(code=1, how="cut", errors=[reason_of(error)])
+            arrived = self._take(number, batch, outcome)
+            failures = 0 if arrived else failures + (outcome.how != "done")
+            if outcome.full_disk:
+                raise CBackupError("%s is full: %s" % (self.target, outcome.errors[0][:160]))
+            if outcome.how == "done" and not arrived:
+                self._forget(number, [path for path, _, _ in batch])
+            self._fetched = max(before, self._fetched)
+        log.warning("%s no longer answers; going on with the others", holder.name)
+        with self.lock:
+            self.db.execute("DELETE FROM have WHERE holder=?", (number,))
+            if holder.name not in self.down:
+                self.down.append(holder.name)
+
+    def _count_bytes(self, count: int) -> None:
+        self._fetched += count
+        self.progress.update("restoring %s from %s" % (self.source, count_of(len(self.holders), "place")),
+                             self._fetched, max(self._total, self._fetched))
+
+    def _next_batch(self, number: int) -> "List[Tuple[bytes, int, Optional[bytes]]]":
+        """Files for one holder, marked as being fetched: first those that few others have.  Batches get smaller
+        towards the end, so that all holders finish at about the same time."""
+        with self.lock:
+            left = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE state=0 AND kind='f'")[0]
+            limit = min(BATCH_BYTES, max(8 << 20, left // (3 * max(1, len(self.holders)))))
+            rows = self._rows(
+                "SELECT w.path, w.size, h.stored FROM have h JOIN want w ON w.path=h.path WHERE h.holder=? AND w.state=0 "
+                "AND w.kind='f' ORDER BY (SELECT COUNT(*) FROM have o WHERE o.path=w.path), w.path LIMIT ?", number, BATCH_FILES)
+            batch, size = [], 0
+            for row in rows:
+                if batch and size + row[1] > limit:
+                    break
+                batch.append(row)
+                size += row[1]
+                self._set_state(row[0], 2)
+            return batch
+
+    def _forget(self, number: int, paths: "Iterable[bytes]") -> None:
+        """This holder does not deliver these files after all."""
+        with self.lock:
+            self.db.executemany("DELETE FROM have WHERE path=? AND holder=?", [(path, number) for path in paths])
+
+    def _take(self, number: int, batch: "List[Tuple[bytes, int, Optional[bytes]]]", outcome: Pull) -> int:
+        """Check and put into place what arrived of a batch; the rest is open again.  Returns how many arrived."""
+        arrived, staging = 0, RESTORE_DIR + b"/files-%d/" % number
+        for path, size, _ in batch:
+            row = self._one("SELECT mode, uid, gid, user, grp, mtime, digest FROM want WHERE path=?", path)
+            try:
+                verdict = self._digest_matches(staging + path, size, row[6])
+                if verdict:
+                    self._put(staging + path, path, row)
+                    arrived += 1
+                    continue
+                if verdict is False:
+                    self._forget(number, [path])
+                    log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
+                elif outcome.how == "done":
+                    self._forget(number, [path])
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise CBackupError("%s: %s" % (self.target, reason_of(error)))
+                self._set_state(path, 4, reason_of(error))
+                continue
+            self._set_state(path, 0)
+        return arrived
+
+    def _digest_matches(self, staged: bytes, size: int, digest: "Optional[bytes]") -> "Optional[bool]":
+        """None: it did not arrive.  A file without a digest in the catalog was never confirmed: size has to do."""
+        try:
+            descriptor = self.tree.open(staged)
+        except OSError:
+            return None
+        try:
+            found, count = digest_descriptor(descriptor)
+            return count == size and (digest is None or found == digest)
+        finally:
+            os.close(descriptor)
+
+    def _put(self, staged: bytes, path: bytes, row: "Tuple[Any, ...]") -> None:
+        """Rename a checked file to its place; raises OSError when something is in the way."""
+        mode, uid, gid, user, group, mtime, digest = row
+        if self.tree.lstat(path) is not None:
+            if not self.force:
+                raise OSError(errno.EEXIST, "something else is there")
+            self._move_aside(path)
+        self._set_owner(staged, uid, gid, user, group)
+        self.tree.chmod(staged, mode)
+        self.tree.set_mtime(staged, mtime)
+        self.tree.rename(staged, path)
+        info = self.tree.lstat(path)
+        with self.lock:
+            self._set_state(path, 1)
+            if info is not None:
+                self.done.execute("INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)",
+                                  (path, info.st_size, info.st_mtime_ns, info.st_ino, digest))
+                self.counts["restored_files"] += 1
+                self.counts["restored_bytes"] += info.st_size
+
+    def _set_owner(self, rel: bytes, uid: int, gid: int, user: str, group: str) -> None:
+        """As root: owner by name, when this machine knows it, else by number."""
+        if os.geteuid() != 0:
+            return
+        import grp
+        import pwd
+        with contextlib.suppress(KeyError):
+            uid = pwd.getpwnam(user).pw_uid if user else uid
+        with contextlib.suppress(KeyError):
+            gid = grp.getgrnam(group).gr_gid if group else gid
+        try:
+            self.tree.chown(rel, uid, gid)
+        except OSError as error:
+            self._note("owners could not be set (%s)" % reason_of(error))
+
+    def _note(self, text: str) -> None:
+        with self.lock:
+            self.notes[text] = self.notes.get(text, 0) + 1
+
+    # -- after the files --
+
+    def _links_and_symlinks(self) -> None:
+        for path, link, digest in self._rows("SELECT path, link, digest FROM want WHERE kind='f' AND state=3 ORDER BY path"):
+            first = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND state=1 AND path<? ORDER BY path LIMIT 1",
+                              link, digest, path)
+            if first:
+                try:
+                    if self.tree.lstat(path) is None:
+                        self.tree.link(first[0], path)
+                        self.counts["restored_files"] += 1
+                    self._set_state(path, 1)
+                except OSError as error:
+                    self._set_state(path, 4, reason_of(error))
+        after: "Optional[bytes]" = None
+        while True:
+            page = self._rows("SELECT path, target, mtime, uid, gid, user, grp FROM want WHERE kind='l' AND (? IS NULL OR path>?) "
+                              "ORDER BY path LIMIT 1000", after, after)
+            for path, target, mtime, uid, gid, user, group in page:
+                self._lay_symlink(path, target, mtime, (uid, gid, user, group))
+            if len(page) < 1000:
+                return
+            after = page[-1][0]
+
+    def _lay_symlink(self, path: bytes, target: bytes, mtime: int, owner: "Tuple[int, int, str, str]") -> None:
+        try:
+            info = self.tree.lstat(path)
+            if info is not None and stat.S_ISLNK(info.st_mode) and self.tree.readlink(path) == target:
+                return self._set_state(path, 1)
+            if info is not None:
+                if not self.force:
+                    return self._set_state(path, 4, "something else is there")
+                self._move_aside(path)
+            self.tree.symlink(target, path)
+            self._set_owner(path, *owner)
+            with contextlib.suppress(OSError, NotImplementedError):
+                self.tree.set_mtime(path, mtime)
+            self._set_state(path, 1)
+        except OSError as error:
+            self._set_state(path, 4, reason_of(error))
+
+    def _directories(self) -> None:
+        """Make the directories that are asked for, then set the metadata of all, the deepest first."""
+        for (path,) in self._rows("SELECT path FROM want WHERE kind='d' AND asked=1 AND path<>x'' ORDER BY path"):
+            try:
+                self.tree.make_directory(path)
+            except OSError as error:
+                self._set_state(path, 4, reason_of(error))
+        for path, mode, mtime, uid, gid, user, group, asked in self._rows(
+                "SELECT path, mode, mtime, uid, gid, user, grp, asked FROM want WHERE kind='d' AND state<>4 ORDER BY path DESC"):
+            if not asked and (path == b"" or not self._is_parent(path)):
+                continue
+            try:
+                if path == b"":
+                    self._root_metadata = (mode, mtime)
+                    continue
+                if self.tree.lstat(path) is None:
+                    continue
+                self._set_owner(path, uid, gid, user, group)
+                self.tree.chmod(path, mode)
+                self.tree.set_mtime(path, mtime)
+            except OSError as error:
+                self._note("metadata of directories could not be set (%s)" % reason_of(error))
+
+    def _is_parent(self, path: bytes) -> bool:
+        return bool(self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' AND state=1 LIMIT 1",
+                              path + b"/", path + b"0"))
+
+    def _mark_missing(self) -> None:
+        with self.lock:
+            self.db.execute("UPDATE want SET state=5 WHERE kind='f' AND state IN (0, 2, 3)")
+
+    def missing(self, limit: int) -> "Iterator[Tuple[bytes, str]]":
+        """(path, reason) of what could not be restored."""
+        down = "; not reachable: %s" % ", ".join(sorted(self.down)) if self.down else ""
+        for path, state, note in self._rows("SELECT path, state, note FROM want WHERE state IN (4, 5) AND asked=1 "
+                                            "ORDER BY path LIMIT ?", limit):
+            if state == 4:
+                yield path, note or "a different file is there; --force moves it aside"
+            elif self._one("SELECT 1 FROM other WHERE path=?", path):
+                names = sorted(self.holders[n].name for n, in self._rows("SELECT holder FROM other WHERE path=?", path))
+                yield path, "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
+            else:
+                yield path, "no backup that can be reached has it%s" % down
+
+    def in_the_way(self) -> int:
+        return self._one("SELECT COUNT(*) FROM want WHERE state=4 AND asked=1")[0]
+
+    def missing_count(self) -> int:
+        return self._one("SELECT COUNT(*) FROM want WHERE state=5 AND asked=1")[0]
+
+
+# ==== 15. Status and demo =============================================================================
+
+
+def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
+    """What is safe and what is not, from all servers that answer: the object that `status --json` prints."""
+    context, lock = tls_context(home, server_side=False), threading.Lock()
+    answers: "Dict[str, Dict[str, Any]]" = {}
+
+    def ask(host: str) -> None:
+        try:
+            answer = Link(host, config, context).call("status")
+        except (Unreachable, Refused) as error:
+            answer = {"error": str(error)}
+        with lock:
+            answers[host] = answer
+
+    hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
+    in_parallel(ask, sorted(hosts))
+    sources = {name: _source_status(spec, answers[spec.host]) for name, spec in sorted(config.sources.items())}
+    backups = {name: _backup_status(spec, answers) for name, spec in sorted(config.backups.items())}
+    return {"cluster": config.name, "config_version": home.config_version(config), "sources": sources, "backups": backups,
+            "unreachable": sorted(host for host, answer in answers.items() if "error" in answer)}
+
+
+def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
+    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
+                             "copies": {}, "underserved_files": None, "underserved_bytes": None, "overserved_files": None,
+                             "state": "unreachable", "last_scan": None}
+    found = answer.get("sources", {}).get(spec.name)
+    if found:
+        for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
+                    "state", "last_scan", "reason", "special", "problems", "short"):
+            out[key] = found.get(key)
+    return out
+
+
+def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
+    """From its own host when that is up, else from the last words that the others remember."""
+    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "capacity": spec.size, "used": None, "files": None,
+                             "last_seen": None, "state": "unreachable" if "error" in answers[spec.host] else "ok"}
+    for answer in answers.values():
+        for words in answer.get("backups", []):
+            if words["name"] == spec.name and words["age"] is not None \
+                    and (out["last_seen"] is None or words["age"] < out["last_seen"]):
+                out.update(last_seen=words["age"], capacity=words["capacity"], used=words["used"], files=words["files"])
+                if words["lost"] and out["state"] == "unreachable":
+                    out["state"] = "lost"
+    out.update(answers[spec.host].get("mine", {}).get(spec.name, {}))
+    return out
+
+
+def all_safe(status: "Dict[str, Any]") -> bool:
+    return all(s["state"] == "ok" and s["underserved_files"] == 0 and s["last_scan"] is not None
+               for s in status["sources"].values())
+
+
+def print_status(status: "Dict[str, Any]") -> None:
+    for name, s in status["sources"].items():
+        print("%s  (%s:%s)" % (name, s["host"], s["path"]))
+        if s["state"] == "unreachable":
+            print("    its server does not answer: nothing is known of it from here")
+            continue
+        if s["state"] == "held":
+            print("    HELD: %s" % s["reason"])
+            print("    nothing changes in the backups; if that is right: cbackup.pyz accept %s" % name)
+        print("    %s, %s; %d copies wanted" % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
+        if s["underserved_files"]:
+            print("    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
+                count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
+                ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items() if int(k) < s["replicas"])))
+            for path, size, why in s["short"][:5]:
+                print("        %s, %s%s" % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
+        elif s["files"]:
+            print("    all safe")
+        if s["problems"].get("count"):
+            print("    could not be read: %s, for example %s" % (count_of(s["problems"]["count"], "path"), s["problems"]["some"][0]))
+    for name, b in status["backups"].items():
+        seen = "never heard of" if b["last_seen"] is None else "heard of %s ago" % format_seconds(b["last_seen"])
+        figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
+            format_size(b["used"]), format_size(b["capacity"]), count_of(b["files"] or 0, "file"))
+        print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
+
+
+def print_check(status: "Dict[str, Any]") -> None:
+    """The one line of `status --check`."""
+    if all_safe(status):
+        files = sum(s["files"] for s in status["sources"].values())
+        print("safe: %s of %s have all their copies" % (count_of(files, "file"), count_of(len(status["sources"]), "source")))
+        return
+    parts = []
+    for name, s in status["sources"].items():
+        if s["state"] != "ok":
+            parts.append("%s is %s" % (name, s["state"]))
+        elif s["last_scan"] is None:
+            parts.append("%s has not been looked at yet" % name)
+        elif s["underserved_files"]:
+            parts.append("%s of %s in %s have fewer than %d copies" % (
+                format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"]))
+    print("NOT SAFE: " + "; ".join(parts))
+
+
+def own_command() -> "List[str]":
+    """How to start this very program again: as a zipapp or as a module."""
+    path = os.path.abspath(__file__)
+    above = os.path.dirname(path)
+    return [sys.executable, above if os.path.isfile(above) else path]
+
+
+def tree_facts(root: str) -> "Dict[bytes, Tuple[Any, ...]]":
+    """An independent look at a tree: path -> (kind, content's digest or symlink's target, mode, mtime in ns)."""
+    facts: "Dict[bytes, Tuple[Any, ...]]" = {}
+    top = os.fsencode(root)
+    for above, directories, files in os.walk(top):
+        for name in directories + files:
+            full = os.path.join(above, name)
+            info = os.lstat(full)
+            mode, rel = stat.S_IMODE(info.st_mode), os.path.relpath(full, top)
+            if stat.S_ISLNK(info.st_mode):
+                facts[rel] = ("l", os.readlink(full))
+            elif stat.S_ISDIR(info.st_mode):
+                facts[rel] = ("d", mode)
+            elif stat.S_ISREG(info.st_mode):
+                with open(full, "rb") as stream:
+                    facts[rel] = ("f", digest_descriptor(stream.fileno())[0], mode, info.st_mtime_ns)
+    return facts
+
+
+class Demo:
+    """Four hosts on loopback in a temporary directory: one with the source, three with backups."""
+
+    def __init__(self, directory: "Optional[str]", base: str) -> None:
+        self.base = base
+        self.servers: "Dict[str, subprocess.Popen[str]]" = {}
+        self.source = os.path.realpath(directory) if directory else self._make_files()
+        self.files, self.bytes, self.largest = 0, 0, 0
+        for above, _, names in os.walk(self.source):
+            for name in names:
+                info = os.lstat(os.path.join(above, name))
+                if stat.S_ISREG(info.st_mode):
+                    self.files, self.bytes = self.files + 1, self.bytes + info.st_size
+                    self.largest = max(self.largest, info.st_size)
+        if not self.files:
+            raise UsageError("%s has no files to back up" % self.source)
+
+    def _make_files(self) -> str:
+        root, chance = os.path.join(self.base, "files"), random.Random(1)
+        for number in range(600):
+            path = os.path.join(root, "album %d" % (number % 12), "picture-%03d.raw" % number)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as stream:
+                stream.write(chance.getrandbits(8 * 1024).to_bytes(1024, "big") * chance.randint(1, 200))
+        os.symlink("album 0/picture-000.raw", os.path.join(root, "best"))
+        os.makedirs(os.path.join(root, "empty"))
+        return root
+
+    def set_up(self) -> None:
+        """Homes, one key, one configuration.  No backup is large enough for everything."""
+        each = self.bytes * 2 // 3 + self.bytes // 12 + self.largest
+        sockets = [socket.socket() for _ in range(4)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in sockets]
+        for one in sockets:
+            one.close()
+        lines = ["[cluster]", "name = demo", "replicas = 2", "scan_min = 0s", "[hosts]"]
+        lines += ["%s = 127.0.0.1:%d" % pair for pair in zip(("desk", "pi1", "pi2", "pi3"), ports)]
+        lines += ["[sources]", "demo = desk:%s" % shlex.quote(self.source), "[backups]"]
+        lines += ["disk%d = pi%d:%s size=%d" % (n, n, shlex.quote(os.path.join(self.base, "disk%d" % n)), each) for n in (1, 2, 3)]
+        key = os.path.join(self.base, "cluster.pem")
+        make_cluster_key(key)
+        for name in ("desk", "pi1", "pi2", "pi3", "new"):
+            home = os.path.join(self.base, "home-" + name)
+            os.mkdir(home, 0o700)
+            shutil.copy(key, home)
+            atomic_write(os.path.join(home, "cbackup.conf"), ("\n".join(lines) + "\n").encode())
+            if name != "new":
+                atomic_write(os.path.join(home, "host"), name.encode() + b"\n")
+        self.each = each
+
+    def start(self, host: str) -> None:
+        process = subprocess.Popen(own_command() + ["--home", os.path.join(self.base, "home-" + host), "server"],
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, universal_newlines=True)
+        self.servers[host] = process
+        if "listening" not in (process.stdout.readline() if process.stdout else ""):
+            raise CBackupError("the demo's server %s did not start" % host)
+
+    def command(self, host: str, *words: str, output: "Optional[int]" = None) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(own_command() + ["--home", os.path.join(self.base, "home-" + host)] + list(words),
+                              stdin=subprocess.DEVNULL, stdout=output, universal_newlines=True)
+
+    def stop(self) -> None:
+        for process in self.servers.values():
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+
+    def run(self) -> int:
+        begun = time.monotonic()
+        print("source  %s: %s, %s" % (self.source, count_of(self.files, "file"), format_size(self.bytes)))
+        self.set_up()
+        print("hosts   desk has the source; pi1, pi2, pi3 have a backup of %s each; 2 copies of every file are wanted"
+              % format_size(self.each))
+        for host in ("desk", "pi1", "pi2", "pi3"):
+            self.start(host)
+        for host in ("pi1", "pi2", "pi3", "pi1"):
+            if self.command(host, "client", "--until-settled").returncode:
+                raise CBackupError("the client of %s failed" % host)
+        for number in (1, 2, 3):
+            facts = tree_facts(os.path.join(self.base, "disk%d" % number, "demo"))
+            held = [f for f in facts.values() if f[0] == "f"]
+            print("backup  disk%d on pi%d has %s as plain files" % (number, number, count_of(len(held), "file")))
+        check = self.command("pi1", "status", "--check", output=subprocess.PIPE)
+        print("status  %s" % check.stdout.strip())
+        print("backup took %s; now desk and pi2 are killed" % format_seconds(time.monotonic() - begun))
+        for host in ("desk", "pi2"):
+            self.servers[host].kill()
+        begun = time.monotonic()
+        target = os.path.join(self.base, "restored")
+        restored = self.command("new", "restore", "demo", "--to", target)
+        print("restore took %s on a machine that has only cbackup.conf and cluster.pem" % format_seconds(time.monotonic() - begun))
+        wrong = self._differences(target)
+        if restored.returncode or check.returncode or wrong:
+            print("FAILED: %s differ, for example %s" % (count_of(len(wrong), "path"), shown(sorted(wrong)[0]) if wrong else "none"))
+            return EXIT_INCOMPLETE
+        print("compare %s restored: contents, modes, times and symlinks are those of the source" % count_of(self.files, "file"))
+        return EXIT_DONE
+
+    def _differences(self, target: str) -> "set[bytes]":
+        before, after = tree_facts(self.source), tree_facts(target)
+        return {path for path in set(before) | set(after) if before.get(path) != after.get(path)}
+
+
+# ==== 16. The command line ============================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with exit status 2."""
+
+    def error(self, message: str) -> "Any":
+        raise UsageError("%s; see `%s --help`" % (message, self.prog))
+
+
+def add_init_parser(commands: Any) -> None:
+    parser = commands.add_parser("init", help="first machine: make the home, the cluster's key and a configuration")
+    parser.set_defaults(run=cmd_init)
+
+
+def cmd_init(args: argparse.Namespace, home: Home) -> int:
+    made = []
+    os.makedirs(home.path, mode=0o700, exist_ok=True)
+    if not os.path.lexists(home.key_path):
+        make_cluster_key(home.key_path)
+        made.append(home.key_path)
+    if not os.path.lexists(home.config_path):
+        atomic_write(home.config_path, CONFIG_TEMPLATE.encode(), 0o600)
+        made.append(home.config_path)
+    if args.host and not os.path.lexists(os.path.join(home.path, "host")):
+        atomic_write(os.path.join(home.path, "host"), args.host.encode() + b"\n", 0o600)
+        made.append(os.path.join(home.path, "host"))
+    for path in made:
+        print("made %s" % path)
+    if not made:
+        print("%s is complete already; nothing was changed" % home.path)
+    elif home.config_path in made:
+        print("now write your sources and backups into %s, and copy both files to %s on the other machines"
+              % (home.config_path, "~/.cbackup"))
+    return EXIT_DONE
+
+
+def add_server_parser(commands: Any) -> None:
+    parser = commands.add_parser("server", help="serve this host's sources and backups, in the foreground")
+    parser.set_defaults(run=cmd_server)
+
+
+def cmd_server(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    host = home.host(config)
+    find_rsync()
+    with home.lock("server.lock", wait=False):
+        server = Server(home, config, host)
+
+        def stop(number: int, frame: Any) -> None:
+            server.stop()
+
+        def ready() -> None:
+            signal.signal(signal.SIGTERM, stop)
+            signal.signal(signal.SIGINT, stop)
+            print("cbackup server %s: listening on %s" % (host, server.where), flush=True)
+
+        server.run(ready)
+    return EXIT_DONE
+
+
+def add_client_parser(commands: Any) -> None:
+    parser = commands.add_parser("client", help="one pass over every backup of this host (for cron)")
+    parser.add_argument("--until-settled", action="store_true", help="repeat until a pass had nothing to do")
+    parser.add_argument("--json", action="store_true", help="print the pass's figures as one JSON object")
+    parser.add_argument("--adopt", metavar="NAME", help="take the directory of backup NAME as it is now")
+    parser.set_defaults(run=cmd_client)
+
+
+def cmd_client(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    host = home.host(config)
+    if args.adopt and args.adopt not in {b.name for b in config.backups_of(host)}:
+        raise UsageError("this host has no backup %s" % args.adopt)
+    if not config.backups_of(host):
+        log.info("this host has no backup: nothing to do")
+    client = Client(home, config, host, Progress(args.quiet), args.adopt)
+    total: "Optional[Figures]" = None
+    while True:
+        figures = client.run()
+        for line in figures.lines[:50]:
+            if not (args.quiet and any(line.startswith(gone + ": cannot be reached") for gone in figures.unreachable)):
+                print("cbackup: " + line, file=sys.stderr)
+        if len(figures.lines) > 50:
+            print("cbackup: and %d more" % (len(figures.lines) - 50), file=sys.stderr)
+        if total is not None:
+            for key, value in total.counts.items():
+                figures.counts[key] += value
+        progressed = figures.actions and (total is None or figures.counts != total.counts)
+        total = figures
+        if not args.until_settled or not progressed:
+            break
+    if args.json:
+        print(json.dumps(total.as_json()))
+    return EXIT_INCOMPLETE if total.trouble else EXIT_DONE
+
+
+def add_status_parser(commands: Any) -> None:
+    parser = commands.add_parser("status", help="what is safe and what is not")
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+    parser.add_argument("--check", action="store_true", help="one line; exit 0 only when every file has its copies")
+    parser.set_defaults(run=cmd_status)
+
+
+def cmd_status(args: argparse.Namespace, home: Home) -> int:
+    status = collect_status(home, home.config())
+    if args.json:
+        print(json.dumps(status))
+    elif args.check:
+        print_check(status)
+    else:
+        print_status(status)
+    if args.check:
+        return EXIT_DONE if all_safe(status) else EXIT_INCOMPLETE
+    return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) else EXIT_DONE
+
+
+def add_restore_parser(commands: Any) -> None:
+    parser = commands.add_parser("restore", help="bring back a source, or some paths of it")
+    parser.add_argument("source", help="the source's name")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="only these paths or patterns, relative to the source")
+    parser.add_argument("--to", metavar="DIR", help="where to; default: the source's own path")
+    parser.add_argument("--at", metavar="TIME", help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
+    parser.add_argument("--from", metavar="DIR", dest="directories", action="append", default=[],
+                        help="a backup's directory that is mounted here; no server is asked")
+    parser.add_argument("--force", action="store_true", help="move files that differ aside instead of leaving them")
+    parser.add_argument("--dry-run", action="store_true", help="say what would come from where")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.set_defaults(run=cmd_restore)
+
+
+def cmd_restore(args: argparse.Namespace, home: Home) -> int:
+    config = home.config() if not args.directories or os.path.exists(home.config_path) else parse_config("")
+    if args.source not in config.sources and not (args.directories and args.to and _is_name(args.source)):
+        raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
+    target = args.to or config.sources[args.source].path
+    at = parse_time(args.at) if args.at else None
+    restore = Restore(args.source, os.path.abspath(target), args.paths, at, args.force, Progress(args.quiet))
+    if args.directories:
+        restore.holders += [DirectoryHolder(path, args.source) for path in args.directories]
+    else:
+        find_rsync()
+        restore.find_holders(config, tls_context(home, server_side=False))
+    if args.dry_run:
+        return print_dry_run(restore, args.json)
+    complete = restore.run(whole=not args.paths)
+    restore.progress.clear()
+    report_restore(restore, complete, args.json)
+    return EXIT_DONE if complete else EXIT_INCOMPLETE
+
+
+def print_dry_run(restore: Restore, as_json: bool) -> int:
+    """What would come from where; nothing is written but in a temporary directory."""
+    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+        restore.open_plan(scratch)
+        restore.ask_holders()
+        rows = [(holder.name,) + tuple(restore._one(
+            "SELECT COUNT(*), COALESCE(SUM(w.size), 0) FROM have h JOIN want w ON w.path=h.path WHERE h.holder=?", number))
+            for number, holder in enumerate(restore.holders)]
+        nowhere = restore._one("SELECT COUNT(*) FROM want w WHERE kind='f' AND state=0 "
+                               "AND NOT EXISTS(SELECT 1 FROM have h WHERE h.path=w.path)")[0]
+    if as_json:
+        print(json.dumps(dict(restore.counts, holders={n: {"files": f, "bytes": b} for n, f, b in rows}, missing_files=nowhere)))
+    else:
+        print("%s, %s, as of %s" % (count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
+                                    time.strftime("%Y-%m-%d %H:%M", time.localtime(restore.catalog_time))))
+        for name, files, size in rows:
+            print("    %s has %s, %s" % (name, count_of(files, "file"), format_size(size)))
+        if nowhere:
+            print("    nobody that can be reached has %s" % count_of(nowhere, "file"))
+    return EXIT_INCOMPLETE if nowhere else EXIT_DONE
+
+
+def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
+    missing, in_the_way = restore.missing_count(), restore.in_the_way()
+    for path, why in restore.missing(100000 if as_json else 1000):
+        if not as_json:
+            print("cbackup: %s: %s" % (shown(path), why), file=sys.stderr)
+    if as_json:
+        print(json.dumps(dict(restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way,
+                              catalog_time=restore.catalog_time, missing=[
+                                  {"path": as_text(path), "reason": why} for path, why in restore.missing(100000)])))
+        return
+    for text, count in restore.notes.items():
+        print("cbackup: %s, %d times" % (text, count), file=sys.stderr)
+    back = "everything is back" if complete else "NOT everything is back: %s" % ", ".join(
+        part for part in (missing and "%s missing" % count_of(missing, "file"),
+                          in_the_way and "%s in the way" % count_of(in_the_way, "other path")) if part)
+    print("%s: %s (%s restored, %s; %s were there already), as of %s" % (
+        restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
+        format(restore.counts["kept_files"], ","), time.strftime("%Y-%m-%d %H:%M", time.localtime(restore.catalog_time))))
+
+
+def add_verify_parser(commands: Any) -> None:
+    parser = commands.add_parser("verify", help="read this host's copies and check them now")
+    parser.set_defaults(run=cmd_verify)
+
+
+def cmd_verify(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    host = home.host(config)
+    client = Client(home, config, host, Progress(args.quiet))
+    figures, counts = Figures(), []
+
+    def work(one: Pass) -> None:
+        one.prepare()
+        counts.append(one.verify(float("inf"), clock.now()))
+
+    for spec in config.backups_of(host):
+        client.run_one(spec, figures, work)
+    client.progress.clear()
+    for line in figures.lines:
+        print("cbackup: " + line, file=sys.stderr)
+    if sys.stdout.isatty() or args.verbose:
+        print("%s read" % count_of(sum(counts), "copy" if sum(counts) == 1 else "copie"))
+    return EXIT_INCOMPLETE if figures.trouble else EXIT_DONE
+
+
+def add_accept_parser(commands: Any) -> None:
+    parser = commands.add_parser("accept", help="let a held-back mass change of a source through")
+    parser.add_argument("source", help="the source's name")
+    parser.set_defaults(run=cmd_accept)
+
+
+def cmd_accept(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    if args.source not in config.sources:
+        raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
+    link = Link(config.sources[args.source].host, config, tls_context(home, server_side=False))
+    print(link.call("accept", source=args.source)["text"])
+    return EXIT_DONE
+
+
+def add_demo_parser(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="a cluster of four hosts on loopback: back up, lose two hosts, restore, compare")
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="what to back up; default: made-up files")
+    parser.set_defaults(run=cmd_demo)
+
+
+def cmd_demo(args: argparse.Namespace, home: Home) -> int:
+    find_rsync()
+    if args.directory and not os.path.isdir(args.directory):
+        raise UsageError("%s is not a directory" % args.directory)
+    with tempfile.TemporaryDirectory(prefix="cbackup-demo-") as base:
+        demo = Demo(args.directory, base)
+        try:
+            return demo.run()
+        finally:
+            demo.stop()
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="cbackup.pyz", description="A backup that lives on the free space of the UNIX machines you have.")
+    parser.add_argument("--home", metavar="DIR", help="configuration, key and state; default $CBACKUP_HOME or ~/.cbackup")
+    parser.add_argument("--host", metavar="NAME", help="this machine's name in the configuration")
+    parser.add_argument("--version", action="version", version="cbackup " + __version__)
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: everything")
+    volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
+    for add in (add_init_parser, add_server_parser, add_client_parser, add_status_parser, add_restore_parser,
+                add_verify_parser, add_accept_parser, add_demo_parser):
+        add(commands)
+    return parser
+
+
+def main(argv: "Optional[List[str]]" = None) -> int:
+    """Run one command; returns the exit status.  Everything that goes wrong becomes one line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    verbose = any(re.match(r"-v+\Z", word) for word in arguments)
+    try:
+        require_python_parts()
+        args = build_parser().parse_args(arguments)
+        if not args.command:
+            raise UsageError("which command?  See `cbackup.pyz --help`")
+        logging.basicConfig(format="cbackup: %(message)s", stream=sys.stderr,
+                            level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
+        code = args.run(args, Home(args.home, args.host))
+        sys.stdout.flush()
+        return code
+    except CBackupError as error:
+        for line in str(error).splitlines():
+            print("cbackup: " + line, file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("cbackup: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        return EXIT_INCOMPLETE
+    except OSError as error:
+        print("cbackup: %s%s" % (shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)),
+              file=sys.stderr)
+        return EXIT_INCOMPLETE
+    except Exception as error:
+        if verbose:
+            raise
+        print("cbackup: a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error), file=sys.stderr)
+        return EXIT_INCOMPLETE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

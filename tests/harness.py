@@ -1,0 +1,740 @@
+"""A cluster of real processes on loopback, for tests that drive the program from outside.
+
+Every test starts its hosts through `Cluster` and every process through `Process`: that is the one seam where deadlines,
+tracebacks and left-over processes are looked after. What a test may rely on:
+
+- each host has its own home, `BASE/HOST/home`, its own port on 127.0.0.1, and the same configuration as all others;
+- whatever prints a Python traceback fails the test, whichever process it was;
+- no call waits for ever: each has a deadline (multiply them with $CBACKUP_TEST_PATIENCE on a slow machine);
+- when the test process dies, however it dies, its processes die too (see `Guard`);
+- directories are removed, unless a test failed: then they stay, and the place is printed.
+
+A host's processes see an environment like cron's: PATH, HOME, a C locale, and little else.
+"""
+
+import atexit
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROGRAM = os.path.join(TOP, "cbackup.py")
+PATIENCE = float(os.environ.get("CBACKUP_TEST_PATIENCE", "1"))
+
+START_TIMEOUT = 20      # seconds until a server's ready line
+STOP_TIMEOUT = 15       # seconds from SIGTERM to the exit
+COMMAND_TIMEOUT = 90    # seconds for any other command
+
+CLIENT_KEYS = {"copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files", "dropped_bytes",
+               "wire_bytes", "failed_files", "unreachable", "settled"}
+
+
+# ---- waiting ----------------------------------------------------------------------------------------------------
+
+def wait_for(predicate, timeout, message):
+    """Returns the first true value of predicate(); fails with `message` (text, or a function giving it) after
+    `timeout` seconds."""
+    deadline = time.monotonic() + timeout * PATIENCE
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("after %g s: %s" % (timeout * PATIENCE, message() if callable(message) else message))
+        time.sleep(0.005)
+
+
+# ---- processes --------------------------------------------------------------------------------------------------
+
+class Guard:
+    """Kills the process groups that this test process started when it is gone, even by SIGKILL.
+
+    A small process reads a pipe whose only other end is here; at its end it kills what is still listed. Unlike
+    prctl() this works on every UNIX.
+    """
+
+    CODE = ("import os, signal, sys\n"
+            "groups = set()\n"
+            "for line in sys.stdin:\n"
+            "    (groups.add if line[0] == '+' else groups.discard)(int(line[1:]))\n"
+            "for group in groups:\n"
+            "    try: os.killpg(group, signal.SIGKILL)\n"
+            "    except OSError: pass\n")
+    _ours = None
+
+    def __init__(self):
+        self.pid = os.getpid()
+        self.process = subprocess.Popen([sys.executable, "-B", "-S", "-c", self.CODE], bufsize=0, cwd="/",
+                                        stdin=subprocess.PIPE, start_new_session=True)
+        atexit.register(self.close)
+
+    def close(self):
+        if self.pid == os.getpid():
+            self.process.stdin.close()
+            self.process.wait(10)
+
+    @classmethod
+    def tell(cls, sign, group):
+        if cls._ours is None or cls._ours.pid != os.getpid():
+            cls._ours = cls()
+        cls._ours.process.stdin.write(b"%s%d\n" % (sign, group))
+
+
+class Result:
+    """What a finished command left: rc, stdout, stderr, seconds, and the JSON object on its last line."""
+
+    def __init__(self, command, rc, stdout, stderr, seconds):
+        self.command, self.rc, self.stdout, self.stderr, self.seconds = command, rc, stdout, stderr, seconds
+
+    def __str__(self):
+        return "%s\n  exit code %s after %.1f s\n  stdout: %s\n  stderr: %s" % (
+            " ".join(map(shlex.quote, self.command)), self.rc, self.seconds,
+            self.stdout.strip() or "(nothing)", self.stderr.strip() or "(nothing)")
+
+    @property
+    def json(self):
+        """The JSON object on the last line of standard output."""
+        lines = self.stdout.splitlines()
+        try:
+            value = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            raise AssertionError("no JSON on the last line of: %s" % self)
+        if not isinstance(value, dict):
+            raise AssertionError("not a JSON object on the last line of: %s" % self)
+        return value
+
+    @property
+    def text(self):
+        return self.stdout + self.stderr
+
+    @property
+    def error_lines(self):
+        return [line for line in self.stderr.splitlines() if line.strip()]
+
+
+class Process:
+    """One process in its own session, with its output in files, so that no reader can be held up by its children."""
+
+    def __init__(self, command, env=None, cwd=None, umask=None):
+        self.command = list(command)
+        self.started = time.monotonic()
+        self._out = tempfile.TemporaryFile()
+        self._err = tempfile.TemporaryFile()
+        options = {} if umask is None else {"preexec_fn": lambda: os.umask(umask)}
+        self.popen = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
+                                      env=env, cwd=cwd, start_new_session=True, **options)
+        self.pid = self.popen.pid
+        Guard.tell(b"+", self.pid)
+        self._result = None
+
+    @staticmethod
+    def _text(file):
+        # pread, because the position of the file is shared with the child that writes.
+        size = os.fstat(file.fileno()).st_size
+        return os.pread(file.fileno(), size, 0).decode("utf-8", "surrogateescape")
+
+    @property
+    def stdout(self):
+        return self._text(self._out)
+
+    @property
+    def stderr(self):
+        return self._text(self._err)
+
+    @property
+    def running(self):
+        return self._result is None and self.popen.poll() is None
+
+    def signal(self, number):
+        self.popen.send_signal(number)
+
+    def kill(self):
+        """SIGKILL for the whole group; returns the Result."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return self.wait(10)
+
+    def wait(self, timeout=COMMAND_TIMEOUT):
+        """The Result; fails, after killing the process, when it takes longer, or when it printed a traceback."""
+        if self._result is None:
+            late = False
+            try:
+                self.popen.wait(timeout * PATIENCE)
+            except subprocess.TimeoutExpired:
+                late = True
+                with contextlib.suppress(OSError):
+                    os.killpg(self.pid, signal.SIGKILL)
+                self.popen.wait(10)
+            Guard.tell(b"-", self.pid)
+            self._result = Result(self.command, self.popen.returncode, self.stdout, self.stderr,
+                                  time.monotonic() - self.started)
+            self._out.close()
+            self._err.close()
+            if late:
+                raise AssertionError("still running after %g s, killed: %s" % (timeout * PATIENCE, self._result))
+            if "Traceback (most recent call last)" in self._result.text:
+                raise AssertionError("a traceback: %s" % self._result)
+        return self._result
+
+
+def plain_environment(home, **more):
+    """An environment like cron's, with `home` as the user's home directory."""
+    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
+    env.update(more)
+    return env
+
+
+def program(*arguments, python=sys.executable, file=PROGRAM):
+    """The command line that starts the program."""
+    return [python, "-B", file] + [os.fspath(argument) for argument in arguments]
+
+
+def free_port():
+    """(port, holder): a TCP port of 127.0.0.1 that no other test uses while `holder` is open.
+
+    It is below the range from which systems choose ports for outgoing connections, so that nothing takes it while
+    its server is down; and it is reserved among the tests that run at the same time by the UDP port of that number.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(10240, 32000)
+        holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            holder.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", port))
+            return port, holder
+        except OSError:
+            holder.close()
+    raise AssertionError("no free port on 127.0.0.1")
+
+
+_cluster_pem = None
+
+
+def cluster_pem():
+    """The bytes of a cluster.pem, made by the program's own `init`, once for each test process."""
+    global _cluster_pem
+    if _cluster_pem is None:
+        _cluster_pem = new_cluster_pem()
+    return _cluster_pem
+
+
+def new_cluster_pem():
+    """The bytes of a cluster.pem that no other cluster has."""
+    with tempfile.TemporaryDirectory(prefix="cbackup-test-init-") as base:
+        result = Process(program("--home", os.path.join(base, "home"), "init"), plain_environment(base), base).wait(30)
+        if result.rc != 0:
+            raise AssertionError("init failed: %s" % result)
+        with open(os.path.join(base, "home", "cluster.pem"), "rb") as file:
+            return file.read()
+
+
+# ---- trees of files ---------------------------------------------------------------------------------------------
+
+Entry = collections.namedtuple("Entry", "kind digest mode mtime_ns target")
+Link = collections.namedtuple("Link", "target")      # in make_tree: a symbolic link
+DIRECTORY = object()                                 # in make_tree: a directory, maybe empty
+FIFO = object()                                      # in make_tree: a named pipe
+
+
+def some_bytes(size, seed):
+    """`size` bytes that do not compress and are the same for the same seed."""
+    return random.Random(repr(seed)).getrandbits(8 * size).to_bytes(size, "little") if size else b""
+
+
+def make_tree(root, files):
+    """Makes what `files` says below `root`: {relative path: bytes | str | size | Link(target) | DIRECTORY | FIFO}."""
+    os.makedirs(root, exist_ok=True)
+    for name, content in files.items():
+        path = os.path.join(root, os.fsdecode(name))
+        os.makedirs(path if content is DIRECTORY else os.path.dirname(path), exist_ok=True)
+        if content is DIRECTORY:
+            continue
+        if content is FIFO:
+            os.mkfifo(path)
+        elif isinstance(content, Link):
+            os.symlink(os.fsdecode(content.target), path)
+        else:
+            write_file(path, content if not isinstance(content, int) else some_bytes(content, name))
+
+
+def write_file(path, content):
+    with open(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def read_file(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def digest_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def walk(root):
+    """(relative path, path, lstat) of everything below `root`, in sorted order, following no link."""
+    todo = [""]
+    while todo:
+        folder = todo.pop()
+        for name in sorted(os.listdir(os.path.join(root, folder))):
+            relative = os.path.join(folder, name)
+            path = os.path.join(root, relative)
+            info = os.lstat(path)
+            yield relative, path, info
+            if stat.S_ISDIR(info.st_mode):
+                todo.append(relative)
+
+
+def tree(root):
+    """{relative path: Entry} of everything below `root`: an account of it that owes nothing to the program."""
+    kinds = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "dir"), (stat.S_ISLNK, "link"), (stat.S_ISFIFO, "fifo"),
+             (stat.S_ISSOCK, "socket"))
+    result = {}
+    for relative, path, info in walk(root):
+        kind = next((name for is_kind, name in kinds if is_kind(info.st_mode)), "other")
+        result[relative] = Entry(kind, digest_of(path) if kind == "file" else None,
+                                 None if kind == "link" else stat.S_IMODE(info.st_mode), info.st_mtime_ns,
+                                 os.readlink(path) if kind == "link" else None)
+    return result
+
+
+def differences(expected, actual, ignore=()):
+    """Lines that say how one tree (or result of tree()) differs from another.
+
+    `ignore` holds fields that do not count, as "mtime_ns", or of one kind only, as "dir.mtime_ns".
+    """
+    expected = tree(expected) if isinstance(expected, str) else expected
+    actual = tree(actual) if isinstance(actual, str) else actual
+    lines = ["missing: %r" % name for name in sorted(set(expected) - set(actual))]
+    lines += ["too much: %r" % name for name in sorted(set(actual) - set(expected))]
+    for name in sorted(set(expected) & set(actual)):
+        for field in Entry._fields:
+            want, have = getattr(expected[name], field), getattr(actual[name], field)
+            if want != have and not {field, "%s.%s" % (expected[name].kind, field)} & set(ignore):
+                shown = "%#o is %#o" if field == "mode" and None not in (want, have) else "%r is %r"
+                lines.append(("%r: %s " + shown) % (name, field, want, have))
+    return lines
+
+
+def inodes(root):
+    """{relative path: (inode, size, mtime, ctime)} of the files below `root`: changes when a file is touched at all."""
+    return {relative: (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+            for relative, _, info in walk(root) if not stat.S_ISDIR(info.st_mode)}
+
+
+# ---- the cluster ------------------------------------------------------------------------------------------------
+
+Source = collections.namedtuple("Source", "name host path options")
+Backup = collections.namedtuple("Backup", "name host path options")
+
+
+class Cluster:
+    """Hosts on loopback. Add sources and backups, start the hosts, run clients; the configuration writes itself.
+
+        with Cluster("s", "a", "b", replicas=2) as cluster:
+            cluster.source("photos", host="s", files={"1.jpg": 1000})
+            cluster.backup("b1", host="a", size="1M")
+            cluster.start()
+            cluster.settle()
+    """
+
+    def __init__(self, *hosts, file=PROGRAM, **keys):
+        self.base = os.path.realpath(tempfile.mkdtemp(prefix="cbackup-test-"))
+        self.file = file
+        self.hosts = list(hosts)
+        self.keys = dict({"name": "test", "replicas": 2, "scan": "1h", "scan_min": "0s"}, **keys)
+        self.sources = {}
+        self.backups = {}
+        self.servers = {}
+        self._clock = os.path.join(self.base, "clock")
+        self.now = 0
+        self._written = None
+        ports = {host: free_port() for host in hosts}
+        self.ports = {host: port for host, (port, _) in ports.items()}
+        self._holders = [holder for _, holder in ports.values()]
+        write_file(self._clock, "0\n")
+        for host in hosts:
+            self.make_home(host, host)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        try:
+            self.close()
+        finally:
+            self.remove() if kind is None else self.say_where()
+
+    def close(self):
+        """Stops every server; fails when one of them does not end as it should."""
+        try:
+            for host in list(self.servers):
+                self.servers[host].signal(signal.SIGTERM)
+            for host in list(self.servers):
+                self._ended(host)
+        finally:
+            for server in self.servers.values():
+                server.kill()
+            self.servers.clear()
+            for holder in self._holders:
+                holder.close()
+
+    def remove(self):
+        for folder, folders, _ in os.walk(self.base):
+            for name in folders:
+                path = os.path.join(folder, name)
+                if not os.path.islink(path):
+                    with contextlib.suppress(OSError):
+                        os.chmod(path, 0o700)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def say_where(self):
+        print("\nkept: %s" % self.base, file=sys.stderr)
+
+    # -- files and configuration
+
+    def path(self, *names):
+        return os.path.join(self.base, *names)
+
+    def home(self, host):
+        return self.path(host, "home")
+
+    def make_home(self, name, host=None):
+        """BASE/NAME/home with cluster.pem (and a `host` file), as on a machine that has just been set up."""
+        home = self.path(name, "home")
+        os.makedirs(home, 0o700)
+        write_file(os.path.join(home, "cluster.pem"), cluster_pem())
+        os.chmod(os.path.join(home, "cluster.pem"), 0o600)
+        if host:
+            write_file(os.path.join(home, "host"), host + "\n")
+        return home
+
+    def fresh_home(self, name):
+        """A machine of which the cluster has never heard: nothing but cbackup.conf and cluster.pem."""
+        home = self.make_home(name)
+        write_file(os.path.join(home, "cbackup.conf"), self.config())
+        return home
+
+    def source(self, name, host, files=(), path=None, **options):
+        """Makes a source's directory with `files` in it and its line in the configuration; returns its path."""
+        path = path or self.path(host, "source", name)
+        make_tree(path, dict(files))
+        self.sources[name] = Source(name, host, path, options)
+        return path
+
+    def backup(self, name, host, size=None, path=None, **options):
+        """Makes a backup's empty directory and its line in the configuration; returns its path."""
+        if size is not None:
+            options["size"] = size
+        path = path or self.path(host, "backup", name)
+        os.makedirs(path)
+        self.backups[name] = Backup(name, host, path, options)
+        return path
+
+    def config(self):
+        """The text of the configuration."""
+        def lines(things):
+            for thing in things.values():
+                words = ["%s=%s" % (key, shlex.quote(str(one))) for key, value in thing.options.items()
+                         for one in (value if isinstance(value, (list, tuple)) else [value])]
+                yield " ".join(["%s = %s:%s" % (thing.name, thing.host, shlex.quote(thing.path))] + words)
+        return "\n".join(["[cluster]"] + ["%s = %s" % item for item in self.keys.items()] +
+                         ["[hosts]"] + ["%s = 127.0.0.1:%d" % item for item in self.ports.items()] +
+                         ["[sources]"] + list(lines(self.sources)) + ["[backups]"] + list(lines(self.backups))) + "\n"
+
+    def write_config(self):
+        """Gives every home the configuration. Done by itself before a command, when it changed."""
+        text = self.config()
+        if text != self._written:
+            for host in self.hosts:
+                write_file(os.path.join(self.home(host), "cbackup.conf"), text)
+            self._written = text
+
+    def advance(self, seconds):
+        """Sets the clocks of all processes of the cluster forward."""
+        self.now += seconds
+        write_file(self._clock + ".new", "%s\n" % self.now)
+        os.rename(self._clock + ".new", self._clock)
+
+    # -- processes
+
+    def environment(self, host, **more):
+        return plain_environment(self.path(host), **dict({"CBACKUP_TEST_CLOCK": self._clock}, **more))
+
+    def spawn(self, host, *arguments, **more):
+        """Starts any command on a host; `more` are variables of its environment. Returns a Process."""
+        self.write_config()
+        return Process(program("--home", self.home(host), *arguments, file=self.file), self.environment(host, **more),
+                       self.path(host))
+
+    def run(self, host, *arguments, timeout=COMMAND_TIMEOUT, **more):
+        """Runs any command on a host to its end; returns the Result."""
+        return self.spawn(host, *arguments, **more).wait(timeout)
+
+    def start(self, *hosts):
+        """Starts the servers of these hosts (default: of all) and waits until they are ready."""
+        hosts = hosts or [host for host in self.hosts if host not in self.servers]
+        for host in hosts:
+            if host in self.servers:
+                raise AssertionError("the server of %s is running already" % host)
+            self.servers[host] = self.spawn(host, "server")
+        for host in hosts:
+            self._wait_ready(host)
+
+    def _wait_ready(self, host):
+        server = self.servers[host]
+        wanted = "cbackup server %s: listening on " % host
+
+        def ready():
+            if not server.running:
+                del self.servers[host]
+                raise AssertionError("the server of %s ended before it was ready: %s" % (host, server.wait()))
+            lines = server.stdout.split("\n")[:-1]
+            return any(line.startswith(wanted) and line.endswith(":%d" % self.ports[host]) for line in lines)
+        wait_for(ready, START_TIMEOUT, lambda: "no line %r...:%d from the server of %s; stdout: %r; stderr: %r" % (
+            wanted, self.ports[host], host, server.stdout, server.stderr))
+
+    def stop(self, *hosts):
+        """SIGTERM for the servers of these hosts (default: of all), which must then exit 0."""
+        for host in hosts or list(self.servers):
+            self.servers[host].signal(signal.SIGTERM)
+            self._ended(host)
+
+    def _ended(self, host):
+        result = self.servers.pop(host).wait(STOP_TIMEOUT)
+        if result.rc != 0:
+            raise AssertionError("the server of %s did not exit 0 at SIGTERM: %s" % (host, result))
+
+    def kill(self, *hosts):
+        """SIGKILL for the servers of these hosts and all of their children: the machines are gone."""
+        for host in hosts:
+            self.servers.pop(host).kill()
+
+    def client(self, host, *arguments, **more):
+        """One pass of a host's client, with --json; returns the Result."""
+        return self.run(host, "client", "--json", *arguments, **more)
+
+    def passes(self, order):
+        """One pass of each host's client, in this order; returns the Results."""
+        return [self.client(host) for host in order]
+
+    def backup_hosts(self):
+        return list(dict.fromkeys(backup.host for backup in self.backups.values()))
+
+    def settle(self, orders=None, limit=8):
+        """Runs clients in turns until all of one round say that they are settled; returns the figures of each pass.
+
+        `orders`: names of hosts (default: all that have a backup), or one such list for each round, used in turns.
+        Fails when a pass does not exit 0, and after `limit` rounds.
+        """
+        orders = orders or self.backup_hosts()
+        if isinstance(orders[0], str):
+            orders = [orders]
+        figures = []
+        for turn in range(limit):
+            results = self.passes(orders[turn % len(orders)])
+            for result in results:
+                if result.rc != 0:
+                    raise AssertionError("a client's pass failed: %s" % result)
+            figures += [result.json for result in results]
+            if all(result.json["settled"] for result in results):
+                return figures
+        raise AssertionError("not settled after %d rounds; the last one:\n%s" % (limit, "\n".join(map(str, results))))
+
+    def restore(self, host, source, *paths, to=None, options=(), **more):
+        """Runs `restore SOURCE [PATH ...]` on a host, into the directory `to`; returns the Result."""
+        options = list(options) + ([] if to is None else ["--to", to])
+        return self.run(host, "restore", *options, source, *paths, **more)
+
+    def status(self, host=None):
+        """`status --json`, asked on a host whose server is up."""
+        return self.run(host or next(iter(self.servers), self.hosts[0]), "status", "--json").json
+
+    # -- what is on the disks
+
+    def copies_on_disk(self, source):
+        """{relative path of each file of the source: [names of the backups that hold exactly its bytes]}."""
+        found = {}
+        for relative, path, info in walk(self.sources[source].path):
+            if stat.S_ISREG(info.st_mode):
+                found[relative] = [backup for backup in self.backups if self._is_copy(path, info, self.kept_as(
+                    backup, source, relative))]
+        return found
+
+    @staticmethod
+    def _is_copy(path, info, copy):
+        try:
+            other = os.lstat(copy)
+        except OSError:
+            return False
+        return stat.S_ISREG(other.st_mode) and other.st_size == info.st_size and digest_of(copy) == digest_of(path)
+
+    def kept_as(self, backup, source, relative=""):
+        """The path of a file's copy in a backup, as the contract says."""
+        return os.path.join(self.backups[backup].path, source, relative)
+
+    def attic(self, backup, source):
+        """[(relative path, bytes)] of the old versions that a backup keeps of a source."""
+        attic = os.path.join(self.backups[backup].path, ".cbackup", "attic", source)
+        if not os.path.isdir(attic):
+            return []
+        return [(relative, read_file(path)) for relative, path, info in walk(attic) if stat.S_ISREG(info.st_mode)]
+
+    def kept(self, backup):
+        """What a backup keeps: {path relative to the backup: lstat} of files and old versions, without bookkeeping.
+
+        Works while a client is changing the backup."""
+        root = self.backups[backup].path
+        attic = os.path.join(".cbackup", "attic")
+        result = {}
+        for folder, folders, names in os.walk(root):
+            relative = os.path.relpath(folder, root)
+            if relative == ".cbackup":
+                folders[:], names = [name for name in folders if name == "attic"], []
+            assert relative.split(os.sep)[0] != ".cbackup" or relative == ".cbackup" or relative.startswith(attic)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    result[os.path.normpath(os.path.join(relative, name))] = os.lstat(os.path.join(folder, name))
+        return result
+
+    def kept_bytes(self, backup):
+        """The sum of the sizes of the files that a backup keeps, old versions included, each inode once."""
+        return sum({(info.st_dev, info.st_ino): info.st_size for info in self.kept(backup).values()
+                    if stat.S_ISREG(info.st_mode)}.values())
+
+    def kept_inodes(self, backup):
+        """Changes when anything that a backup keeps is touched at all."""
+        return {name: (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+                for name, info in self.kept(backup).items()}
+
+
+# ---- the base of all tests --------------------------------------------------------------------------------------
+
+class Case(unittest.TestCase):
+    """A test with clusters and directories of its own, or one cluster for all the tests of a class."""
+
+    maxDiff = None
+    _shared = None
+
+    @classmethod
+    def share_cluster(cls, *hosts, **keys):
+        """In setUpClass: a Cluster for all tests of the class."""
+        cluster = Cluster(*hosts, **keys)
+        state = {"ran": False, "failed": False}
+
+        def end():
+            try:
+                cluster.close()
+            except BaseException:
+                state["failed"] = True
+                raise
+            finally:
+                # When no test ran at all, setUpClass failed.
+                cluster.say_where() if state["failed"] or not state["ran"] else cluster.remove()
+        cls._shared = state
+        cls.addClassCleanup(end)
+        return cluster
+
+    def run(self, result=None):
+        # Directories can be dealt with only here: before Python 3.11 a test's result is not known in its cleanups.
+        self._mine = []
+        count = self._count(result)
+        returned = super().run(result)
+        failed = self._count(result) > count
+        if self._shared is not None:
+            self._shared["ran"] = True
+            self._shared["failed"] |= failed
+        for thing in self._mine:
+            thing.say_where() if failed else thing.remove()
+        return returned
+
+    @staticmethod
+    def _count(result):
+        return len(getattr(result, "failures", ())) + len(getattr(result, "errors", ()))
+
+    def cluster(self, *hosts, **keys):
+        """A Cluster for this test alone; its servers are stopped at the end."""
+        cluster = Cluster(*hosts, **keys)
+        self._mine.append(cluster)
+        self.addCleanup(cluster.close)
+        return cluster
+
+    def directory(self):
+        """A directory for this test alone."""
+        cluster = Cluster()
+        self._mine.append(cluster)
+        os.unlink(cluster.path("clock"))
+        return cluster.base
+
+    def assertRc(self, expected, result):
+        if result.rc != expected:
+            self.fail("exit code %s expected: %s" % (expected, result))
+
+    def assertOneError(self, result, *words):
+        """Exactly one line on standard error, with these words in it."""
+        self.assertEqual(1, len(result.error_lines), "one line on standard error expected: %s" % result)
+        for word in words:
+            self.assertIn(word, result.stderr, str(result))
+
+    def assertSilent(self, result):
+        self.assertRc(0, result)
+        self.assertEqual(("", ""), (result.stdout, result.stderr), str(result))
+
+    def assertSameTree(self, expected, actual, ignore=()):
+        """The same names, kinds, bytes, modes, mtimes in ns and link targets; `ignore` as in differences()."""
+        lines = differences(expected, actual, ignore)
+        if lines:
+            more = ["... and %d more" % (len(lines) - 20)] if len(lines) > 20 else []
+            self.fail("the trees differ:\n  " + "\n  ".join(lines[:20] + more))
+
+    def assertCopies(self, cluster, source, count):
+        """Every file of the source is on `count` distinct hosts, none of them the source's own, and on no more."""
+        wrong = []
+        for name, backups in cluster.copies_on_disk(source).items():
+            hosts = [cluster.backups[backup].host for backup in backups]
+            if len(hosts) != count or len(set(hosts)) != count or cluster.sources[source].host in hosts:
+                wrong.append("%r is in the backups %s on %s" % (name, backups, hosts))
+        if wrong:
+            self.fail("%d copies on distinct hosts expected:\n  %s" % (count, "\n  ".join(wrong[:20])))
+
+    def assertWithinSize(self, cluster, *backups):
+        """No backup keeps more than its `size`."""
+        for name in backups or cluster.backups:
+            size = parse_size(cluster.backups[name].options["size"])
+            self.assertLessEqual(cluster.kept_bytes(name), size, "backup %s keeps more than its size" % name)
+
+
+def parse_size(text):
+    """Bytes of a size as the configuration has it, for whole numbers."""
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(str(text)[-1])
+    return int(str(text)[:-1]) * factor if factor else int(text)
+
+
+@contextlib.contextmanager
+def listening():
+    """(port, socket) of a listener on 127.0.0.1 that accepts in its queue and says nothing."""
+    port, holder = free_port()
+    with holder, socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(64)
+        yield port, listener

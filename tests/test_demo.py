@@ -1,0 +1,63 @@
+"""demo: the main job on one machine, shown to somebody who has just built the program."""
+
+import os
+import signal
+import subprocess
+import unittest
+
+from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree, wait_for)
+
+
+class DemoTest(Case):
+    """demo DIR backs up DIR, loses a host, restores, compares; it changes nothing in DIR and leaves nothing behind."""
+
+    def setUp(self):
+        base = self.directory()
+        self.user, self.tmp, self.files = (os.path.join(base, name) for name in ("user", "tmp", "some files"))
+        for path in (self.user, self.tmp):
+            os.mkdir(path)
+        make_tree(self.files, {"d%d/f%d" % (number % 5, number): 500 * number for number in range(60)})
+        make_tree(self.files, {"link": Link("d1/f1"), "void": DIRECTORY, "empty": b""})
+
+    def start(self, *arguments):
+        return Process(program("demo", *arguments), plain_environment(self.user, TMPDIR=self.tmp), self.user)
+
+    def assertNothingLeft(self):
+        self.assertEqual([], os.listdir(self.tmp))
+        self.assertEqual([], os.listdir(self.user))
+        wait_for(lambda: not self.processes(), 10, lambda: "still running: %s" % self.processes())
+
+    def processes(self):
+        """Processes that have the temporary directory in their command line."""
+        output = subprocess.run(["ps", "-A", "-o", "args"], stdout=subprocess.PIPE, timeout=20, env=dict(
+            os.environ, COLUMNS="10000")).stdout.decode("utf-8", "replace")
+        return [line for line in output.splitlines() if self.tmp in line]
+
+    def test_a_demo_over_a_directory_works_and_leaves_nothing_behind(self):
+        before = tree(self.files), inodes(self.files)
+        result = self.start(self.files).wait(90)
+        self.assertRc(0, result)
+        self.assertEqual("", result.stderr)
+        self.assertRegex(result.stdout, r"(?i)restore")
+        self.assertRegex(result.stdout, r"(?i)kill|lost|gone")
+        self.assertEqual(before, (tree(self.files), inodes(self.files)))
+        self.assertNothingLeft()
+
+    def test_an_interrupted_demo_leaves_nothing_behind_either(self):
+        demo = self.start(self.files)
+        wait_for(lambda: os.listdir(self.tmp) or not demo.running, 30, "the demo does nothing")
+        wait_for(self.processes, 30, "the demo starts nothing")
+        demo.signal(signal.SIGINT)
+        result = demo.wait(30)
+        self.assertRc(130, result)
+        self.assertNothingLeft()
+
+    def test_a_directory_that_is_not_there_is_named(self):
+        result = self.start(self.files + " not").wait(30)
+        self.assertRc(2, result)
+        self.assertOneError(result, self.files + " not")
+        self.assertNothingLeft()
+
+
+if __name__ == "__main__":
+    unittest.main()
