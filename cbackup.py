@@ -459,7 +459,12 @@ class Tree:
 
     All paths are relative bytes.  Each operation walks from the root's descriptor with O_NOFOLLOW, so that a
     symlink that lies (or is put) inside leads nowhere.  Safe to use by several threads.
+
+    The parents used last stay open: most callers go through sorted paths.  Directories are removed only through
+    this object while it is in use, which forgets them then.
     """
+
+    _REMEMBERED = 16
 
     _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
@@ -469,12 +474,21 @@ class Tree:
         """`own_links`: symlinks that stand where a directory has to be made are ours, and are removed."""
         self.root = os.fsencode(root)
         self._own_links = own_links
+        self._lock = threading.Lock()
+        self._open: "Dict[bytes, int]" = {}
         self._root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
+        self._forget()
         if self._root >= 0:
             os.close(self._root)
             self._root = -1
+
+    def _forget(self) -> None:
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
 
     def __enter__(self) -> "Tree":
         return self
@@ -485,16 +499,27 @@ class Tree:
     @contextlib.contextmanager
     def _parent(self, rel: bytes, make: bool = False) -> "Iterator[Tuple[int, bytes]]":
         """(descriptor of the parent directory, last name).  With `make`, missing parents are made."""
-        parts = check_relative(rel).split(b"/")
-        descriptor = os.dup(self._root)
+        above, _, name = check_relative(rel).rpartition(b"/")
+        with self._lock:
+            known = self._open.get(above)
+            descriptor = os.dup(self._root if known is None else known)
         try:
-            for part in parts[:-1]:
-                following = self._step(descriptor, part, make)
-                os.close(descriptor)
-                descriptor = following
-            yield descriptor, parts[-1]
+            if known is None and above:
+                for part in above.split(b"/"):
+                    following = self._step(descriptor, part, make)
+                    os.close(descriptor)
+                    descriptor = following
+                self._remember(above, descriptor)
+            yield descriptor, name
         finally:
             os.close(descriptor)
+
+    def _remember(self, above: bytes, descriptor: int) -> None:
+        with self._lock:
+            if len(self._open) >= self._REMEMBERED:
+                os.close(self._open.pop(next(iter(self._open))))
+            if above not in self._open:
+                self._open[above] = os.dup(descriptor)
 
     def _step(self, descriptor: int, part: bytes, make: bool) -> int:
         try:
@@ -555,8 +580,10 @@ class Tree:
             os.unlink(name, dir_fd=descriptor)
 
     def rmdir(self, rel: bytes) -> None:
+        self._forget()
         with self._parent(rel) as (descriptor, name):
             os.rmdir(name, dir_fd=descriptor)
+        self._forget()
 
     def list(self, rel: bytes = b"") -> "List[bytes]":
         """The names in a directory, sorted; [] when it does not exist."""
@@ -1840,19 +1867,18 @@ class Books:
                    and (backup not in group.members if inside else host not in group.hosts)]
         return self._around(numbers, gap, free, backup)
 
-    def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> int:
-        """Bytes of underserved files that `backup` may hold and lacks, each at most `most`."""
-        host, total = self.host_of(backup), 0
+    def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> "Tuple[int, int]":
+        """(bytes, files) that are underserved, at most `most` bytes each, and that `backup` lacks and may hold."""
+        host, size, files = self.host_of(backup), 0, 0
         for group in self.groups(source["id"]):
             if group.n < source["replicas"] and host not in group.hosts and not group.blocked:
-                total += group.bytes
-                total -= self.one("SELECT COALESCE(SUM(size), 0) FROM entries WHERE grp=? AND size>?",
-                                  group.id, most)[0]
+                large = self.one("SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?", group.id, most)
+                size, files = size + group.bytes - large[0], files + group.files - large[1]
         declined = self.one(
-            "SELECT COALESCE(SUM(e.size), 0) FROM declines d JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp "
+            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp "
             "WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
-            backup, self.up(), source["id"], source["replicas"], most)[0]
-        return max(0, total - declined)
+            backup, self.up(), source["id"], source["replicas"], most)
+        return max(0, size - declined[0]), max(0, files - declined[1])
 
     def decline(self, backup: int, source: int, rows: "List[Tuple[bytes, int, str]]") -> None:
         """`backup` could not take these (path, version, reason): others may, for a while it is not asked again."""
@@ -3825,11 +3851,32 @@ def _files_out(rows: "Iterable[Tuple[Any, ...]]") -> "List[List[Any]]":
 
 
 class Names:
-    """Users and groups by name, remembered."""
+    """Users and groups by name and by number, remembered."""
 
     def __init__(self) -> None:
         self._users: "Dict[int, str]" = {}
         self._groups: "Dict[int, str]" = {}
+        self._uids: "Dict[Tuple[str, int], int]" = {}
+        self._gids: "Dict[Tuple[str, int], int]" = {}
+
+    def uid(self, user: str, otherwise: int) -> int:
+        """The number of `user` on this machine; `otherwise` when it has none."""
+        if (user, otherwise) not in self._uids:
+            import pwd
+            try:
+                self._uids[(user, otherwise)] = pwd.getpwnam(user).pw_uid
+            except KeyError:
+                self._uids[(user, otherwise)] = otherwise
+        return self._uids[(user, otherwise)]
+
+    def gid(self, group: str, otherwise: int) -> int:
+        if (group, otherwise) not in self._gids:
+            import grp
+            try:
+                self._gids[(group, otherwise)] = grp.getgrnam(group).gr_gid
+            except KeyError:
+                self._gids[(group, otherwise)] = otherwise
+        return self._gids[(group, otherwise)]
 
     def user(self, uid: int) -> str:
         if uid not in self._users:
@@ -4006,8 +4053,9 @@ class Service:
             row = books.source_row(name)
             if row["state"] != "ok":
                 continue
-            sources[name] = {"missing": books.unclaimed_bytes(row), "replicas": row["replicas"],
-                             "lacking": books.lacking(number, row, request["capacity"]),
+            size, files = books.lacking(number, row, request["capacity"])
+            sources[name] = {"missing": books.unclaimed_bytes(row), "replicas": row["replicas"], "lacking": size,
+                             "lacking_files": files,
                              "short": books.figures(row)["underserved_files"], "size": books.file_counts(row["id"])[1]}
         return {"sources": sources, "backups": books.last_words()}
 
@@ -5115,11 +5163,11 @@ class Pass:
         self.figures.short = self.figures_short
         free = self.vault.free()
         self._total = max(self._total, self._moved + min(lacking, max(0, free)))
-        if free < 0 or not lacking:
+        if free < 0:
             return False
         most = BATCH_BYTES if lacking < free / 2 else min(BATCH_BYTES, max(SCARCE_BYTES, free // 100))
         for standing, facts in demands:
-            if not facts["lacking"]:
+            if not facts["lacking_files"]:
                 continue
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
                 "claim", backup=self.name, source=s.name, free=free, most_files=BATCH_FILES, most_bytes=most)["rows"])
@@ -5595,9 +5643,11 @@ class Restore:
         self.patterns = [os.fsencode(p).strip(b"/") for p in patterns]
         self.holders: "List[Any]" = []
         self.down: "List[str]" = []
+        self.unmatched: "List[bytes]" = []
         self.notes: "Dict[str, int]" = {}
         self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes", "kept_files"), 0)
         self.lock = threading.RLock()
+        self.names = Names()
         self.catalog_time = 0
         self._fetched = 0
         self._total = 0
@@ -5684,7 +5734,11 @@ class Restore:
             self.db.create_function("wanted", 1, lambda path: int(wanted(path)))
             self.db.execute("DELETE FROM want WHERE kind<>'d' AND NOT wanted(path)")
             self.db.execute("UPDATE want SET asked=0 WHERE NOT wanted(path)")
-            if not self._one("SELECT 1 FROM want WHERE asked=1 LIMIT 1"):
+            for pattern, test in zip(self.patterns, tests):
+                if not any(row[0] == pattern or row[0].startswith(pattern + b"/") or test.match(as_text(row[0]))
+                           for row in self.db.execute("SELECT path FROM want WHERE asked=1")):
+                    self.unmatched.append(pattern)
+            if len(self.unmatched) == len(self.patterns):
                 raise CBackupError("nothing in %s matches %s" % (
                     self.source, ", ".join(shown(p) for p in self.patterns)))
         files, size = self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE kind='f'")
@@ -5734,12 +5788,14 @@ class Restore:
         """Find what is there already: what has the right digest stays, what differs is in the way."""
         after = b""
         while True:
-            page = self._rows("SELECT path, size, digest FROM want WHERE kind='f' AND path>? ORDER BY path LIMIT 1000", after)
-            for path, size, digest in page:
+            page = self._rows("SELECT path, size, digest, mode, uid, gid, user, grp, mtime FROM want WHERE kind='f' AND path>? "
+                              "ORDER BY path LIMIT 1000", after)
+            for path, size, digest, *metadata in page:
                 info = self.tree.lstat(path)
                 if info is None:
                     continue
                 if stat.S_ISREG(info.st_mode) and info.st_size == size and self._is_right(path, info, digest):
+                    self._set_metadata(path, *metadata)
                     self._set_state(path, 1)
                     self.counts["kept_files"] += 1
                 elif self.force:
@@ -5798,7 +5854,7 @@ class Restore:
                 self._links_and_symlinks()
                 self._directories()
                 self._mark_missing()
-            complete = not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
+            complete = not self.unmatched and not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
             self.done.close()
         if complete or not whole:
             shutil.rmtree(work, ignore_errors=True)
@@ -5863,7 +5919,9 @@ class Restore:
                     break
                 batch.append(row)
                 size += row[1]
-                self._set_state(row[0], 2)
+            self.db.execute("BEGIN")
+            self.db.executemany("UPDATE want SET state=2 WHERE path=?", [row[:1] for row in batch])
+            self.db.execute("COMMIT")
             return batch
 
     def _forget(self, number: int, paths: "Iterable[bytes]") -> None:
@@ -5873,27 +5931,39 @@ class Restore:
 
     def _take(self, number: int, batch: "List[Tuple[bytes, int, Optional[bytes]]]", outcome: Pull) -> int:
         """Check and put into place what arrived of a batch; the rest is open again.  Returns how many arrived."""
-        arrived, staging = 0, RESTORE_DIR + b"/files-%d/" % number
+        staging = RESTORE_DIR + b"/files-%d/" % number
+        there: "List[Tuple[Any, ...]]" = []
+        again: "List[bytes]" = []
+        without: "List[bytes]" = []
         for path, size, _ in batch:
             row = self._one("SELECT mode, uid, gid, user, grp, mtime, digest FROM want WHERE path=?", path)
             try:
                 verdict = self._digest_matches(staging + path, size, row[6])
                 if verdict:
-                    self._put(staging + path, path, row)
-                    arrived += 1
+                    info = self._put(staging + path, path, row)
+                    there.append((path, size, info.st_mtime_ns, info.st_ino, row[6]))
                     continue
-                if verdict is False:
-                    self._forget(number, [path])
-                    log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
-                elif outcome.how == "done":
-                    self._forget(number, [path])
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise CBackupError("%s: %s" % (self.target, reason_of(error)))
                 self._set_state(path, 4, reason_of(error))
                 continue
-            self._set_state(path, 0)
-        return arrived
+            again.append(path)
+            if verdict is False:
+                log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
+            if verdict is False or outcome.how == "done":
+                without.append(path)
+        with self.lock:
+            for db, sql, rows in ((self.db, "UPDATE want SET state=1 WHERE path=?", [row[:1] for row in there]),
+                                  (self.done, "INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)", there),
+                                  (self.db, "UPDATE want SET state=0 WHERE path=?", [(path,) for path in again])):
+                db.execute("BEGIN")
+                db.executemany(sql, rows)
+                db.execute("COMMIT")
+            self._forget(number, without)
+            self.counts["restored_files"] += len(there)
+            self.counts["restored_bytes"] += sum(row[1] for row in there)
+        return len(there)
 
     def _digest_matches(self, staged: bytes, size: int, digest: "Optional[bytes]") -> "Optional[bool]":
         """None: it did not arrive.  A file without a digest in the catalog was never confirmed: size has to do."""
@@ -5907,38 +5977,35 @@ class Restore:
         finally:
             os.close(descriptor)
 
-    def _put(self, staged: bytes, path: bytes, row: "Tuple[Any, ...]") -> None:
+    def _put(self, staged: bytes, path: bytes, row: "Tuple[Any, ...]") -> os.stat_result:
         """Rename a checked file to its place; raises OSError when something is in the way."""
-        mode, uid, gid, user, group, mtime, digest = row
+        mode, uid, gid, user, group, mtime, _ = row
         if self.tree.lstat(path) is not None:
             if not self.force:
                 raise OSError(errno.EEXIST, "something else is there")
             self._move_aside(path)
-        self._set_owner(staged, uid, gid, user, group)
-        self.tree.chmod(staged, mode)
-        self.tree.set_mtime(staged, mtime)
+        self._set_metadata(staged, mode, uid, gid, user, group, mtime)
         self.tree.rename(staged, path)
         info = self.tree.lstat(path)
-        with self.lock:
-            self._set_state(path, 1)
-            if info is not None:
-                self.done.execute("INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)",
-                                  (path, info.st_size, info.st_mtime_ns, info.st_ino, digest))
-                self.counts["restored_files"] += 1
-                self.counts["restored_bytes"] += info.st_size
+        if info is None:
+            raise OSError(errno.ENOENT, "it vanished from the target")
+        return info
+
+    def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int) -> None:
+        """Owner, mode and time, where they are others: what is right already is not touched."""
+        info = self.tree.lstat(rel)
+        if info is None or (info.st_uid, info.st_gid) != (self.names.uid(user, uid), self.names.gid(group, gid)):
+            self._set_owner(rel, uid, gid, user, group)
+        self.tree.chmod(rel, mode)
+        if info is None or info.st_mtime_ns != mtime:
+            self.tree.set_mtime(rel, mtime)
 
     def _set_owner(self, rel: bytes, uid: int, gid: int, user: str, group: str) -> None:
         """As root: owner by name, when this machine knows it, else by number."""
         if os.geteuid() != 0:
             return
-        import grp
-        import pwd
-        with contextlib.suppress(KeyError):
-            uid = pwd.getpwnam(user).pw_uid if user else uid
-        with contextlib.suppress(KeyError):
-            gid = grp.getgrnam(group).gr_gid if group else gid
         try:
-            self.tree.chown(rel, uid, gid)
+            self.tree.chown(rel, self.names.uid(user, uid), self.names.gid(group, gid))
         except OSError as error:
             self._note("owners could not be set (%s)" % reason_of(error))
 
@@ -6004,9 +6071,7 @@ class Restore:
                     continue
                 if self.tree.lstat(path) is None:
                     continue
-                self._set_owner(path, uid, gid, user, group)
-                self.tree.chmod(path, mode)
-                self.tree.set_mtime(path, mtime)
+                self._set_metadata(path, mode, uid, gid, user, group, mtime)
             except OSError as error:
                 self._note("metadata of directories could not be set (%s)" % reason_of(error))
 
@@ -6020,6 +6085,8 @@ class Restore:
 
     def missing(self, limit: int) -> "Iterator[Tuple[bytes, str]]":
         """(path, reason) of what could not be restored."""
+        for pattern in self.unmatched:
+            yield pattern, "nothing in %s is called so, or matches it" % self.source
         down = "; not reachable: %s" % ", ".join(sorted(self.down)) if self.down else ""
         for path, state, note in self._rows("SELECT path, state, note FROM want WHERE state IN (4, 5) AND asked=1 "
                                             "ORDER BY path LIMIT ?", limit):
@@ -6368,6 +6435,13 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     return EXIT_INCOMPLETE if total.trouble else EXIT_DONE
 
 
+STATUS_KEYS = {
+    "sources": ("host", "path", "replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes",
+                "overserved_files", "state", "last_scan"),
+    "backups": ("host", "path", "capacity", "used", "files", "last_seen", "state")}
+"""What `status --json` says of a source and of a backup; the text for people says more."""
+
+
 def add_status_parser(commands: Any) -> None:
     parser = commands.add_parser("status", help="what is safe and what is not")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
@@ -6378,7 +6452,8 @@ def add_status_parser(commands: Any) -> None:
 def cmd_status(args: argparse.Namespace, home: Home) -> int:
     status = collect_status(home, home.config())
     if args.json:
-        print(json.dumps(status))
+        print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
+                          if key in STATUS_KEYS else value for key, value in status.items() if key != "unreachable"}))
     elif args.check:
         print_check(status)
     else:
@@ -6458,7 +6533,8 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
         print("cbackup: %s, %d times" % (text, count), file=sys.stderr)
     back = "everything is back" if complete else "NOT everything is back: %s" % ", ".join(
         part for part in (missing and "%s missing" % count_of(missing, "file"),
-                          in_the_way and "%s in the way" % count_of(in_the_way, "other path")) if part)
+                          in_the_way and "%s in the way" % count_of(in_the_way, "other path"),
+                          restore.unmatched and "%s matched nothing" % count_of(len(restore.unmatched), "argument")) if part)
     print("%s: %s (%s restored, %s; %s were there already), as of %s" % (
         restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
         format(restore.counts["kept_files"], ","), time.strftime("%Y-%m-%d %H:%M", time.localtime(restore.catalog_time))))
