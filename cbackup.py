@@ -222,6 +222,10 @@ class ProtocolError(CBackupError):
     """The peer sent something that is not of the protocol."""
 
 
+class Cancelled(CBackupError):
+    """A transfer that is no longer needed: others have delivered its files."""
+
+
 class Busy(CBackupError):
     """Somebody else holds the lock: not an error for a client started by cron."""
 
@@ -1852,6 +1856,7 @@ class Books:
                 group = Group(row[1:], self.host_of)
                 if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
+                    self._holders_changed(row[0])
                     self.regroup([row[0]])
                     granted.append(path)
         return granted
@@ -1936,9 +1941,14 @@ class Books:
                 db.execute("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
                            "todo=0 WHERE file=? AND backup=?", (tag, row[3], row[4], row[0], backup))
                 db.execute("DELETE FROM declines WHERE file=? AND backup=?", (row[0], backup))
+                self._holders_changed(row[0])
                 self.regroup([row[0]])
                 counted.append(path)
         return counted
+
+    def _holders_changed(self, number: int) -> None:
+        """The catalog names the holders of each file: the entry belongs into the next generation."""
+        self.db.execute("UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=?", (number,))
 
     def forget_copies(self, backup: int, source: int, paths: "List[bytes]") -> None:
         """`backup` says that it does not (or no longer) hold what the books say it has under these paths."""
@@ -1951,6 +1961,7 @@ class Books:
                         backup, source, path, backup, source, path):
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
+                    self._holders_changed(number)
                     self.regroup([number])
 
     def _after_retire(self, number: int) -> None:
@@ -2081,7 +2092,9 @@ class Books:
         """A page of live entries of generations in (since, upto], after the cursor (gen, id)."""
         return self.rows(
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
-            "digest FROM entries WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) ORDER BY gen, id LIMIT ?",
+            "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
+            "AND c.state='k') FROM entries "
+            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) ORDER BY gen, id LIMIT ?",
             source, since, upto, after[0], after[0], after[1], PAGE)
 
     def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "List[bytes]":
@@ -2725,7 +2738,8 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "
     """Carry bytes between a TLS socket and a local pair of descriptors until one side ends.
 
     Returns "done", "cut" (the peer went away) or "stalled" (`idle` seconds without a byte).  All are made
-    non-blocking; each direction waits only for itself, or rsync would deadlock.
+    non-blocking; each direction waits only for itself, or rsync would deadlock.  `on_bytes` is called with what
+    came from the peer, and with 0 now and then; what it raises ends the transfer.
     """
     limit = 1 << 18
     tls.setblocking(False)
@@ -2775,6 +2789,7 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "
             continue
         if time.monotonic() - last > idle:
             return "stalled"
+        on_bytes(0)
         read, write = [], []
         if not peer_end and len(inward) < limit:
             read.append(tls)
@@ -2935,7 +2950,7 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
             stream.write("#!/bin/sh\nexec %s -I -S -c %s %d\n"
                          % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
         os.chmod(shell, 0o700)
-        command: "List[Any]" = [rsync, "-ptgo", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
+        command: "List[Any]" = [rsync, "-ptgoS", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
                                 b"--partial-dir=" + PART_SUFFIX_DIR, "--timeout=%d" % max(60, RSYNC_IDLE), "--stats",
                                 "--files-from=" + listing, "--from0", "-e", "'%s'" % shell]
         if bwlimit:
@@ -3646,7 +3661,8 @@ def _stamp_time(stamp: bytes) -> float:
 
 @dataclass(frozen=True)
 class CatalogRow:
-    """One path of a source at one time.  kind None: no longer there.  link: a number shared by hard links."""
+    """One path of a source at one time.  kind None: no longer there.  link: a number shared by hard links.
+    holders: the backups that had a copy, so that a restore can say who is missing."""
 
     path: bytes
     kind: "Optional[str]" = None
@@ -3660,29 +3676,31 @@ class CatalogRow:
     link: "Optional[int]" = None
     target: "Optional[bytes]" = None
     digest: "Optional[bytes]" = None
+    holders: "Tuple[str, ...]" = ()
 
     def to_json(self) -> "List[Any]":
         if self.kind is None:
             return [as_text(self.path)]
         extra = self.digest.hex() if self.digest else as_text(self.target) if self.target is not None else None
         return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid, self.user,
-                self.group, self.link, extra]
+                self.group, self.link, extra, list(self.holders)]
 
     @classmethod
     def from_json(cls, row: Any) -> "CatalogRow":
         """Check a row from a peer or a disk.  Raises ProtocolError for anything that is not of the form."""
-        if not isinstance(row, list) or len(row) not in (1, 11) or not isinstance(row[0], str):
+        if not isinstance(row, list) or len(row) not in (1, 12) or not isinstance(row[0], str):
             raise ProtocolError("a catalog row that is not of the form")
         path = as_raw(row[0])
         if path or len(row) == 1 or row[1] != "d":
             check_relative(path)
         if len(row) == 1:
             return cls(path)
-        _, kind, size, mtime, mode, uid, gid, user, group, link, extra = row
+        _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row
         if kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
                 or not all(isinstance(n, int) for n in (size, mtime, mode, uid, gid)) \
                 or size < 0 or not 0 <= mode <= 0o7777 or link is not None and not isinstance(link, int) \
-                or extra is not None and not isinstance(extra, str):
+                or extra is not None and not isinstance(extra, str) \
+                or not isinstance(holders, list) or not all(isinstance(name, str) for name in holders):
             raise ProtocolError("a catalog row with wrong values for %s" % shown(path))
         digest = target = None
         if kind == "f" and extra is not None:
@@ -3694,7 +3712,7 @@ class CatalogRow:
                 raise ProtocolError("a catalog row with a wrong digest for %s" % shown(path))
         elif kind == "l":
             target = as_raw(extra or "")
-        return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest)
+        return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest, tuple(holders))
 
 
 @dataclass(frozen=True)
@@ -4210,8 +4228,8 @@ class Service:
         if cursor[0] >= 0:
             rows = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
-                                      link, target, digest).to_json()
-                           for _, _, path, kind, size, mtime, mode, uid, gid, link, target, digest in rows]
+                                      link, target, digest, tuple((holders or "").split(",")) if holders else ()).to_json()
+                           for _, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders in rows]
             out["cursor"] = list(rows[-1][:2]) if len(rows) == PAGE else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
@@ -5488,7 +5506,8 @@ PLAN_SCHEMA = """
 --                                | 4 in the way: another file is there | 5 missing
 CREATE TABLE want(
     path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
-    grp TEXT, link INTEGER, target BLOB, digest BLOB, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1, note TEXT) WITHOUT ROWID;
+    grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1,
+    note TEXT) WITHOUT ROWID;
 CREATE INDEX want_state ON want(state) WHERE kind='f';
 CREATE TABLE have(path BLOB, holder INTEGER, stored BLOB, PRIMARY KEY(path, holder)) WITHOUT ROWID;
 CREATE TABLE other(path BLOB, holder INTEGER, PRIMARY KEY(path, holder)) WITHOUT ROWID;
@@ -5499,6 +5518,10 @@ DONE_SCHEMA = """
 CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
 """
 """What earlier runs put into place: kept while the restore is not over, so that nothing is read or fetched twice."""
+
+
+BATCH_SECONDS, FIRST_BATCH = 5.0, 8 << 20
+"""A holder gets as much at once as it delivers in this time; before its rate is known, FIRST_BATCH bytes."""
 
 
 def parse_time(word: str) -> float:
@@ -5627,8 +5650,12 @@ class DirectoryHolder:
                 while True:
                     block = os.read(reader, READ_BLOCK)
                     if not block:
+                        writer.truncate()
                         return
-                    writer.write(block)
+                    if block.count(0) == len(block):
+                        writer.seek(len(block), os.SEEK_CUR)  # a hole stays one
+                    else:
+                        writer.write(block)
                     on_bytes(len(block))
         finally:
             os.close(reader)
@@ -5647,7 +5674,11 @@ class Restore:
         self.notes: "Dict[str, int]" = {}
         self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes", "kept_files"), 0)
         self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.names = Names()
+        self._flying: "Dict[int, set[bytes]]" = {}
+        self._since: "Dict[int, float]" = {}
+        self._rates: "Dict[int, float]" = {}
         self.catalog_time = 0
         self._fetched = 0
         self._total = 0
@@ -5687,6 +5718,7 @@ class Restore:
         self.db.executescript(PLAN_SCHEMA)
         self.done = open_database(os.path.join(work, "done.db"), DONE_SCHEMA, 1, "DELETE")
         self.done.execute("PRAGMA synchronous=OFF")
+        self.done.execute("PRAGMA journal_mode=WAL")
         self._load_catalog()
         self._select()
 
@@ -5717,10 +5749,10 @@ class Restore:
                 self.db.execute("DELETE FROM want WHERE path=?", (row.path,))
             else:
                 self.db.execute(
-                    "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest) "
-                    "VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest, "
+                    "holders) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
-                     row.target, row.digest))
+                     row.target, row.digest, ", ".join(row.holders)))
 
     def _select(self) -> None:
         """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
@@ -5876,43 +5908,55 @@ class Restore:
 
     def _work_through(self, number: int) -> None:
         holder, failures = self.holders[number], 0
+        into = os.fsencode(os.path.join(self.work, "files-%d" % number))
         while failures < 3:
             batch = self._next_batch(number)
-            if not batch:
+            if batch is None:
                 return
-            before = self._fetched
+            begun = time.monotonic()
             try:
-                outcome = holder.fetch(self.source, [(path, stored) for path, _, stored in batch],
-                                       os.fsencode(os.path.join(self.work, "files-%d" % number)), self._count_bytes)
+                outcome = holder.fetch(self.source, [(path, stored) for path, _, stored in batch], into,
+                                       lambda count: self._count_bytes(number, count))
+            except Cancelled:
+                outcome = Pull(how="cut")
             except (Unreachable, Refused, OSError) as error:
                 outcome = Pull(code=1, how="cut", errors=[reason_of(error)])
-            arrived = self._take(number, batch, outcome)
-            failures = 0 if arrived else failures + (outcome.how != "done")
+            arrived, size = self._take(number, batch, outcome)
+            self._rates[number] = size / max(0.01, time.monotonic() - begun)
+            failures = failures + 1 if outcome.errors and not arrived else 0
             if outcome.full_disk:
                 raise CBackupError("%s is full: %s" % (self.target, outcome.errors[0][:160]))
-            if outcome.how == "done" and not arrived:
-                self._forget(number, [path for path, _, _ in batch])
-            self._fetched = max(before, self._fetched)
         log.warning("%s no longer answers; going on with the others", holder.name)
         with self.lock:
             self.db.execute("DELETE FROM have WHERE holder=?", (number,))
             if holder.name not in self.down:
                 self.down.append(holder.name)
 
-    def _count_bytes(self, count: int) -> None:
+    def _count_bytes(self, number: int, count: int) -> None:
+        if not self._flying.get(number):
+            raise Cancelled("others were faster")
         self._fetched += count
         self.progress.update("restoring %s from %s" % (self.source, count_of(len(self.holders), "place")),
                              self._fetched, max(self._total, self._fetched))
 
-    def _next_batch(self, number: int) -> "List[Tuple[bytes, int, Optional[bytes]]]":
-        """Files for one holder, marked as being fetched: first those that few others have.  Batches get smaller
-        towards the end, so that all holders finish at about the same time."""
-        with self.lock:
-            left = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE state=0 AND kind='f'")[0]
-            limit = min(BATCH_BYTES, max(8 << 20, left // (3 * max(1, len(self.holders)))))
-            rows = self._rows(
-                "SELECT w.path, w.size, h.stored FROM have h JOIN want w ON w.path=h.path WHERE h.holder=? AND w.state=0 "
-                "AND w.kind='f' ORDER BY (SELECT COUNT(*) FROM have o WHERE o.path=w.path), w.path LIMIT ?", number, BATCH_FILES)
+    def _next_batch(self, number: int) -> "Optional[List[Tuple[bytes, int, Optional[bytes]]]]":
+        """Files for one holder, first those that few others have: as much as it delivers in BATCH_SECONDS, so that
+        all holders end at about the same time.  When all are taken, part of what a slow one has not delivered.
+        Waits while that may still become necessary; None: nothing is left for this holder."""
+        with self.changed:
+            while True:
+                rows = self._rows(
+                    "SELECT w.path, w.size, h.stored FROM have h JOIN want w ON w.path=h.path WHERE h.holder=? AND w.state=0 AND "
+                    "w.kind='f' ORDER BY (SELECT COUNT(*) FROM have o WHERE o.path=w.path), w.path LIMIT ?", number, BATCH_FILES)
+                rate = self._rates.get(number)
+                limit = min(BATCH_BYTES, max(1 << 20, int(rate * BATCH_SECONDS))) if rate else FIRST_BATCH
+                if not rows:
+                    rows, waiting = self._slow_ones(number)
+                    if not rows and not waiting:
+                        return None
+                if rows:
+                    break
+                self.changed.wait(0.5)
             batch, size = [], 0
             for row in rows:
                 if batch and size + row[1] > limit:
@@ -5922,26 +5966,42 @@ class Restore:
             self.db.execute("BEGIN")
             self.db.executemany("UPDATE want SET state=2 WHERE path=?", [row[:1] for row in batch])
             self.db.execute("COMMIT")
+            self._flying[number] = {row[0] for row in batch}
+            self._since[number] = time.monotonic()
             return batch
+
+    def _slow_ones(self, number: int) -> "Tuple[List[Tuple[bytes, int, Optional[bytes]]], bool]":
+        """(files that another holder has been fetching for long and that this one has, whether there may be such later):
+        the later half of its list, which it comes to last."""
+        waiting = False
+        for other, paths in self._flying.items():
+            if other == number or not paths:
+                continue
+            rows = [row for row in (self._one("SELECT w.path, w.size, h.stored FROM have h JOIN want w ON w.path=h.path "
+                                              "WHERE h.holder=? AND w.path=? AND w.state=2", number, path)
+                                    for path in sorted(paths)) if row]
+            waiting = waiting or bool(rows)
+            if rows and time.monotonic() - self._since[other] > BATCH_SECONDS:
+                return rows[len(rows) // 2:], True
+        return [], waiting
 
     def _forget(self, number: int, paths: "Iterable[bytes]") -> None:
         """This holder does not deliver these files after all."""
         with self.lock:
             self.db.executemany("DELETE FROM have WHERE path=? AND holder=?", [(path, number) for path in paths])
 
-    def _take(self, number: int, batch: "List[Tuple[bytes, int, Optional[bytes]]]", outcome: Pull) -> int:
-        """Check and put into place what arrived of a batch; the rest is open again.  Returns how many arrived."""
+    def _take(self, number: int, batch: "List[Tuple[bytes, int, Optional[bytes]]]", outcome: Pull) -> "Tuple[int, int]":
+        """Check and put into place what arrived of a batch; the rest is open again.  Returns (files, bytes) that arrived."""
         staging = RESTORE_DIR + b"/files-%d/" % number
-        there: "List[Tuple[Any, ...]]" = []
         again: "List[bytes]" = []
         without: "List[bytes]" = []
+        files = total = 0
         for path, size, _ in batch:
-            row = self._one("SELECT mode, uid, gid, user, grp, mtime, digest FROM want WHERE path=?", path)
             try:
-                verdict = self._digest_matches(staging + path, size, row[6])
+                verdict = self._digest_matches(staging + path, size, path)
                 if verdict:
-                    info = self._put(staging + path, path, row)
-                    there.append((path, size, info.st_mtime_ns, info.st_ino, row[6]))
+                    self._put(staging + path, path)
+                    files, total = files + 1, total + size
                     continue
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -5953,19 +6013,16 @@ class Restore:
                 log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
             if verdict is False or outcome.how == "done":
                 without.append(path)
-        with self.lock:
-            for db, sql, rows in ((self.db, "UPDATE want SET state=1 WHERE path=?", [row[:1] for row in there]),
-                                  (self.done, "INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)", there),
-                                  (self.db, "UPDATE want SET state=0 WHERE path=?", [(path,) for path in again])):
-                db.execute("BEGIN")
-                db.executemany(sql, rows)
-                db.execute("COMMIT")
+        with self.changed:
+            mine = self._flying.pop(number, set())
+            self.db.execute("BEGIN")
+            self.db.executemany("UPDATE want SET state=0 WHERE path=? AND state=2", [(path,) for path in again if path in mine])
+            self.db.execute("COMMIT")
             self._forget(number, without)
-            self.counts["restored_files"] += len(there)
-            self.counts["restored_bytes"] += sum(row[1] for row in there)
-        return len(there)
+            self.changed.notify_all()
+        return files, total
 
-    def _digest_matches(self, staged: bytes, size: int, digest: "Optional[bytes]") -> "Optional[bool]":
+    def _digest_matches(self, staged: bytes, size: int, path: bytes) -> "Optional[bool]":
         """None: it did not arrive.  A file without a digest in the catalog was never confirmed: size has to do."""
         try:
             descriptor = self.tree.open(staged)
@@ -5973,23 +6030,37 @@ class Restore:
             return None
         try:
             found, count = digest_descriptor(descriptor)
-            return count == size and (digest is None or found == digest)
         finally:
             os.close(descriptor)
+        digest = self._one("SELECT digest FROM want WHERE path=?", path)[0]
+        return count == size and (digest is None or found == digest)
 
-    def _put(self, staged: bytes, path: bytes, row: "Tuple[Any, ...]") -> os.stat_result:
-        """Rename a checked file to its place; raises OSError when something is in the way."""
-        mode, uid, gid, user, group, mtime, _ = row
-        if self.tree.lstat(path) is not None:
-            if not self.force:
-                raise OSError(errno.EEXIST, "something else is there")
-            self._move_aside(path)
+    def _put(self, staged: bytes, path: bytes) -> None:
+        """Rename a checked file to its place; raises OSError when something is in the way.  When another holder has
+        delivered it meanwhile, it is left where it is."""
+        state, mode, uid, gid, user, group, mtime, digest = self._one(
+            "SELECT state, mode, uid, gid, user, grp, mtime, digest FROM want WHERE path=?", path)
+        if state == 1:
+            return
         self._set_metadata(staged, mode, uid, gid, user, group, mtime)
-        self.tree.rename(staged, path)
-        info = self.tree.lstat(path)
-        if info is None:
-            raise OSError(errno.ENOENT, "it vanished from the target")
-        return info
+        with self.lock:
+            if self._one("SELECT state FROM want WHERE path=?", path)[0] == 1:
+                return
+            if self.tree.lstat(path) is not None:
+                if not self.force:
+                    raise OSError(errno.EEXIST, "something else is there")
+                self._move_aside(path)
+            self.tree.rename(staged, path)
+            info = self.tree.lstat(path)
+            if info is None:
+                raise OSError(errno.ENOENT, "it vanished from the target")
+            self._set_state(path, 1)
+            self.done.execute("INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)",
+                              (path, info.st_size, info.st_mtime_ns, info.st_ino, digest))
+            self.counts["restored_files"] += 1
+            self.counts["restored_bytes"] += info.st_size
+            for paths in self._flying.values():
+                paths.discard(path)
 
     def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int) -> None:
         """Owner, mode and time, where they are others: what is right already is not touched."""
@@ -6088,9 +6159,11 @@ class Restore:
         for pattern in self.unmatched:
             yield pattern, "nothing in %s is called so, or matches it" % self.source
         down = "; not reachable: %s" % ", ".join(sorted(self.down)) if self.down else ""
-        for path, state, note in self._rows("SELECT path, state, note FROM want WHERE state IN (4, 5) AND asked=1 "
-                                            "ORDER BY path LIMIT ?", limit):
-            if state == 4:
+        for path, state, note, holders in self._rows("SELECT path, state, note, holders FROM want WHERE state IN (4, 5) "
+                                                     "AND asked=1 ORDER BY path LIMIT ?", limit):
+            if holders and state == 5:
+                yield path, "its last known holders were %s%s" % (holders, down)
+            elif state == 4:
                 yield path, note or "a different file is there; --force moves it aside"
             elif self._one("SELECT 1 FROM other WHERE path=?", path):
                 names = sorted(self.holders[n].name for n, in self._rows("SELECT holder FROM other WHERE path=?", path))
@@ -6470,7 +6543,7 @@ def add_restore_parser(commands: Any) -> None:
     parser.add_argument("--to", metavar="DIR", help="where to; default: the source's own path")
     parser.add_argument("--at", metavar="TIME", help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
     parser.add_argument("--from", metavar="DIR", dest="directories", action="append", default=[],
-                        help="a backup's directory that is mounted here; no server is asked")
+                        help="a backup's directory that is mounted here; works without any server")
     parser.add_argument("--force", action="store_true", help="move files that differ aside instead of leaving them")
     parser.add_argument("--dry-run", action="store_true", help="say what would come from where")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -6484,9 +6557,8 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     target = args.to or config.sources[args.source].path
     at = parse_time(args.at) if args.at else None
     restore = Restore(args.source, os.path.abspath(target), args.paths, at, args.force, Progress(args.quiet))
-    if args.directories:
-        restore.holders += [DirectoryHolder(path, args.source) for path in args.directories]
-    else:
+    restore.holders += [DirectoryHolder(path, args.source) for path in args.directories]
+    if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
         find_rsync()
         restore.find_holders(config, tls_context(home, server_side=False))
     if args.dry_run:

@@ -16,8 +16,7 @@ import time
 import unittest
 import warnings
 
-from tests.harness import (PATIENCE, Case, listening, new_cluster_pem,
-                           write_file)
+from tests.harness import PATIENCE, Case, Cluster, listening, new_cluster_pem, write_file
 
 CUT_OFF = 45        # seconds after which a peer that is not served must have been cut off
 AT_ONCE = 10        # seconds in which an honest peer must be served, whatever others do
@@ -161,20 +160,62 @@ class ChannelCase(Case):
         self.assertNotIn("Traceback", server.stderr)
 
 
+class SilenceTest(ChannelCase):
+    """Who says nothing, or stops in the middle, costs nobody more than the time limit, on either side of the port.
+
+    The waiting is done once for all: setUpClass starts what must come to an end, and each test looks at its part.
+    """
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.stack = contextlib.ExitStack()
+        cls.addClassCleanup(cls.stack.close)
+        cls.peers = [cls.stack.enter_context(socket.create_connection(("127.0.0.1", cls.port))) for _ in range(100)]
+        for peer in cls.peers[:50]:
+            peer.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")        # the head of a ClientHello
+        other = cls.stack.enter_context(Cluster("s", "silent", "babbler", "a", replicas=1))
+        for host in ("s", "silent", "babbler"):
+            other.source("docs-" + host, host, {"f": b"1"})
+        other.backup("b1", "a", "1M")
+        other.start("s")
+        other.ports["silent"], _ = cls.stack.enter_context(listening())
+        other.ports["babbler"], listener = cls.stack.enter_context(listening())
+        threading.Thread(target=cls.babble, args=(listener,), daemon=True).start()
+        cls.other, cls.client = other, other.spawn("a", "client", "--json")
+
+    @staticmethod
+    def babble(listener):
+        while True:
+            try:
+                stream, _ = listener.accept()
+            except OSError:
+                return
+            with stream, contextlib.suppress(OSError):
+                stream.sendall(b"220 mail.example.org ESMTP\r\n" * 1000)
+
+    def test_honest_peers_are_served_while_others_are_silent(self):
+        self.assertServes()
+        result = self.c.run("a", "status", "--json", timeout=AT_ONCE)
+        self.assertEqual("ok", result.json["sources"]["docs"]["state"])
+
+    def test_silent_peers_are_cut_off(self):
+        for peer in self.peers:
+            answer_until_cut_off(peer)
+        self.assertServes()
+
+    def test_a_client_goes_on_without_a_server_that_says_nothing_or_babbles(self):
+        result = self.client.wait()
+        self.assertRc(1, result)
+        self.assertEqual(["babbler", "silent"], sorted(result.json["unreachable"]))
+        self.assertEqual(1, result.json["copied_files"])
+        self.assertEqual({"f": ["b1"]}, self.other.copies_on_disk("docs-s"))
+        for host in ("silent", "babbler"):
+            self.assertIn(host, result.stderr)
+
+
 class StrangersTest(ChannelCase):
     """Who does not hold this cluster's key gets nothing, and costs nobody anything."""
-
-    def test_peers_that_stop_before_or_in_the_handshake_hold_up_nobody_and_are_cut_off(self):
-        with contextlib.ExitStack() as stack:
-            peers = [stack.enter_context(self.connect()) for _ in range(100)]
-            for peer in peers[:50]:
-                peer.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")    # the head of a ClientHello
-            self.assertServes()
-            result = self.c.run("a", "status", "--json", timeout=AT_ONCE)
-            self.assertEqual("ok", result.json["sources"]["docs"]["state"])
-            for peer in peers:
-                answer_until_cut_off(peer)
-        self.assertServes()
 
     def test_plain_text_and_noise_are_cut_off(self):
         for noise in (b"GET / HTTP/1.0\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b'{"op": "status"}\n', b"\x00" * 100000,
@@ -366,34 +407,7 @@ class MembersTest(ChannelCase):
 
 
 class ClientTest(Case):
-    """A server that is no server of this cluster costs a client time, but not its pass."""
-
-    def test_a_client_goes_on_without_a_server_that_says_nothing_or_babbles(self):
-        cluster = self.cluster("s", "silent", "babbler", "a", replicas=1)
-        for host in ("s", "silent", "babbler"):
-            cluster.source("docs-" + host, host, {"f": b"1"})
-        cluster.backup("b1", "a", "1M")
-        cluster.start("s")
-        with listening() as (silent, _), listening() as (babbler, listener):
-            cluster.ports.update(silent=silent, babbler=babbler)
-            threading.Thread(target=self.babble, args=(listener,), daemon=True).start()
-            result = cluster.client("a", timeout=120)
-        self.assertRc(1, result)
-        self.assertEqual(["babbler", "silent"], sorted(result.json["unreachable"]))
-        self.assertEqual(1, result.json["copied_files"])
-        self.assertEqual({"f": ["b1"]}, cluster.copies_on_disk("docs-s"))
-        for host in ("silent", "babbler"):
-            self.assertIn(host, result.stderr)
-
-    @staticmethod
-    def babble(listener):
-        while True:
-            try:
-                stream, _ = listener.accept()
-            except OSError:
-                return
-            with stream, contextlib.suppress(OSError):
-                stream.sendall(b"220 mail.example.org ESMTP\r\n" * 1000)
+    """A server that is no server of this cluster makes a client do nothing."""
 
     def test_a_member_that_answers_with_nonsense_does_not_make_a_client_do_anything(self):
         cluster = self.cluster("s", "a", replicas=1)

@@ -251,8 +251,10 @@ class ConfigurationErrorsTest(Case):
             "a host twice": "[hosts]\nhere = 127.0.0.1:7001  #!1\nhere = 127.0.0.1:7002  #!1",
             "a host without an address": "[hosts]\nhere = 127.0.0.1:7001\nmini =  #!",
             "a port that is none": "[hosts]\nhere = 127.0.0.1:7001\nmini = 127.0.0.1:many  #!",
-            "a backup inside a source": head + "[sources]\ns = here:/data  #!1\n[backups]\nb = here:/data/cb size=1G  #!1",
-            "a backup that is a source": head + "[sources]\ns = here:/data  #!1\n[backups]\nb = here:/data size=1G  #!1",
+            "a backup inside a source": head + "[sources]\ns = here:/data  #!1\n"
+                                        "[backups]\nb = here:/data/cb size=1G  #!1",
+            "a backup that is a source": head + "[sources]\ns = here:/data  #!1\n"
+                                         "[backups]\nb = here:/data size=1G  #!1",
             "a backup inside a source, untidily": head + "[sources]\ns = here:/data/  #!1\n"
                                                   "[backups]\nb = here:/x/..//data/./cb size=1G  #!1",
             "nested backups": head + "[backups]\nb1 = here:/srv  size=1G  #!1\nb2 = here:/srv/inner  size=1G  #!1",

@@ -7,7 +7,8 @@ import signal
 import stat
 import unittest
 
-from tests.harness import CLIENT_KEYS, DIRECTORY, Case, Link, inodes, make_tree, read_file, some_bytes, wait_for, write_file
+from tests.harness import (CLIENT_KEYS, DIRECTORY, Case, Link, inodes, make_tree, read_file, some_bytes, wait_for,
+                           write_file)
 
 
 class FiguresTest(Case):
@@ -15,7 +16,8 @@ class FiguresTest(Case):
 
     def start(self, size="10M", **options):
         cluster = self.cluster("s", "a", "b")
-        self.files = {"one": 1000, "two": 20000, "dir/three": 300000, "empty": 0, "link": Link("one"), "void": DIRECTORY}
+        self.files = {"one": 1000, "two": 20000, "dir/three": 300000, "empty": 0, "link": Link("one"),
+                      "void": DIRECTORY}
         self.source = cluster.source("docs", "s", self.files)
         cluster.backup("b1", "a", size, **options)
         cluster.backup("b2", "b", size, **options)
@@ -274,7 +276,7 @@ class AtWorkTest(Case):
 
     def setUp(self):
         self.c = self.cluster("s", "a", replicas=1)
-        self.c.source("docs", "s", {"d%d/f%d" % (number % 10, number): 2000 for number in range(3000)})
+        self.c.source("docs", "s", {"d%d/f%d" % (number % 10, number): 30000 for number in range(600)})
         self.c.backup("b1", "a", "100M")
         self.c.start()
 
@@ -482,7 +484,8 @@ class HeldTest(Case):
 
     def setUp(self):
         self.c = self.cluster("s", "a", replicas=1)
-        self.source = self.c.source("docs", "s", {"d%d/f%d" % (number % 3, number): 100 for number in range(self.COUNT)})
+        self.source = self.c.source("docs", "s", {"d%d/f%d" % (number % 3, number): 100
+                                                  for number in range(self.COUNT)})
         self.c.backup("b1", "a", "1M")
         self.c.start()
         self.c.settle()

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import unittest
 
-from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree, wait_for)
+from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree,
+                           wait_for)
 
 
 class DemoTest(Case):

@@ -113,8 +113,8 @@ class TreeTest(Case):
             os.unlink(path)
 
     def test_every_single_difference_is_seen(self):
-        for name, action in [("file", "bytes"), ("file", "mode"), ("file", "time"), ("void", "mode"), ("link", "target"),
-                             ("dir/inner", "missing"), ("link", "missing"), ("void", "time")]:
+        for name, action in [("file", "bytes"), ("file", "mode"), ("file", "time"), ("void", "mode"),
+                             ("link", "target"), ("dir/inner", "missing"), ("link", "missing"), ("void", "time")]:
             with self.subTest(name=name, action=action):
                 root = os.path.join(self.directory(), "t")
                 make_tree(root, self.FILES)

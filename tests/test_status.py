@@ -50,7 +50,8 @@ class JsonTest(StatusCase):
             self.assertEqual(BACKUP_KEYS, set(backup))
             self.assertEqual((self.c.backups[name].host, self.c.backups[name].path, 7 << 20, self.c.kept_bytes(name)),
                              tuple(backup[key] for key in ("host", "path", "capacity", "used")))
-            self.assertEqual(sum(name in backups for backups in self.c.copies_on_disk("docs").values()), backup["files"])
+            self.assertEqual(sum(name in backups for backups in self.c.copies_on_disk("docs").values()),
+                             backup["files"])
             self.assertTrue(0 <= backup["last_seen"] < 60, backup)
             self.assertIsInstance(backup["state"], str)
 
@@ -93,7 +94,8 @@ class JsonTest(StatusCase):
         self.c.settle()
         self.c.kill("s")
         result = self.c.run("b", "status", "--json")
-        self.assertEqual(("unreachable", "ok"), tuple(result.json["sources"][name]["state"] for name in ("docs", "mine")))
+        self.assertEqual(("unreachable", "ok"), tuple(result.json["sources"][name]["state"]
+                                                      for name in ("docs", "mine")))
         self.assertEqual(SOURCE_KEYS, set(result.json["sources"]["docs"]))
         self.assertRc(1, result)
 

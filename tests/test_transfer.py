@@ -11,9 +11,9 @@ from tests.harness import (DIRECTORY, FIFO, Case, Link, Process, differences, ma
 
 ODD_NAMES = [b"new\nline", b"\n", b"carriage\rreturn", b"trailing blank ", b" leading blank", b"two  blanks", b"tab\t",
              b"not utf-8 \xff\xfe", b"\x80", b"latin-1 \xe4", "gr\u00fc\u00dfe".encode(), "\U0001f600".encode(),
-             b"-leading-dash", b"--delete", b"-", b"[bracket]", b"[", b"star*", b"*", b"question?", b"back\\slash", b"\\",
-             b"trailing\\", b"#hash", b";semicolon", b"%NAME%", b"%", b"$HOME", b"`id`", b"$(id)", b"!", b"~", b"~root",
-             b"a'b", b'a"b', b"{a,b}", b"a|b", b"a&b", b"a:b", b"host::module", b"...", b"..a", b".hidden",
+             b"-leading-dash", b"--delete", b"-", b"[bracket]", b"[", b"star*", b"*", b"question?", b"back\\slash",
+             b"\\", b"trailing\\", b"#hash", b";semicolon", b"%NAME%", b"%", b"$HOME", b"`id`", b"$(id)", b"!", b"~",
+             b"~root", b"a'b", b'a"b', b"{a,b}", b"a|b", b"a&b", b"a:b", b"host::module", b"...", b"..a", b".hidden",
              b".x.AbCdEf", b"docs", b".cbackup", b".rsync-filter", b"CON", b"\x01\x02", b"\x7f", b"n" * 255]
 
 
