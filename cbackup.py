@@ -743,7 +743,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Backup:
-    """A [backups] line.  `size`: the most that the files may add up to; `reserve`: bytes that stay free."""
+    """A [backups] line.  `size`: the most that the files may add up to; `reserve`: bytes that stay free; `leaving`: its
+    copies are to be made elsewhere."""
 
     name: str
     host: str
@@ -752,6 +753,7 @@ class Backup:
     reserve: "Optional[int]" = None
     read_rate: "Optional[int]" = None
     bwlimit: "Optional[int]" = None
+    leaving: bool = False
 
 
 @dataclass(frozen=True)
@@ -937,6 +939,9 @@ class _Parser:
         for word in words[1:]:
             key, equals, value = word.partition("=")
             try:
+                if word == "leaving" and keys is BACKUP_KEYS:
+                    found["leaving"] = True
+                    continue
                 if key not in keys or not equals:
                     raise ValueError("%r is not one of %s" % (word, ", ".join(k + "=..." for k in keys)))
                 if key == "exclude":
@@ -1032,6 +1037,19 @@ keep     = 30d        # how long previous versions of files are kept
 """
 
 
+CONFIG_LIMIT = 1 << 20
+"""Longest configuration, bytes: it travels in one message."""
+
+CONFIG_HISTORY = 100
+"""Versions that are kept in state/, and whose digests travel with a version to tell an edit from a conflict."""
+
+
+def config_order(state: "Dict[str, Any]") -> "Tuple[int, int, str]":
+    """What decides, everywhere in the same way, which of two versions is the newer one: the number, between edits
+    made at the same time the later one, and at last the digest."""
+    return state["version"], state["stamp"], state["sha256"]
+
+
 class Home:
     """All that cbackup knows on this machine: configuration, key, the machine's name, state."""
 
@@ -1048,10 +1066,12 @@ class Home:
         return os.path.join(self.state_path, *names)
 
     def config(self) -> Config:
-        """The checked configuration.  Raises ConfigError, or UsageError when there is none."""
+        """The checked configuration, entered as a new version when its text is new.  Raises ConfigError, or UsageError
+        when there is none."""
         try:
             with open(self.config_path, "rb") as stream:
-                data = stream.read(4 << 20)
+                data = stream.read(CONFIG_LIMIT)
+                stamp = int(os.fstat(stream.fileno()).st_mtime)
         except OSError as error:
             raise UsageError("%s: %s; `cbackup.pyz init` makes one on the first machine"
                              % (self.config_path, reason_of(error)))
@@ -1059,19 +1079,73 @@ class Home:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(self.config_path, [(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")])
-        return parse_config(text, self.config_path)
+        config = parse_config(text, self.config_path)
+        with contextlib.suppress(OSError):  # a home that cannot be written is good enough for a restore
+            self._enter_edit(text, stamp)
+        return config
 
-    def config_version(self, config: Config) -> int:
-        """The running number of the configuration's text on this machine; a new text gets the next one."""
-        digest = hashlib.sha256(config.text.encode()).hexdigest()
+    def _enter_edit(self, text: str, stamp: int) -> None:
+        """Make the file's text the next version when it is not the one in force here."""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self.config_state().get("sha256") == digest:
+            return
         with self.lock("config.lock"):
-            known = read_json(self.state("config.json"))
-            version = known.get("version")
-            if known.get("sha256") != digest or not isinstance(version, int):
-                version = (version if isinstance(version, int) else 0) + 1
-                atomic_write(self.state("config.json"),
-                             json.dumps({"version": version, "sha256": digest}).encode())
-        return version
+            known = self.config_state()
+            if known.get("sha256") != digest:
+                history = ([known["sha256"]] if known else []) + known.get("history", [])
+                self._record({"version": known.get("version", 0) + 1, "stamp": stamp, "sha256": digest, "mine": True,
+                              "history": history[:CONFIG_HISTORY]}, text)
+
+    def config_state(self) -> "Dict[str, Any]":
+        """What is known of the version in force here: version, stamp (seconds), sha256, history (older sha256s), mine
+        (edited on this machine); {} before the first."""
+        return read_json(os.path.join(self.state_path, "config.json"))
+
+    def _record(self, state: "Dict[str, Any]", text: str) -> None:
+        kept = self.state("config-history")
+        os.makedirs(kept, mode=0o700, exist_ok=True)
+        atomic_write(os.path.join(kept, "%06d-%s.conf" % (state["version"], state["sha256"][:12])), text.encode())
+        for name in sorted(os.listdir(kept))[:-CONFIG_HISTORY]:
+            os.unlink(os.path.join(kept, name))
+        atomic_write(self.state("config.json"), json.dumps(state).encode())
+
+    def config_offer(self) -> "Dict[str, Any]":
+        """The version in force, with its text, for another machine."""
+        state = self.config_state()
+        path = os.path.join(self.state_path, "config-history", "%06d-%s.conf" % (state["version"], state["sha256"][:12]))
+        with open(path, "rb") as stream:
+            return dict({key: state[key] for key in ("version", "stamp", "sha256", "history")}, text=stream.read().decode())
+
+    def take_config(self, offer: "Dict[str, Any]") -> bool:
+        """Put another machine's newer version in force here; False when ours is the newer one.  Raises ConfigError for a
+        text that is wrong.  An edit made here that the new version does not know is kept beside it."""
+        text = offer["text"]
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest != offer["sha256"]:
+            raise ProtocolError("a configuration that is not what its digest says")
+        parse_config(text, "a configuration from another machine")
+        with self.lock("config.lock"):
+            state = self.config_state()
+            if state and config_order(offer) <= config_order(state):
+                return False
+            lost = state and state.get("mine") and state["sha256"] not in offer["history"] and state["sha256"] != digest
+            with contextlib.suppress(OSError):
+                with open(self.config_path, "rb") as stream:  # an edit that nothing has read yet, or a wrong one
+                    lost = lost or hashlib.sha256(stream.read(CONFIG_LIMIT)).hexdigest() not in (
+                        state.get("sha256"), digest)
+            if lost and os.path.exists(self.config_path):
+                os.rename(self.config_path, "%s.conflict-%s" % (self.config_path, time.strftime(
+                    "%Y%m%d-%H%M%S", time.localtime(clock.now()))))
+            atomic_write(self.config_path, text.encode(), 0o600)
+            self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest, "mine": False,
+                          "history": offer["history"][:CONFIG_HISTORY]}, text)
+        return True
+
+    def conflicts(self) -> "List[str]":
+        """The names of edits that lost against another machine's, kept beside the configuration."""
+        with contextlib.suppress(OSError):
+            return sorted(name for name in os.listdir(self.path) if name.startswith("cbackup.conf.conflict-"))
+        return []
 
     @contextlib.contextmanager
     def lock(self, name: str, wait: bool = True) -> "Iterator[None]":
@@ -2055,8 +2129,9 @@ class Books:
             self.regroup(missing)
             counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0", source["id"])[0]
             bad, total = self.mismatch(source["id"])
+            empty = total and bad == total and not self.file_counts(source["id"])[0]
             if source["state"] == "ok" and not counted and not source["accepted"] \
-                    and total >= HELD_SHARE_OF and bad * 2 > total:
+                    and (empty or total >= HELD_SHARE_OF and bad * 2 > total):
                 self.finish_scan(source["name"], state="held", cause="report",
                                  reason="backups hold %s of it, and %s of these are not in it like that now"
                                  % (count_of(total, "file"), format(bad, ",")))
@@ -2573,7 +2648,8 @@ def tls_context(home: Home, server_side: bool) -> "ssl.SSLContext":
     home.check_key()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
+    # A server also listens to a peer without a certificate: it may say `join`, and nothing else.
+    context.verify_mode = ssl.CERT_OPTIONAL if server_side else ssl.CERT_REQUIRED
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= NO_TIME_CHECK
     try:
@@ -3611,6 +3687,15 @@ class Vault:
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
+    def keep_text(self, name: str, text: str) -> None:
+        """Keep a text under .cbackup/: the configuration, so that a disk alone is enough for a fresh machine."""
+        path, data = os.path.join(self.meta_path, name), text.encode()
+        with contextlib.suppress(OSError):
+            with open(path, "rb") as stream:
+                if stream.read() == data:
+                    return
+        atomic_write(path, data)
+
     def apply_skeleton(self, source: str, rows: "Iterable[CatalogRow]") -> None:
         """Bring directories and symlinks in line with catalog news, so that `cp` alone gives the whole tree.
 
@@ -3829,13 +3914,22 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "adopt": lambda v: isinstance(v, bool), "kind": lambda v: v in (1, 2, 4, 8), "of": lambda v: v in SERVED,
     "sums": lambda v: isinstance(v, dict) and len(v) < 10000, "after": lambda v: isinstance(v, (int, str)),
     "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
-    "paths": _is_list, "rows": _is_list, "all": lambda v: isinstance(v, bool)}
+    "paths": _is_list, "rows": _is_list, "config": lambda v: isinstance(v, dict), "all": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
     "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since", "upto")})
 FIELDS.update({"free": _is_number})
 """What each field of a request has to look like; lists are checked row by row where they are used."""
 
 SERVED = ("source", "backup", "attic", "catalog")
+
+
+def check_offer(offer: Any) -> "Dict[str, Any]":
+    """A configuration from a peer, when it has the form of Home.config_offer.  Raises ProtocolError."""
+    if not isinstance(offer, dict) or not _is_count(offer.get("version")) or not _is_count(offer.get("stamp")) \
+            or not all(isinstance(offer.get(key), str) for key in ("sha256", "text")) or len(offer["text"]) > CONFIG_LIMIT \
+            or not isinstance(offer.get("history"), list) or not all(isinstance(h, str) for h in offer["history"]):
+        raise ProtocolError("a configuration that is not of the form")
+    return offer
 
 
 def _paths_of(request: "Dict[str, Any]") -> "List[bytes]":
@@ -3991,7 +4085,9 @@ class Service:
         self._reports: "Dict[Tuple[str, str], int]" = {}
 
     def hello(self) -> "Dict[str, Any]":
-        return {"cbackup": PROTOCOL, "host": self.host, "books": self.books.id, "version": __version__}
+        state = self.home.config_state()
+        return {"cbackup": PROTOCOL, "host": self.host, "books": self.books.id, "version": __version__,
+                "config": [state.get("version", 0), state.get("stamp", 0), state.get("sha256", "")]}
 
     def handle(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The answer to one request.  Raises CBackupError for what is refused."""
@@ -4253,7 +4349,7 @@ class Service:
                                   books.short_files(row["id"], row["replicas"], 10)])
             sources[name] = figures
         return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(),
-                "config_version": self.home.config_version(self.config)}
+                "config_version": self.home.config_state().get("version", 0)}
 
     def _own_backups(self) -> "Dict[str, Any]":
         """The backups of this host as they lie here now: used bytes, files, capacity, or why they cannot be read."""
@@ -4289,6 +4385,17 @@ class Service:
             return {"rows": [[n, as_text(p), as_text(s), size, mtime, d.hex() if d else None] for n, p, s, size, mtime, d in rows]}
         rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
         return {"rows": [[as_text(path), size, mtime, digest.hex()] for path, size, mtime, digest in rows]}
+
+    def op_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """The configuration in force here."""
+        return {"config": self.home.config_offer()}
+
+    def op_new_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A client brings a configuration that it believes to be newer."""
+        taken = self.home.take_config(check_offer(request["config"]))
+        if taken:
+            self.reload(self.home.config())
+        return {"taken": taken}
 
     def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
@@ -4391,8 +4498,72 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "vaults": (Service.op_vaults, ("source",), ()),
     "holdings": (Service.op_holdings, ("backup", "source", "after"), ("kind",)),
     "accept": (Service.op_accept, ("source",), ()),
+    "config": (Service.op_config, (), ()),
+    "new_config": (Service.op_new_config, ("config",), ()),
 }
 """Every operation: what does it, the fields that it needs, the fields that it may have."""
+
+
+INVITATION_SECONDS, INVITATION_TRIES = 3600.0, 5
+
+
+def make_invitation(home: Home) -> str:
+    """A token for one machine: the certificate's fingerprint, by which the new machine knows the server, and a
+    secret, by which the server knows the new machine.  An earlier invitation ends."""
+    secret = secrets.token_hex(10)
+    with home.lock("invitation.lock"):
+        atomic_write(home.state("invitation.json"), json.dumps({
+            "secret": hashlib.sha256(secret.encode()).hexdigest(), "until": clock.now() + INVITATION_SECONDS,
+            "tries": INVITATION_TRIES}).encode())
+    return home.cluster_id()[:32] + secret
+
+
+def open_invitation(home: Home) -> "Dict[str, Any]":
+    """The invitation that can still be used; {} when there is none."""
+    found = read_json(home.state("invitation.json"))
+    usable = found.get("tries", 0) > 0 and found.get("until", 0) > clock.now() > found["until"] - 2 * INVITATION_SECONDS
+    return found if usable else {}
+
+
+def redeem_invitation(home: Home, secret: Any) -> bool:
+    """Whether `secret` is the open invitation's.  A right one ends it, a wrong one costs it one of its tries."""
+    with home.lock("invitation.lock"):
+        found = open_invitation(home)
+        given = hashlib.sha256(str(secret).encode("utf-8", "replace")).hexdigest()
+        right = bool(found) and secrets.compare_digest(given, found["secret"])
+        if found:
+            found["tries"] = 0 if right else found["tries"] - 1
+            atomic_write(home.state("invitation.json"), json.dumps(found).encode())
+        return right
+
+
+def join_cluster(home: Home, address: str, port: int, token: str) -> None:
+    """Fetch key and configuration from the server at `address`, when it has the certificate that the token names."""
+    if not re.match(r"[0-9a-f]{52}\Z", token):
+        raise UsageError("that is not a token: copy the whole line that `cbackup.pyz invite` printed")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # the fingerprint decides, before anything is said
+    try:
+        connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT)
+        connection.settimeout(HANDSHAKE_TIMEOUT)
+        tls = context.wrap_socket(connection)
+        fingerprint = hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest()[:32]
+        if not secrets.compare_digest(fingerprint, token[:32]):
+            raise CBackupError("%s:%d is not a server of the cluster that the token is for" % (address, port))
+        channel = Channel(tls)
+        hello = channel.receive(HANDSHAKE_TIMEOUT) or {}
+        answer = hello
+        if hello.get("join"):
+            channel.send({"op": "join", "secret": token[32:]})
+            answer = channel.receive(HANDSHAKE_TIMEOUT) or {}
+        channel.close()
+    except (OSError, ProtocolError) as error:
+        raise Unreachable(address, "port %d: %s" % (port, reason_of(error)))
+    if answer.get("ok") is not True or not isinstance(answer.get("key"), str):
+        raise CBackupError("%s: %s" % (address, str(answer.get("text") or "it did not let this machine join")[:300]))
+    atomic_write(home.key_path, answer["key"].encode(), 0o600)
+    home.take_config(check_offer(answer["config"]))
 
 
 class Server:
@@ -4405,7 +4576,7 @@ class Server:
         self.service = Service(home, config, host)
         self.service.scanner = Scanner(self.service)
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        address, port = config.address(host)
+        self.address, self.port = address, port = config.address(host)
         outer = self
 
         class Handler(socketserver.BaseRequestHandler):
@@ -4470,6 +4641,8 @@ class Server:
                 try:
                     self.service.reload(self.home.config())
                     log.info("took over the changed configuration")
+                    if self.service.config.address(self.host) != (self.address, self.port):
+                        log.warning("the address or port of %s changed: restart the server", self.host)
                 except CBackupError as error:
                     log.error("the configuration is wrong, the last right one stays in force:\n%s", error)
         self.service.scanner.stop()
@@ -4500,6 +4673,9 @@ class Server:
             tls = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             channel = Channel(tls)
             tls.do_handshake()
+            if not tls.getpeercert(binary_form=True):
+                self._let_join(channel)
+                return
             channel.send(self.service.hello())
             while self._answer_one(channel):
                 pass
@@ -4509,6 +4685,21 @@ class Server:
             if channel:
                 channel.close()
             self._slots.release()
+
+    def _let_join(self, channel: Channel) -> None:
+        """A peer without the key: one request is answered, `join`, and only while an invitation is open."""
+        if not open_invitation(self.home):
+            channel.send({"error": "key", "text": "this machine has no cluster.pem, and no invitation is open"})
+            return
+        channel.send({"cbackup": PROTOCOL, "join": True})
+        request = channel.receive(HANDSHAKE_TIMEOUT) or {}
+        if request.get("op") == "join" and redeem_invitation(self.home, request.get("secret")):
+            with open(self.home.key_path) as stream:
+                channel.send({"ok": True, "key": stream.read(), "config": self.home.config_offer()})
+            log.warning("a new machine has joined")
+        else:
+            channel.send({"error": "token", "text": "the token is wrong, used, or older than an hour; "
+                                                    "get another one with `cbackup.pyz invite`"})
 
     def _answer_one(self, channel: Channel) -> bool:
         """Answer the next request; False when the connection is over."""
@@ -4773,6 +4964,7 @@ class Pass:
                 self.guarded(standing, lambda s: self.links[s.host].call(
                     "release", backup=self.name, source=s.name, paths=[], all=True))
         vault.sweep_incoming()
+        vault.keep_text("cbackup.conf", self.config.text)
         vault.expire_attic(self.config.keep)
         for standing in self.standings.values():
             prune_catalogs(vault.catalog_directory(standing.name), self.config.keep)
@@ -5458,9 +5650,34 @@ class Client:
                 atomic_write(self.home.state("backups.json"), json.dumps(known).encode())
         return vault
 
+    def exchange_config(self) -> None:
+        """Take a newer configuration from the servers with sources, give them a newer one of ours."""
+        def exchange(host: str) -> None:
+            link = Link(host, self.config, self.context)
+            try:
+                link.connect().close()
+                theirs, ours = link.hello.get("config"), self.home.config_state()
+                if not isinstance(theirs, list) or len(theirs) != 3 or theirs[2] == ours.get("sha256"):
+                    return
+                if not ours or tuple(theirs) > config_order(ours):
+                    self.home.take_config(check_offer(link.call("config")["config"]))
+                else:
+                    link.call("new_config", config=self.home.config_offer())
+            except (Unreachable, Refused):
+                pass  # the pass itself reports it
+            except (ProtocolError, ConfigError, TypeError) as error:
+                log.warning("%s offers a configuration that is wrong: %s", host, error)
+            finally:
+                link.close()
+
+        in_parallel(exchange, sorted({s.host for s in self.config.sources.values() if s.host != self.host}))
+        self.config = self.home.config()
+
     def run(self) -> Figures:
         """One pass over every backup of this host."""
         figures = Figures()
+        with contextlib.suppress(OSError):
+            self.exchange_config()
         disks: "Dict[Any, List[Backup]]" = {}
         for spec in self.config.backups_of(self.host):
             try:
@@ -6198,8 +6415,9 @@ def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
     in_parallel(ask, sorted(hosts))
     sources = {name: _source_status(spec, answers[spec.host]) for name, spec in sorted(config.sources.items())}
     backups = {name: _backup_status(spec, answers) for name, spec in sorted(config.backups.items())}
-    return {"cluster": config.name, "config_version": home.config_version(config), "sources": sources, "backups": backups,
-            "unreachable": sorted(host for host, answer in answers.items() if "error" in answer)}
+    return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources, "backups": backups,
+            "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
+            "conflicts": home.conflicts()}
 
 
 def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -6259,6 +6477,10 @@ def print_status(status: "Dict[str, Any]") -> None:
         figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
             format_size(b["used"]), format_size(b["capacity"]), count_of(b["files"] or 0, "file"))
         print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
+
+
+    for name in status["conflicts"]:
+        print("%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name)
 
 
 def print_check(status: "Dict[str, Any]") -> None:
@@ -6448,6 +6670,140 @@ def cmd_init(args: argparse.Namespace, home: Home) -> int:
     return EXIT_DONE
 
 
+def add_invite_parser(commands: Any) -> None:
+    parser = commands.add_parser("invite", help="print the line to type on a new machine; good once, for an hour")
+    parser.set_defaults(run=cmd_invite)
+
+
+def cmd_invite(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    home.check_key()
+    host = home.host(config)
+    address, port = config.address(host)
+    print("python3 cbackup.pyz join %s:%d %s" % ("[%s]" % address if ":" in address else address, port, make_invitation(home)))
+    return EXIT_DONE
+
+
+def add_join_parser(commands: Any) -> None:
+    parser = commands.add_parser("join", help="new machine: fetch the cluster's key and configuration")
+    parser.add_argument("address", metavar="HOST[:PORT]", help="a machine of the cluster, as `invite` printed it")
+    parser.add_argument("token", metavar="TOKEN", help="what `invite` printed")
+    parser.set_defaults(run=cmd_join)
+
+
+def cmd_join(args: argparse.Namespace, home: Home) -> int:
+    for path in (home.key_path, home.config_path):
+        if os.path.lexists(path):
+            raise UsageError("%s is there already: this machine belongs to a cluster" % path)
+    try:
+        address, port = split_address(args.address)
+    except ValueError as error:
+        raise UsageError(str(error))
+    os.makedirs(home.path, mode=0o700, exist_ok=True)
+    join_cluster(home, address, port or Config.port, args.token)
+    name = home.own_name()
+    if not _NAME.match(name):
+        raise UsageError("this machine's name %r cannot be used; say --host NAME" % name)
+    if args.host:
+        atomic_write(os.path.join(home.path, "host"), name.encode() + b"\n", 0o600)
+    program = " ".join(shlex.quote(word) for word in own_command())
+    where = " --home %s" % shlex.quote(home.path) if args.home or os.environ.get("CBACKUP_HOME") else ""
+    print("%s has joined: %s and %s are in place" % (name, home.config_path, home.key_path))
+    print("1. in %s write a line, for example" % home.config_path)
+    print("     [sources]   documents = %s:%s" % (name, os.path.expanduser("~/Documents")))
+    print("     [backups]   %s = %s:/srv/cbackup size=100G" % (name, name))
+    print("2. start the server at boot: %s%s service  prints how" % (program, where))
+    print("3. on a host with a backup, add to cron (crontab -e):")
+    print("     */15 * * * * %s%s -q client" % (program, where))
+    return EXIT_DONE
+
+
+SERVICE_UNITS = {
+    "systemd": """\
+# /etc/systemd/system/cbackup.service; then: systemctl enable --now cbackup
+[Unit]
+Description=cbackup server
+After=network-online.target
+Wants=network-online.target
+[Service]
+ExecStart={command} server
+Restart=always
+RestartSec=10
+User={user}
+[Install]
+WantedBy=multi-user.target
+""",
+    "launchd": """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!-- /Library/LaunchDaemons/cbackup.server.plist; then: sudo launchctl load -w /Library/LaunchDaemons/cbackup.server.plist -->
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0"><dict>
+<key>Label</key><string>cbackup.server</string>
+<key>ProgramArguments</key><array>{array}<string>server</string></array>
+<key>UserName</key><string>{user}</string>
+<key>KeepAlive</key><true/>
+<key>RunAtLoad</key><true/>
+</dict></plist>
+""",
+    "rc.d": """\
+#!/bin/sh
+# /usr/local/etc/rc.d/cbackup, mode 555; then: sysrc cbackup_enable=YES && service cbackup start
+# PROVIDE: cbackup
+# REQUIRE: NETWORKING FILESYSTEMS
+. /etc/rc.subr
+name=cbackup
+rcvar=cbackup_enable
+pidfile=/var/run/cbackup.pid
+command=/usr/sbin/daemon
+command_args="-r -P $pidfile -u {user} {command} server"
+load_rc_config $name
+run_rc_command "$1"
+""",
+    "openrc": """\
+#!/sbin/openrc-run
+# /etc/init.d/cbackup, mode 755; then: rc-update add cbackup && rc-service cbackup start
+command={program}
+command_args="{arguments} server"
+command_user={user}
+command_background=true
+pidfile=/run/cbackup.pid
+depend() {{ need net; }}
+""",
+    "smf": """\
+<?xml version="1.0"?>
+<!-- cbackup.xml; then: svccfg import cbackup.xml && svcadm enable cbackup -->
+<!DOCTYPE service_bundle SYSTEM "/usr/share/lib/xml/dtd/service_bundle.dtd.1">
+<service_bundle type="manifest" name="cbackup"><service name="site/cbackup" type="service" version="1">
+<create_default_instance enabled="true"/><single_instance/>
+<dependency name="network" grouping="require_all" restart_on="none" type="service">
+<service_fmri value="svc:/milestone/network:default"/></dependency>
+<exec_method type="method" name="start" exec="{command} server &amp;" timeout_seconds="60">
+<method_context><method_credential user="{user}"/></method_context></exec_method>
+<exec_method type="method" name="stop" exec=":kill" timeout_seconds="60"/>
+</service></service_bundle>
+"""}
+"""How each system starts the server at boot; {command} is quoted for a shell, {array} for a property list."""
+
+
+def add_service_parser(commands: Any) -> None:
+    parser = commands.add_parser("service", help="print what starts the server at boot on this system")
+    parser.add_argument("kind", nargs="?", choices=sorted(SERVICE_UNITS), help="default: this system's own")
+    parser.set_defaults(run=cmd_service)
+
+
+def cmd_service(args: argparse.Namespace, home: Home) -> int:
+    import getpass
+    from xml.sax.saxutils import escape
+    own = "launchd" if sys.platform == "darwin" else "rc.d" if "bsd" in sys.platform else \
+        "smf" if sys.platform.startswith("sunos") else "openrc" if os.path.exists("/sbin/openrc-run") else "systemd"
+    words = own_command() + ["--home", home.path]
+    quoted = [shlex.quote(word) for word in words]
+    print(SERVICE_UNITS[args.kind or own].format(
+        command=" ".join(quoted), program=quoted[0], arguments=" ".join(quoted[1:]), user=getpass.getuser(),
+        array="".join("<string>%s</string>" % escape(word) for word in words)), end="")
+    return EXIT_DONE
+
+
 def add_server_parser(commands: Any) -> None:
     parser = commands.add_parser("server", help="serve this host's sources and backups, in the foreground")
     parser.set_defaults(run=cmd_server)
@@ -6526,7 +6882,7 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     status = collect_status(home, home.config())
     if args.json:
         print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
-                          if key in STATUS_KEYS else value for key, value in status.items() if key != "unreachable"}))
+                          if key in STATUS_KEYS else value for key, value in status.items() if key not in ("unreachable", "conflicts")}))
     elif args.check:
         print_check(status)
     else:
@@ -6679,7 +7035,7 @@ def build_parser() -> Parser:
     volume.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: everything")
     volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
-    for add in (add_init_parser, add_server_parser, add_client_parser, add_status_parser, add_restore_parser,
+    for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser, add_client_parser, add_status_parser, add_restore_parser,
                 add_verify_parser, add_accept_parser, add_demo_parser):
         add(commands)
     return parser
