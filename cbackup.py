@@ -142,6 +142,9 @@ this, or a small backup would fill in hundreds of steps."""
 CLAIM_LEASE = 3600.0
 """Seconds of server time that a claim lasts; every word from the backup renews it."""
 
+RENEW_EVERY = 600.0
+"""Seconds between two words to the servers whose files are on their way: one large file may take many hours."""
+
 STALE_LEASE = 3 * 3600.0
 """Seconds that a backup has to update a changed file before others may take it in its place."""
 
@@ -610,12 +613,15 @@ class Tree:
             elif info is not None:
                 yield below
 
-    def clear_empty(self, rel: bytes) -> None:
-        """Remove the directory `rel` and the directories in it, as far as they are empty."""
+    def clear_empty(self, rel: bytes, links: bool = False) -> None:
+        """Remove the directory `rel` and the directories in it, as far as they are empty; with `links`, the symlinks
+        in them too."""
         for name in self.list(rel):
             info = self.lstat(rel + b"/" + name)
             if info is not None and stat.S_ISDIR(info.st_mode):
-                self.clear_empty(rel + b"/" + name)
+                self.clear_empty(rel + b"/" + name, links)
+            elif links and info is not None and stat.S_ISLNK(info.st_mode):
+                self.unlink(rel + b"/" + name)
         with contextlib.suppress(OSError):
             self.rmdir(rel)
 
@@ -2130,7 +2136,7 @@ class Books:
             counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0", source["id"])[0]
             bad, total = self.mismatch(source["id"])
             empty = total and bad == total and not self.file_counts(source["id"])[0]
-            if source["state"] == "ok" and not counted and not source["accepted"] \
+            if source["state"] == "ok" and not counted and not self.meta("accepted:" + source["name"]) \
                     and (empty or total >= HELD_SHARE_OF and bad * 2 > total):
                 self.finish_scan(source["name"], state="held", cause="report",
                                  reason="backups hold %s of it, and %s of these are not in it like that now"
@@ -3514,7 +3520,7 @@ class Vault:
         if stat.S_ISLNK(info.st_mode):
             self.tree.unlink(place)
         elif stat.S_ISDIR(info.st_mode):
-            self.tree.clear_empty(place)
+            self.tree.clear_empty(place, links=True)
             if self.tree.lstat(place) is not None:
                 raise OSError(errno.ENOTEMPTY, "a directory with other files is in its place")
         else:
@@ -3588,36 +3594,63 @@ class Vault:
                 db.execute("INSERT INTO moving(source, old, new, ino, cursor) VALUES(?,?,?,?,?)",
                            (source, old, new, info.st_ino if info and stat.S_ISREG(info.st_mode) else None, cursor))
 
-    def carry_out_moves(self, source: str) -> "List[Tuple[int, bytes, Optional[int]]]":
-        """Rename what is written down, through names of its own so that swaps and chains work; may be done twice.
-        Returns (cursor, new path, new tag or None when there was nothing to rename)."""
-        done = []
-        rows = self.rows("SELECT id, old, new, ino, cursor FROM moving WHERE source=? ORDER BY id", source)
-        for number, old, _, ino, _ in rows:
+    def write_cursor(self, source: str, old: bytes, new: bytes, cursor: int) -> None:
+        """The server's present number for a move that an earlier pass began."""
+        with self.write() as db:
+            db.execute("UPDATE moving SET cursor=? WHERE source=? AND old=? AND new=?", (cursor, source, old, new))
+
+    def lift_moves(self, source: str) -> None:
+        """First half of the renames that are written down: every file to a name of its own, so that swaps and chains
+        work.  May be done twice."""
+        for number, old, ino in self.rows("SELECT id, old, ino FROM moving WHERE source=? ORDER BY id", source):
             if ino is not None and self._is_inode(self.place_of(source, old), ino):
                 self.tree.rename(self.place_of(source, old), self._between(number))
         test_point("moves-between")
-        for number, old, new, ino, cursor in rows:
-            place = self.place_of(source, new)
-            if self.tree.lstat(self._between(number)) is not None:
-                info = self.tree.lstat(place)
-                if info is not None and stat.S_ISREG(info.st_mode):
-                    self.set_aside(source, [new], "deleted")
-                self.clear_the_way(place)
-                self.tree.rename(self._between(number), place)
+
+    def settle_moves(self, source: str, last: bool) -> "Tuple[List[Tuple[int, int]], List[bytes]]":
+        """Second half: to the new paths.  Returns ((cursor, new tag) of what is in place, old paths of what is not).
+        `last`: what cannot be put into its place goes to the attic; else it waits for the next time."""
+        done: "List[Tuple[int, bytes, bytes, Any]]" = []
+        failed: "List[Tuple[int, bytes]]" = []
+        for number, old, new, cursor in self.rows("SELECT id, old, new, cursor FROM moving WHERE source=? ORDER BY id", source):
+            place, between = self.place_of(source, new), self._between(number)
+            row = self.one("SELECT size, mtime, digest, checked FROM held WHERE source=? AND path=?", source, old)
+            try:
+                if self.tree.lstat(between) is not None:
+                    info = self.tree.lstat(place)
+                    if info is not None and stat.S_ISREG(info.st_mode):
+                        self.set_aside(source, [new], "deleted")
+                    self.clear_the_way(place)
+                    self.tree.rename(between, place)
+                done.append((cursor, old, new, row))
+            except OSError as error:
+                log.info("%s: %s cannot be moved to %s: %s", self.name, shown(old), shown(new), reason_of(error))
+                failed.append((number, old))
+        self.tree.sync([self.place_of(source, new) for _, _, new, _ in done])
         with self.write() as db:
-            for number, old, new, ino, cursor in rows:
-                row = self.one("SELECT size, mtime, digest, checked FROM held WHERE source=? AND path=?", source, old)
-                done.append([cursor, new, None, row, old])
-            for item in done:
-                db.execute("DELETE FROM held WHERE source=? AND path=?", (source, item[4]))
-            for item in done:
-                if item[3]:
-                    self.hold(source, item[1], *item[3])
-                    item[2] = self.held(source, item[1])[3]
-            db.execute("DELETE FROM moving WHERE source=?", (source,))
-        self.tree.sync([self.place_of(source, row[2]) for row in rows])
-        return [(cursor, new, tag) for cursor, new, tag, _, _ in done]
+            db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, old) for _, old, _, _ in done])
+            for _, _, new, row in done:
+                if row:
+                    self.hold(source, new, *row)
+            db.executemany("DELETE FROM moving WHERE source=? AND old=? AND new=?", [(source, o, n) for _, o, n, _ in done])
+        for number, old in failed if last else ():
+            self._abandon_move(source, number, old)
+        return [(cursor, self.held(source, new)[3]) for cursor, _, new, row in done if row], [old for _, old in failed]
+
+    def _abandon_move(self, source: str, number: int, old: bytes) -> None:
+        """A file for which there is no place: into the attic, and no copy any more."""
+        stored = self.attic_name(source, old)
+        info = self.tree.lstat(self._between(number))
+        if info is not None:
+            self.tree.rename(self._between(number), META_DIR + b"/" + stored)
+        with self.write() as db:
+            row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, old)
+            if info is not None:
+                db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, why, done) "
+                           "VALUES(?,?,?,?,?,?,?,'found',1)", (source, old, stored, info.st_size) + (row or (0, None))
+                           + (clock.now(),))
+            db.execute("DELETE FROM held WHERE source=? AND path=?", (source, old))
+            db.execute("DELETE FROM moving WHERE id=?", (number,))
 
     def _between(self, number: int) -> bytes:
         return META_DIR + b"/moving/%d" % number
@@ -3631,7 +3664,8 @@ class Vault:
     def recover(self) -> None:
         """Finish on disk what an earlier process wrote down and did not end."""
         for (source,) in self.rows("SELECT DISTINCT source FROM moving"):
-            self.carry_out_moves(source)
+            self.lift_moves(source)
+            self.settle_moves(source, last=False)
         for source, path in self.rows("SELECT source, path FROM coming WHERE stage=1 ORDER BY source, path"):
             try:
                 self.put_in_place(source, path)
@@ -3728,7 +3762,7 @@ class Vault:
                 return
             self.tree.unlink(place)
         elif kind == stat.S_IFDIR:
-            self.tree.clear_empty(place)
+            self.tree.clear_empty(place, links=True)
         elif kind:
             return  # a file: a copy that is still to be retired; the next catalog lays the link
         self.tree.symlink(row.target or b"", place)
@@ -4403,6 +4437,7 @@ class Service:
             return {"text": "source %s is not held: nothing to accept" % request["source"]}
         if row["cause"] in ("gone", "restore"):
             raise Refused("held", row["reason"] + "; this cannot be accepted: mount it, or remove its line")
+        self.books.set_meta("accepted:" + request["source"], 1)  # these books need not ask again what backups report
         self.books.finish_scan(request["source"], accepted=1)
         self.scan(request["source"])
         self.books.finish_scan(request["source"], accepted=0)
@@ -4883,9 +4918,10 @@ class Pass:
     def run(self) -> None:
         try:
             self.prepare()
-            for standing in list(self.standings.values()):
-                self.guarded(standing, self.catch_up)
-            self.place()
+            with self.renewing():
+                for standing in list(self.standings.values()):
+                    self.guarded(standing, self.catch_up)
+                self.place()
             for standing in list(self.standings.values()):
                 self.guarded(standing, self.fetch_catalog)
             self.clean_up()
@@ -4894,6 +4930,35 @@ class Pass:
         finally:
             for link in list(self.links.values()) + list(self.check_links.values()):
                 link.close()
+
+    @contextlib.contextmanager
+    def renewing(self) -> "Iterator[None]":
+        """Renew our claims meanwhile, from a thread of its own: copying or digesting a large file outlasts a lease, and a
+        claim that ran out is copied twice."""
+        over = threading.Event()
+        links = {name: link.again() for name, link in self.links.items()}
+
+        def work() -> None:
+            while not over.wait(RENEW_EVERY):
+                self.renew(links)
+            for link in links.values():
+                link.close()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(1)
+
+    def renew(self, links: "Dict[str, Any]") -> None:
+        """A word to each server whose files are on their way here."""
+        coming = {row[0] for row in self.vault.rows("SELECT DISTINCT source FROM coming")}
+        free = self.vault.free()
+        for host in sorted({s.host for s in list(self.standings.values()) if s.name in coming and not s.out}):
+            with contextlib.suppress(Unreachable, Refused):
+                links[host].call("told", backup=self.name, free=free)
 
     def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
         """Do a step for a source; a source whose host fails or refuses is out for the rest of the pass."""
@@ -4983,7 +5048,7 @@ class Pass:
     def catch_up(self, standing: Standing) -> None:
         """Moves, updates, retirements; and a full report when the server's sum of our copies is not ours."""
         self.finish_placing(standing)
-        if standing.facts["todo"]:
+        if standing.facts["todo"] or self.vault.one("SELECT 1 FROM moving WHERE source=?", standing.name):
             self.do_todo(standing)
             standing.facts = self._standing(standing)
         if tuple(standing.facts["sum"]) != self.vault.sum_of(standing.name):
@@ -5031,9 +5096,12 @@ class Pass:
             after = rows[-1][0]
 
     def do_todo(self, standing: Standing) -> None:
-        self.move(standing)
-        self.touch(standing)
+        """Moved files are lifted before retired ones are set aside, and put down after it: a rename may lead to where a
+        file, or a directory of files, still lies that is gone at the source."""
+        settled, unknown = self.lift(standing)
         self.retire(standing)
+        self.settle(standing, settled, unknown)
+        self.touch(standing)
         self.update(standing)
 
     def _done(self, standing: Standing, kind: int, rows: "List[List[Any]]") -> None:
@@ -5041,24 +5109,31 @@ class Pass:
             self.links[standing.host].call("done", backup=self.name, source=standing.name, kind=kind,
                                            rows=rows[start:start + PAGE])
 
-    def move(self, standing: Standing) -> None:
-        """All renames at once, so that swaps of whole directories work."""
+    def lift(self, standing: Standing) -> "Tuple[List[List[Any]], List[str]]":
+        """All renames at once, so that swaps of whole directories work.  Returns ([cursor, tag] of those that are done
+        already, paths of which we have nothing)."""
         vault, settled, unknown = self.vault, [], []
         for page in self._pages(standing, TODO_MOVE):
             plan = []
-            for cursor, old_text, tag, row in page:
+            for cursor, old_text, _, row in page:
                 old, new = check_relative(as_raw(old_text)), Wanted.from_row(row).path
                 there = vault.held(standing.name, new)
-                if vault.held(standing.name, old):
+                if vault.one("SELECT 1 FROM moving WHERE source=? AND old=? AND new=?", standing.name, old, new):
+                    vault.write_cursor(standing.name, old, new, cursor)
+                elif vault.held(standing.name, old):
                     plan.append((cursor, old, new))
                 elif there:
                     settled.append([cursor, there[3]])
                 else:
                     unknown.append(as_text(old))
             vault.plan_moves(standing.name, plan)
-        done = vault.carry_out_moves(standing.name)
-        settled += [[cursor, tag] for cursor, _, tag in done]
-        self._done(standing, TODO_MOVE, settled)
+        vault.lift_moves(standing.name)
+        return settled, unknown
+
+    def settle(self, standing: Standing, settled: "List[List[Any]]", unknown: "List[str]") -> None:
+        done, failed = self.vault.settle_moves(standing.name, last=True)
+        self._done(standing, TODO_MOVE, settled + [[cursor, tag] for cursor, tag in done])
+        unknown = unknown + [as_text(path) for path in failed]
         for start in range(0, len(unknown), PAGE):
             self.links[standing.host].call("forget", backup=self.name, source=standing.name, paths=unknown[start:start + PAGE])
         self.figures.add(moved_files=len(done))
@@ -5727,9 +5802,13 @@ CREATE TABLE want(
     note TEXT) WITHOUT ROWID;
 CREATE INDEX want_state ON want(state) WHERE kind='f';
 CREATE TABLE have(path BLOB, holder INTEGER, stored BLOB, PRIMARY KEY(path, holder)) WITHOUT ROWID;
-CREATE TABLE other(path BLOB, holder INTEGER, PRIMARY KEY(path, holder)) WITHOUT ROWID;
+CREATE TABLE other(path BLOB, holder INTEGER, place BLOB, size INTEGER, mtime INTEGER, digest BLOB);
+CREATE INDEX other_path ON other(path);
+CREATE INDEX other_digest ON other(digest);
+CREATE INDEX other_size ON other(size, mtime);
 """
-"""have: who holds the wanted version (stored: its name in the attic); other: who holds another version."""
+"""have: who holds the wanted version (stored: its name in the attic, or with a `/` before it another path, where it
+was or is called so); other: what else the holders have, which may be a wanted file under another name."""
 
 DONE_SCHEMA = """
 CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
@@ -5790,19 +5869,20 @@ class RemoteHolder:
 
     def fetch(self, source: str, names: "List[Tuple[bytes, Optional[bytes]]]", into: bytes,
               on_bytes: "Callable[[int], None]") -> Pull:
-        """Bring (path, name in the attic or None) to `into`/path."""
+        """Bring (path, where it is when not there) to `into`/path."""
         outcome = Pull()
         current = [path for path, stored in names if stored is None]
         if current:
             outcome = self._pull("backup", source, current, into, on_bytes)
-        old = [(path, stored) for path, stored in names if stored is not None]
-        if old:
-            prefix = b"attic/" + source.encode() + b"/"
-            outcome = self._pull("attic", source, [stored[len(prefix):] for _, stored in old], into + b"/.attic", on_bytes)
-            with Tree(into) as tree:
-                for path, stored in old:
-                    with contextlib.suppress(OSError):
-                        tree.rename(b".attic/" + stored[len(prefix):], path)
+        for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
+            elsewhere = [(path, stored[len(prefix):]) for path, stored in names if stored and stored.startswith(prefix)]
+            if elsewhere:
+                outcome = self._pull(of, source, [place for _, place in elsewhere], into + b"/.elsewhere", on_bytes)
+                with Tree(into) as tree:
+                    for path, place in elsewhere:
+                        with contextlib.suppress(OSError):
+                            tree.link(b".elsewhere/" + place, path)
+                shutil.rmtree(into + b"/.elsewhere", ignore_errors=True)
         return outcome
 
     def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
@@ -5849,7 +5929,8 @@ class DirectoryHolder:
         os.makedirs(into, mode=0o700, exist_ok=True)
         with Tree(self.path) as tree, Tree(into) as target:
             for path, stored in names:
-                rel = META_DIR + b"/" + stored if stored else source.encode() + b"/" + path
+                rel = source.encode() + b"/" + path if not stored else \
+                    source.encode() + stored if stored.startswith(b"/") else META_DIR + b"/" + stored
                 try:
                     target.make_directory(path.rpartition(b"/")[0]) if b"/" in path else None
                     self._copy(tree, rel, os.path.join(into, path), on_bytes)
@@ -6019,17 +6100,21 @@ class Restore:
                 self.db.execute("BEGIN")
                 for path, stored, size, mtime, digest in holder.holdings(self.source, self.at is not None):
                     row = self._one("SELECT size, mtime, digest FROM want WHERE path=? AND kind='f'", path)
-                    if not row:
-                        continue
-                    same = row[2] == digest if digest and row[2] else \
-                        row[0] == size and (digest is None or row[1] == mtime)
-                    self.db.execute("INSERT OR IGNORE INTO %s" % ("have VALUES(?,?,?)" if same else "other VALUES(?,?)"),
-                                    (path, number, stored) if same else (path, number))
+                    if row and (row[2] == digest if digest and row[2] else
+                                row[0] == size and (digest is None or row[1] == mtime)):
+                        self.db.execute("INSERT OR IGNORE INTO have VALUES(?,?,?)", (path, number, stored))
+                    else:
+                        self.db.execute("INSERT INTO other VALUES(?,?,?,?,?,?)",
+                                        (path, number, stored or b"/" + path, size, mtime, digest))
             except (Unreachable, Refused, ProtocolError, OSError) as error:
                 self.down.append(holder.name)
                 log.warning("%s: %s", holder.name, error)
             finally:
                 self.db.execute("COMMIT")
+        # What nobody has under its path may have been renamed since: the same bytes under another name.
+        for condition in ("o.digest=w.digest", "o.size=w.size AND o.mtime=w.mtime AND o.digest IS NULL"):
+            self.db.execute("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place FROM want w JOIN other o ON %s "
+                            "WHERE w.kind='f' AND NOT EXISTS(SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
 
     # -- the target --
 

@@ -1,0 +1,490 @@
+"""Processes die, disks fill, state is lost, lines are cut: nothing is lost, and nothing has to be repaired by hand."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import unittest
+
+from tests import faults
+from tests.faults import Proxy, fill, holders, kill_points, kill_rsyncs_of, lose_state, regular_files, tmpfs_or_skip, violations
+from tests.harness import (Case, Cluster, digest_of, make_tree, new_cluster_pem, read_file, some_bytes, tree, wait_for,
+                           write_file)
+
+
+class FaultCase(Case):
+
+    def assertHolds(self, cluster, **options):
+        self.assertEqual([], violations(cluster, **options))
+
+    def assertRecovers(self, cluster, rounds=4):
+        """Passes, however they end, come to a round in which every host is settled. Returns the figures of all passes."""
+        figures = []
+        for _ in range(rounds):
+            clients = [cluster.spawn(host, "client", "--json") for host in cluster.backup_hosts()]
+            results = [client.wait() for client in clients]
+            figures += [result.json for result in results]
+            if all(result.rc == 0 and result.json["settled"] for result in results):
+                self.assertHolds(cluster)
+                return figures
+        self.fail("not settled after %d rounds; the last one:\n%s\n%s" % (
+            rounds, "\n".join(map(str, results)), "\n".join(violations(cluster))))
+
+
+class KillPointsTest(FaultCase):
+    """kill -9 at each of the points that the program names: the next passes put everything right."""
+
+    SIZE = 30000
+    AFTER_COPY = {"copied", "digested", "confirmed", "in-place", "counted"}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
+        cls.stay = {"stay/%02d" % number: 100 for number in range(60)}
+        cls.source = c.source("docs", "s", cls.stay)
+        cls.extra = c.source("extra", "s", {"f%d" % number: 5000 for number in range(10)})
+        c.backup("b1", "a", "9M")
+        c.backup("b2", "b", "9M")
+        cls.number = 0
+        cls.add()
+        c.start()
+        c.settle()
+
+    @classmethod
+    def add(cls):
+        """The files of a round, to be changed in the next one."""
+        cls.number += 1
+        cls.here = os.path.join(cls.source, "round%d" % cls.number)
+        make_tree(cls.here, {"%s%d" % (name, cls.number): 1000 for name in ("moved", "one", "two", "deleted")})
+        make_tree(cls.here, {"large%d" % number: cls.SIZE for number in range(4)})
+
+    def history(self):
+        """One more round of all that can happen to a source; returns the digests of files that must not get lost."""
+        here, number = self.here, str(self.number)
+        for old, new in (("moved", "sub/moved"), ("one", "t"), ("two", "one"), ("t", "two")):
+            os.makedirs(os.path.join(here, "sub"), exist_ok=True)
+            os.rename(os.path.join(here, old + number), os.path.join(here, new + number))
+        os.unlink(os.path.join(here, "deleted" + number))
+        write_file(os.path.join(here, "large0"), some_bytes(self.SIZE, ("changed", number)))
+        self.add()
+        return {digest_of(os.path.join(here, name + number)) for name in ("sub/moved", "one", "two")}
+
+    def kill_client(self, point):
+        # The first batch is one of updates, the second one of new files.
+        result = self.c.client("a", CBACKUP_TEST_KILL=point + (":2" if point in self.AFTER_COPY else ""))
+        return result.rc == -signal.SIGKILL
+
+    def kill_server(self, point):
+        """A server that dies at the point while clients are at work."""
+        self.c.stop("s")
+        server = self.c.spawn("s", "server", CBACKUP_TEST_KILL=point)
+        self.addCleanup(server.kill)
+        wait_for(lambda: not server.running or "listening on" in server.stdout, 20, "the server is neither ready nor dead")
+        for host in "ab":
+            if server.running:
+                self.c.client(host)
+        dead = not server.running and server.wait().rc == -signal.SIGKILL
+        server.kill()
+        self.c.start("s")
+        return dead
+
+    @contextlib.contextmanager
+    def overserved(self):
+        """b1 is over its size, and its copies of one source are more than are wanted."""
+        def change(replicas, size):
+            self.c.sources["extra"] = self.c.sources["extra"]._replace(options={"replicas": replicas})
+            self.c.backups["b1"] = self.c.backups["b1"]._replace(options={"size": size})
+            self.c.stop("s")
+            self.c.start("s")
+        change(1, str(self.current_bytes() - 20000))
+        try:
+            yield
+            self.assertRecovers(self.c)
+        finally:
+            change(2, "9M")
+
+    def current_bytes(self):
+        return sum(info.st_size for name in ("docs", "extra")
+                   for info in regular_files(self.c.backups["b1"].path, name).values())
+
+    def test_each_point(self):
+        for point in kill_points():
+            with self.subTest(point=point):
+                precious = self.history()
+                if self.kill_client(point):
+                    self.check_after_kill(point, precious)
+                elif self.kill_drop(point) or self.kill_server(point):
+                    self.assertRecovers(self.c)
+                else:
+                    self.fail("no test reaches the point %r" % point)
+
+    def kill_drop(self, point):
+        self.c.settle()
+        with self.overserved():
+            return self.kill_client(point)
+
+    def check_after_kill(self, point, precious):
+        there = holders(self.c, "docs")
+        self.assertEqual([], [name for name in self.stay if len(there[name]) != 2], "untouched files are missing")
+        for digest in precious:
+            self.assertEqual({"a", "b"}, faults.anywhere(self.c, digest), "the bytes of a renamed file are missing")
+        again = self.c.client("a")
+        self.assertRc(0, again)
+        if point in self.AFTER_COPY:
+            self.assertLess(again.json["wire_bytes"], self.SIZE, "what had arrived was copied again")
+        self.assertRecovers(self.c)
+
+
+class KilledTest(FaultCase):
+    """Any process dies in the middle of a large file or of many small ones."""
+
+    BIG = 6 << 20
+
+    def start(self, files, **options):
+        cluster = self.cluster("s", "a", replicas=1)
+        self.source = cluster.source("docs", "s", files, **options)
+        cluster.backup("b1", "a", "50M")
+        cluster.start()
+        return cluster
+
+    def arrived(self, cluster):
+        """Bytes that lie in `incoming`, wherever rsync has them."""
+        found = regular_files(cluster.backups["b1"].path, ".cbackup/incoming")
+        return sum(info.st_size for info in found.values())
+
+    def client_at(self, cluster, size, **more):
+        """A client that is at work, and has received so many bytes."""
+        client = cluster.spawn("a", "client", "--json", **more)
+        self.addCleanup(client.kill)
+        wait_for(lambda: self.arrived(cluster) >= size or not client.running, 30, "nothing arrives")
+        self.assertTrue(client.running, "it was over before it could be disturbed: %s" % client.stderr)
+        return client
+
+    def test_a_large_file_goes_on_where_it_was_cut_off(self):
+        cluster = self.start({"big": self.BIG}, bwlimit="2M")
+        self.client_at(cluster, self.BIG // 4).popen.kill()                     # the client dies
+        second = self.client_at(cluster, self.BIG // 2)
+        cluster.kill("s")                                                       # the source's machine dies
+        result = second.wait(60)
+        self.assertRc(1, result)
+        self.assertEqual(["s"], result.json["unreachable"])
+        self.assertGreaterEqual(self.arrived(cluster), self.BIG // 2)
+        cluster.start("s")
+        last = cluster.client("a")
+        self.assertRc(0, last)
+        self.assertEqual((1, self.BIG), (last.json["copied_files"], last.json["copied_bytes"]))
+        self.assertLess(last.json["wire_bytes"], self.BIG * 3 // 4)
+        self.assertRecovers(cluster, 1)
+
+    def test_rsync_dies_on_either_side(self):
+        cluster = self.start({"d%d/f%d" % (n, n): 100000 for n in range(40)}, bwlimit="2M")
+        for side in ("client", "server"):
+            client = self.client_at(cluster, 200000)
+            self.assertGreater(kill_rsyncs_of(client if side == "client" else cluster.servers["s"]), 0)
+            result = client.wait(60)
+            self.assertRc(1, result)
+            self.assertHolds(cluster, settled=False)
+        self.assertRecovers(cluster, 3)
+
+    def test_a_line_that_is_cut_or_stalls_is_given_up_and_what_came_is_kept(self):
+        cluster = self.start({"d%d/f%d" % (n, n): 100000 for n in range(40)})
+        proxy = Proxy(cluster.ports["s"])
+        self.addCleanup(proxy.close)
+        conf = os.path.join(cluster.home("a"), "cbackup.conf")
+        write_file(conf, cluster.config().replace(":%d" % cluster.ports["s"], ":%d" % proxy.port))
+        for fault in ("cut_after", "stall_after"):
+            setattr(proxy, fault, proxy.passed + 1500000)
+            result = cluster.client("a", CBACKUP_TEST_IDLE="3", timeout=40)
+            self.assertRc(1, result)
+            self.assertEqual(["s"], result.json["unreachable"])
+            self.assertHolds(cluster, settled=False)
+            proxy.heal()
+        result = cluster.client("a")
+        self.assertRc(0, result)
+        self.assertLess(result.json["wire_bytes"], 2500000, "what had arrived was copied again")
+        self.assertRecovers(cluster, 1)
+
+
+class DamageTest(FaultCase):
+    """state/ or a backup's database is lost or garbage: rebuilt from what is there, and no data is copied."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", "c", replicas=2)
+        cls.source = c.source("docs", "s", {"d%d/f%d" % (n % 4, n): 20000 + n for n in range(30)})
+        for host in "abc":
+            c.backup("b" + host, host, "9M")
+        c.start()
+        c.settle()
+        # something in the attics
+        write_file(os.path.join(cls.source, "d0/f0"), some_bytes(20000, "new"))
+        os.unlink(os.path.join(cls.source, "d1/f1"))
+        c.settle()
+
+    def books(self):
+        return os.path.join(self.c.home("s"), "state", "books.db")
+
+    def vault(self, name="ba"):
+        return os.path.join(self.c.backups[name].path, ".cbackup", "backup.db")
+
+    @staticmethod
+    def garble(path, kind):
+        size = os.path.getsize(path)
+        with open(path, "r+b") as file:
+            if kind == "whole":
+                file.write(some_bytes(size, "garbage"))
+            elif kind == "middle":
+                file.seek(4096)
+                file.write(some_bytes(max(4096, size - 8192), "garbage"))
+            elif kind == "half":
+                file.truncate(size // 2 // 4096 * 4096)
+            elif kind == "empty":
+                file.truncate(0)
+
+    def assertNothingCopied(self, before, orders=None):
+        figures = []
+        for _ in range(4):
+            results = [self.c.client(host) for host in orders or "abc"]
+            figures += [result.json for result in results]
+            if all(result.rc == 0 and result.json["settled"] for result in results):
+                break
+        else:
+            self.fail("not settled: %s" % "\n".join(map(str, results)))
+        self.assertHolds(self.c)
+        self.assertEqual((0, 0), (sum(one["wire_bytes"] for one in figures), sum(one["copied_files"] for one in figures)))
+        self.assertEqual(before, self.kept())
+
+    def kept(self):
+        """The files in all backups, without times of change: a rename to itself is none."""
+        return {name: {path: info[:3] for path, info in self.c.kept_inodes(name).items()} for name in self.c.backups}
+
+    def test_a_server_without_its_state(self):
+        before = self.kept()
+        lose_state(self.c, "s")
+        self.assertNothingCopied(before)
+
+    def test_a_server_with_garbage_for_its_books(self):
+        for kind in ("whole", "middle", "half", "empty"):
+            with self.subTest(kind=kind):
+                before = self.kept()
+                self.c.stop("s")
+                self.garble(self.books(), kind)
+                self.c.start("s")
+                self.assertNothingCopied(before)
+
+    def test_a_client_without_its_state_or_with_garbage_in_it(self):
+        before = self.kept()
+        lose_state(self.c, "a")
+        for host in "bc":
+            for name in os.listdir(os.path.join(self.c.home(host), "state")):
+                path = os.path.join(self.c.home(host), "state", name)
+                if name.endswith(".json") and os.path.isfile(path):
+                    write_file(path, b"\0garbage")
+        self.assertNothingCopied(before)
+
+    def test_a_backup_without_its_database(self):
+        before = self.kept()
+        os.unlink(self.vault())
+        self.assertNothingCopied(before)
+
+    def test_a_backup_with_garbage_for_its_database(self):
+        for kind in ("whole", "middle", "half", "empty"):
+            with self.subTest(kind=kind):
+                before = self.kept()
+                self.garble(self.vault(), kind)
+                self.assertNothingCopied(before)
+
+    def test_a_backup_that_lost_everything_of_its_bookkeeping_but_its_identity(self):
+        before = self.kept()
+        meta = os.path.dirname(self.vault("bb"))
+        for name in os.listdir(meta):
+            path = os.path.join(meta, name)
+            if name not in ("identity", "attic"):
+                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+        self.assertNothingCopied(before)
+
+    def test_old_versions_are_known_again(self):
+        os.unlink(self.vault("bc"))
+        kept = self.c.attic("bc", "docs")
+        used = faults.room_taken(self.c, "bc")
+        self.c.client("c")
+        self.assertEqual(kept, self.c.attic("bc", "docs"))
+        self.assertEqual(used, self.c.status()["backups"]["bc"]["used"])
+
+
+class FullDiskTest(FaultCase):
+    """No room left, or read-only: said, nothing lost, and it goes on by itself."""
+
+    def remount(self, path, options):
+        subprocess.check_call(["mount", "-o", "remount," + options, path])
+
+    def test_a_full_disk_below_a_backup(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        cluster.source("docs", "s", {"f%d" % number: 300000 for number in range(20)})
+        kept = cluster.backup("b1", "a", "100M")
+        tmpfs_or_skip(self, kept, "3m")
+        cluster.start()
+        result = cluster.client("a")
+        self.assertRc(1, result)
+        self.assertRegex(result.stderr, r"b1\b.*(full|No space)")
+        self.assertHolds(cluster, settled=False)
+        self.assertGreater(sum(map(len, holders(cluster, "docs").values())), 3, "what fits is there")
+        result = cluster.client("a")
+        self.assertHolds(cluster, settled=False)
+        self.remount(kept, "size=30m")
+        self.assertRecovers(cluster)
+
+    def test_a_read_only_backup(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"f": b"1"})
+        kept = cluster.backup("b1", "a", "9M")
+        tmpfs_or_skip(self, kept)
+        cluster.start()
+        cluster.settle()
+        self.remount(kept, "ro")
+        write_file(os.path.join(source, "f"), "22")
+        result = cluster.client("a")
+        self.assertRc(1, result)
+        self.assertOneError(result, "b1", "ead-only")
+        self.remount(kept, "rw")
+        self.assertRecovers(cluster)
+
+    def test_no_room_for_state(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
+        cluster.backup("b1", "a", "9M")
+        ballast = []
+        for host in "sa":
+            state = os.path.join(cluster.home(host), "state")
+            tmpfs_or_skip(self, state, "2m")
+            ballast.append(os.path.join(state, "ballast"))
+        cluster.start()
+        cluster.settle()
+        for path in ballast:
+            fill(path)
+        make_tree(source, {"new/%d" % number: 10 for number in range(3000)})
+        result = cluster.client("a")
+        self.assertNotEqual((0, True), (result.rc, result.json["settled"]))
+        self.assertTrue(cluster.servers["s"].running)
+        self.assertHolds(cluster, settled=False)
+        for path in ballast:
+            os.unlink(path)
+        shutil.rmtree(os.path.join(source, "new"))
+        make_tree(source, {"new": b"after all"})
+        self.assertRecovers(cluster)
+
+    def test_no_room_for_a_restore(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"f%d" % number: 300000 for number in range(10)})
+        cluster.backup("b1", "a", "9M")
+        target = cluster.path("target")
+        tmpfs_or_skip(self, target, "1m")
+        cluster.start()
+        cluster.settle()
+        result = cluster.restore("a", "docs", to=target)
+        self.assertRc(1, result)
+        self.assertRegex(result.stderr, "(?i)no space|full")
+        self.remount(target, "size=10m")
+        self.assertRc(0, cluster.restore("a", "docs", to=target))
+        self.assertSameTree(source, target)
+
+
+class WrongDirectoryTest(FaultCase):
+    """A backup's directory that is not the one it was: nothing is written there until somebody says that it is right."""
+
+    def setUp(self):
+        self.c = self.cluster("s", "a", "b", replicas=1)
+        self.source = self.c.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
+        self.kept = self.c.backup("b1", "a", "9M")
+        self.c.start()
+        self.c.settle()
+
+    def assertRefused(self, result, path, *words):
+        self.assertRc(1, result)
+        self.assertOneError(result, *words)
+        self.assertEqual((0, 0), (result.json["copied_files"], result.json["updated_files"]))
+
+    def test_an_empty_mount_point_is_not_filled_until_it_is_adopted(self):
+        os.rename(self.kept, self.kept + ".away")
+        os.mkdir(self.kept)
+        for lost in (False, True):
+            if lost:
+                lose_state(self.c, "a")
+            self.assertRefused(self.c.client("a"), self.kept, "b1", "--adopt b1")
+            self.assertEqual({}, regular_files(self.kept, "docs"))
+        self.assertRc(2, self.c.client("a", "--adopt", "nonsense"))
+        self.assertRc(0, self.c.client("a", "--adopt", "b1"))
+        self.assertRecovers(self.c)
+        self.assertEqual(5, len(regular_files(self.kept, "docs")))
+
+    def test_a_directory_that_comes_back_is_taken_as_it_is(self):
+        os.rename(self.kept, self.kept + ".away")
+        os.mkdir(self.kept)
+        self.c.client("a")
+        before = tree(self.kept + ".away/docs")
+        shutil.rmtree(self.kept)
+        os.rename(self.kept + ".away", self.kept)
+        figures = self.assertRecovers(self.c)
+        self.assertEqual(0, sum(one["wire_bytes"] for one in figures))
+        self.assertEqual(before, tree(self.kept + "/docs"))
+
+    def test_the_directory_under_another_name_or_on_two_machines_is_refused(self):
+        before = tree(self.kept)
+        copy = self.c.path("b", "backup", "b2")
+        shutil.copytree(self.kept, copy, symlinks=True)
+        self.c.backups["b2"] = self.c.backups["b1"]._replace(name="b2", host="b", path=copy)
+        self.assertRefused(self.c.client("b"), copy, "b2")
+        self.c.backups["other"] = self.c.backups.pop("b1")._replace(name="other")
+        del self.c.backups["b2"]
+        self.assertRefused(self.c.client("a"), self.kept, "other")
+        self.assertEqual({name: entry for name, entry in before.items() if name.startswith("docs")},
+                         {name: entry for name, entry in tree(self.kept).items() if name.startswith("docs")})
+
+    def test_a_directory_of_another_cluster_is_refused(self):
+        with Cluster("s", "a", replicas=1) as other:
+            pem = new_cluster_pem()
+            for host in other.hosts:
+                write_file(os.path.join(other.home(host), "cluster.pem"), pem)
+            other.source("docs", "s", {"g": b"2"})
+            other.backups["b1"] = self.c.backups["b1"]
+            other.start()
+            self.assertRefused(other.client("a"), self.kept, "b1", "another cluster")
+            self.assertRefused(other.client("a", "--adopt", "b1"), self.kept, "b1", "another cluster")
+        self.assertRecovers(self.c, 1)
+
+
+class TwiceTest(FaultCase):
+    """Two of a kind at once."""
+
+    def test_a_second_server_of_a_host_is_refused_and_the_first_goes_on(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        cluster.source("docs", "s", {"f": b"1"})
+        cluster.backup("b1", "a", "9M")
+        cluster.start()
+        second = cluster.run("s", "server", timeout=20)
+        self.assertNotEqual(0, second.rc)
+        self.assertOneError(second)
+        cluster.settle()
+
+    def test_verify_leaves_a_backup_alone_in_which_a_client_is_at_work(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        cluster.source("docs", "s", {"f%d" % number: 100000 for number in range(40)}, bwlimit="1M")
+        cluster.backup("b1", "a", "9M")
+        cluster.start()
+        client = cluster.spawn("a", "client", "--json")
+        self.addCleanup(client.kill)
+        incoming = os.path.join(cluster.backups["b1"].path, ".cbackup", "incoming")
+        wait_for(lambda: os.path.isdir(incoming), 20, "the client does nothing")
+        client.signal(signal.SIGSTOP)
+        result = cluster.run("a", "verify", timeout=20)
+        self.assertRc(0, result)
+        self.assertRegex(result.text, r"(?i)\bb1\b.*(at work|busy|locked)")
+        client.signal(signal.SIGCONT)
+        self.assertRc(0, client.wait())
+        self.assertRecovers(cluster, 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
