@@ -3156,6 +3156,9 @@ CREATE INDEX attic_path ON attic(source, path);
 -- Renames under way; ino tells after a crash how far each came.
 CREATE TABLE moving(id INTEGER PRIMARY KEY, source TEXT, old BLOB, new BLOB, ino INTEGER, cursor INTEGER);
 
+-- Granted drops that are being carried out.
+CREATE TABLE dropping(source TEXT, path BLOB, PRIMARY KEY(source, path)) WITHOUT ROWID;
+
 CREATE TABLE sums(source TEXT PRIMARY KEY, files INTEGER, bytes INTEGER, tags INTEGER) WITHOUT ROWID;
 CREATE TABLE used(what TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID;
 INSERT INTO used VALUES('coming', 0), ('attic', 0);
@@ -3384,18 +3387,26 @@ class Vault:
             above = above.rpartition(b"/")[0]
 
     def drop(self, grants: "List[Grant]") -> int:
-        """Carry out grants; returns the bytes freed.  The rows go first: a file without a row is found by the
-        next report, a row without a file would be counted as a copy."""
+        """Carry out grants; returns the bytes freed.  The rows go first: a row without a file would be counted as a copy;
+        what is still to be deleted is written down with it."""
         freed = 0
         with self.write() as db:
             for grant in grants:
                 row = self.one("SELECT size FROM held WHERE source=? AND path=?", grant.source, grant.path)
                 freed += row[0] if row else 0
                 db.execute("DELETE FROM held WHERE source=? AND path=?", (grant.source, grant.path))
+                db.execute("INSERT OR IGNORE INTO dropping VALUES(?,?)", (grant.source, grant.path))
         test_point("drop-before-delete")
-        for grant in grants:
-            self.delete(self.place_of(grant.source, grant.path), grant)
+        self._carry_out_drops()
         return freed
+
+    def _carry_out_drops(self) -> None:
+        rows = self.rows("SELECT source, path FROM dropping")
+        for source, path in rows:
+            self.delete(self.place_of(source, path), Grant(source, path))
+        if rows:
+            with self.write() as db:
+                db.executemany("DELETE FROM dropping WHERE source=? AND path=?", rows)
 
     # -- setting aside --
 
@@ -3663,6 +3674,7 @@ class Vault:
 
     def recover(self) -> None:
         """Finish on disk what an earlier process wrote down and did not end."""
+        self._carry_out_drops()
         for (source,) in self.rows("SELECT DISTINCT source FROM moving"):
             self.lift_moves(source)
             self.settle_moves(source, last=False)
