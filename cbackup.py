@@ -1371,6 +1371,12 @@ def _unclean(path: str) -> bool:
     return os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
 
 
+def is_damage(error: "sqlite3.Error") -> bool:
+    """Whether SQLite says that the file itself is wrong, not that it is locked or its disk full."""
+    return isinstance(error, sqlite3.DatabaseError) and any(
+        word in str(error) for word in ("malformed", "not a database", "corrupt"))
+
+
 def set_database_aside(path: str, why: str) -> None:
     aside = "%s.damaged-%d" % (path, int(time.time()))
     log.warning("%s is damaged (%s): kept as %s, a new one is made", path, why, aside)
@@ -1404,9 +1410,13 @@ class Books:
     """
 
     def __init__(self, path: str, host: str) -> None:
-        self.host = host
+        self.path, self.host = path, host
         self.lock = threading.RLock()
-        self.db = open_database(path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL")
+        self.random = random.Random()
+        self._open()
+
+    def _open(self) -> None:
+        self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL")
         self._depth = 0
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
         self._hosts: "Dict[int, Tuple[str, bool]]" = {}
@@ -1416,7 +1426,15 @@ class Books:
         if not self.id:
             self.id = secrets.token_hex(8)
             self.set_meta("books", self.id)
-        self.random = random.Random()
+
+    def start_again(self, config: Config, why: str) -> None:
+        """Damaged books are set aside; new ones are filled by the next scans and by what the backups report."""
+        with self.lock:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.close()
+            set_database_aside(self.path, why)
+            self._open()
+            self.configure(config)
 
     def close(self) -> None:
         with self.lock:
@@ -3186,6 +3204,20 @@ class Misplaced(CBackupError):
     """A backup directory that is not what the configuration says: not mounted, of another cluster, another's."""
 
 
+def room_limit(spec: Backup, settled: int) -> int:
+    """The most bytes that may lie in a backup now: its `size`, and less when its file system would have less left than
+    `reserve`, or than our own databases need.  `settled`: bytes that lie there already."""
+    info = os.statvfs(spec.path)
+    own = min(DATABASE_ROOM, info.f_blocks * info.f_frsize // 20)
+    room = max(0, settled + info.f_bavail * info.f_frsize - max(own, spec.reserve or 0))
+    return room if spec.size is None else min(room, spec.size)
+
+
+DATABASE_ROOM = 64 << 20
+"""Bytes that stay free on a backup's file system for our database, or 5 % of a small file system: a file system that
+is full to the last byte cannot even be told what to delete."""
+
+
 class Vault:
     """One backup: the only code that writes or deletes below its directory.
 
@@ -3298,12 +3330,9 @@ class Vault:
         return self.one("SELECT COALESCE(SUM(files), 0) FROM sums")[0]
 
     def capacity(self) -> int:
-        """The most that may lie here now: `size`, and less when `reserve` would not stay free."""
-        limits = [self.spec.size] if self.spec.size is not None else []
-        if self.spec.reserve is not None:
-            info = os.statvfs(self.path)
-            limits.append(max(0, self.used() + info.f_bavail * info.f_frsize - self.spec.reserve))
-        return min(limits)
+        """The most that may lie here now, see `room_limit`."""
+        coming = self.one("SELECT bytes FROM used WHERE what='coming'")[0]
+        return room_limit(self.spec, self.used() - coming)
 
     def free(self) -> int:
         """Room for copies, bytes; negative when over capacity.  Old versions do not count against it: they go
@@ -3408,6 +3437,22 @@ class Vault:
             with self.write() as db:
                 db.executemany("DELETE FROM dropping WHERE source=? AND path=?", rows)
 
+    def forget_source(self, source: str) -> int:
+        """Delete all copies and old versions of a source that is no longer configured: the user's word is the grant.
+        Returns how many copies went."""
+        count = 0
+        while True:
+            page = self.held_page(source, b"")
+            if not page:
+                break
+            self.drop([Grant(source, row[0]) for row in page])
+            count += len(page)
+        for number, stored in self.rows("SELECT id, stored FROM attic WHERE source=?", source):
+            self._delete_old(number, stored)
+        self.tree.clear_empty(source.encode(), links=True)
+        shutil.rmtree(os.path.join(self.meta_path, "catalog", source), ignore_errors=True)
+        return count
+
     # -- setting aside --
 
     def set_aside(self, source: str, paths: "List[bytes]", why: str) -> None:
@@ -3481,6 +3526,14 @@ class Vault:
             if not self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage<2", as_text(source), path):
                 self.delete(rel, None)
         self.tree.clear_empty(incoming)
+
+    def empty_incoming(self) -> None:
+        """Delete what is only half here, without the database: it may be the disk that is full."""
+        with contextlib.suppress(OSError, sqlite3.Error):
+            keep = {self.incoming(s, p) for s, p in self.rows("SELECT source, path FROM coming WHERE stage=1")}
+            for rel in list(self.tree.walk_files(META_DIR + b"/incoming")):
+                if rel not in keep:
+                    self.delete(rel, None)
 
     def prepare_basis(self, source: str, path: bytes) -> None:
         """Give rsync the present version as the basis of a difference: a second link to it in `incoming`."""
@@ -3960,7 +4013,8 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "adopt": lambda v: isinstance(v, bool), "kind": lambda v: v in (1, 2, 4, 8), "of": lambda v: v in SERVED,
     "sums": lambda v: isinstance(v, dict) and len(v) < 10000, "after": lambda v: isinstance(v, (int, str)),
     "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
-    "paths": _is_list, "rows": _is_list, "config": lambda v: isinstance(v, dict), "all": lambda v: isinstance(v, bool)}
+    "paths": _is_list, "rows": _is_list,
+    "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict), "all": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
     "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since", "upto")})
 FIELDS.update({"free": _is_number})
@@ -4098,6 +4152,8 @@ class Scanner(threading.Thread):
                 self.service.scan(name)
             except Exception as error:
                 log.error("looking at %s: %s", name, reason_of(error), exc_info=log.isEnabledFor(logging.DEBUG))
+                if isinstance(error, sqlite3.Error) and is_damage(error):
+                    self.service.books.start_again(self.service.config, str(error))
                 time.sleep(0.2)
             with self._changed:
                 self._seen[name] = begun
@@ -4432,6 +4488,26 @@ class Service:
         rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
         return {"rows": [[as_text(path), size, mtime, digest.hex()] for path, size, mtime, digest in rows]}
 
+    def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """Copies and older versions in the backups of this host, of files that match a pattern; FIND_LIMIT a backup."""
+        found, more = [], False
+        for spec in self.config.backups_of(self.host):
+            with contextlib.suppress(Refused):
+                rows = VaultReader(spec).find(request["pattern"])
+                more = more or len(rows) > FIND_LIMIT
+                found += [[spec.name, source, as_text(path), size, mtime, since]
+                          for source, path, size, mtime, since in rows[:FIND_LIMIT]]
+        return {"rows": found, "more": more}
+
+    def op_forget_source(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """Remember that the copies of a source that is no longer configured may go; the clients of this host do it."""
+        if request["source"] in self.config.sources:
+            raise Refused("configured", "source %s is in the configuration" % request["source"])
+        with self.home.lock("forget.lock"):
+            names = set(read_json(self.home.state("forget.json")).get("sources", [])) | {request["source"]}
+            atomic_write(self.home.state("forget.json"), json.dumps({"sources": sorted(names)}).encode())
+        return {}
+
     def op_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The configuration in force here."""
         return {"config": self.home.config_offer()}
@@ -4479,6 +4555,22 @@ def _open_source(spec: Source) -> Tree:
         raise Refused("held", "source %s: %s: %s" % (spec.name, spec.path, reason_of(error)))
 
 
+FIND_LIMIT = 1000
+"""Most hits that `find` shows of one backup."""
+
+
+def compile_pattern(pattern: str) -> "Callable[[bytes], bool]":
+    """A test for paths: the path itself, everything below it, or an fnmatch pattern for the whole path; a pattern
+    without `/` is for the last name too."""
+    import fnmatch
+    plain, test = as_raw(pattern).strip(b"/"), re.compile(fnmatch.translate(pattern.strip("/")))
+
+    def matches(path: bytes) -> bool:
+        return path == plain or path.startswith(plain + b"/") or bool(test.match(as_text(path))) \
+            or b"/" not in plain and bool(test.match(as_text(path.rpartition(b"/")[2])))
+    return matches
+
+
 class VaultReader:
     """Reads a backup's database for the server, beside a client that may be at work in it."""
 
@@ -4486,6 +4578,9 @@ class VaultReader:
         self.spec = spec
 
     def _query(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
+        return list(self._each(sql, *values))
+
+    def _each(self, sql: str, *values: Any) -> "Iterator[Tuple[Any, ...]]":
         path = os.path.join(self.spec.path, META_DIR.decode(), "backup.db")
         if not os.path.exists(path):
             raise Refused("unknown", "%s has nothing in it yet (no client has run)" % self.spec.path
@@ -4493,7 +4588,8 @@ class VaultReader:
         try:
             db = sqlite3.connect(path, timeout=30)
             try:
-                return db.execute(sql, values).fetchall()
+                for row in db.execute(sql, values):
+                    yield row
             finally:
                 db.close()
         except sqlite3.Error as error:
@@ -4502,15 +4598,24 @@ class VaultReader:
     def facts(self) -> "Dict[str, Any]":
         files, held, other = self._query("SELECT (SELECT COALESCE(SUM(files), 0) FROM sums), (SELECT COALESCE(SUM(bytes), 0) "
                                          "FROM sums), (SELECT SUM(bytes) FROM used)")[0]
-        used, limits = held + other, [self.spec.size] if self.spec.size is not None else []
-        if self.spec.reserve is not None:
-            info = os.statvfs(self.spec.path)
-            limits.append(max(0, used + info.f_bavail * info.f_frsize - self.spec.reserve))
-        return {"state": "ok", "used": used, "files": files, "capacity": min(limits)}
+        return {"state": "ok", "used": held + other, "files": files, "capacity": room_limit(self.spec, held + other),
+                "sources": dict(self._query("SELECT source, files FROM sums WHERE files>0"))}
 
     def held_page(self, source: str, after: bytes) -> "List[Tuple[bytes, int, int, bytes]]":
         return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
                            source, after, PAGE)
+
+    def find(self, pattern: str) -> "List[Tuple[str, bytes, int, int, Optional[float]]]":
+        """(source, path, size, mtime, None for a copy or since when it is an old version), a few more than FIND_LIMIT."""
+        test, found = compile_pattern(pattern), []
+        for sql in ("SELECT source, path, size, mtime, NULL FROM held",
+                    "SELECT source, path, size, mtime, since FROM attic WHERE done=1 AND why<>'bad' ORDER BY since DESC"):
+            for row in self._each(sql):
+                if test(row[1]):
+                    found.append(row)
+                    if len(found) > FIND_LIMIT:
+                        return found
+        return found
 
     def old_versions(self, source: str, after: int) -> "List[Tuple[Any, ...]]":
         return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
@@ -4545,6 +4650,8 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "vaults": (Service.op_vaults, ("source",), ()),
     "holdings": (Service.op_holdings, ("backup", "source", "after"), ("kind",)),
     "accept": (Service.op_accept, ("source",), ()),
+    "find": (Service.op_find, ("pattern",), ()),
+    "forget_source": (Service.op_forget_source, ("source",), ()),
     "config": (Service.op_config, (), ()),
     "new_config": (Service.op_new_config, ("config",), ()),
 }
@@ -4773,6 +4880,8 @@ class Server:
             return not isinstance(error, ProtocolError)
         except sqlite3.Error as error:
             log.error("the books: %s", error)
+            if is_damage(error):
+                self.service.books.start_again(self.service.config, str(error))
             answer = {"error": "books", "text": "the server's books cannot be used: %s" % error}
         except OSError as error:
             answer = {"error": "system", "text": reason_of(error)}
@@ -4796,6 +4905,7 @@ class Figures:
         self.unreachable: "set[str]" = set()
         self.short = 0
         self.trouble = False
+        self.broken = False
         self.lines: "List[str]" = []
 
     def add(self, **counts: int) -> None:
@@ -4817,13 +4927,19 @@ class Figures:
             if line not in self.lines:
                 self.lines.append(line)
 
+    def broke(self, line: str) -> None:
+        """A pass that could not come to its end: nothing is known to be settled."""
+        self.broken = True
+        self.complain(line)
+
     def gone(self, error: Unreachable) -> None:
         with self.lock:
             self.unreachable.add(error.host)
         self.complain(str(error))
 
     def as_json(self) -> "Dict[str, Any]":
-        return dict(self.counts, unreachable=sorted(self.unreachable), settled=not self.actions and not self.short)
+        return dict(self.counts, unreachable=sorted(self.unreachable), 
+                    settled=not (self.actions or self.short or self.broken))
 
 
 def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]") -> None:
@@ -5036,7 +5152,7 @@ class Pass:
         vault = self.vault
         for standing in self.usable():
             paths = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)]
-            if paths and not self.stuck:
+            if paths:
                 vault.give_up(standing.name, paths)
                 self.guarded(standing, lambda s: self.links[s.host].call(
                     "release", backup=self.name, source=s.name, paths=[], all=True))
@@ -5127,12 +5243,12 @@ class Pass:
         vault, settled, unknown = self.vault, [], []
         for page in self._pages(standing, TODO_MOVE):
             plan = []
-            for cursor, old_text, _, row in page:
+            for cursor, old_text, tag, row in page:
                 old, new = check_relative(as_raw(old_text)), Wanted.from_row(row).path
-                there = vault.held(standing.name, new)
+                have, there = vault.held(standing.name, old), vault.held(standing.name, new)
                 if vault.one("SELECT 1 FROM moving WHERE source=? AND old=? AND new=?", standing.name, old, new):
                     vault.write_cursor(standing.name, old, new, cursor)
-                elif vault.held(standing.name, old):
+                elif have and have[3] == tag:  # else another file of a swap that is done already lies there
                     plan.append((cursor, old, new))
                 elif there:
                     settled.append([cursor, there[3]])
@@ -5780,27 +5896,40 @@ class Client:
         hosts = sorted({s.host for s in self.config.sources.values() if s.host != self.host})
         return {name: Link(name, self.config, self.context) for name in hosts}
 
-    def run_one(self, spec: Backup, figures: Figures, work: "Optional[Callable[[Pass], None]]" = None) -> None:
-        """A pass over one backup, or other `work` that needs one."""
+    def run_one(self, spec: Backup, figures: Figures, work: "Optional[Callable[[Pass], None]]" = None,
+                again: bool = True) -> None:
+        """A pass over one backup, or other `work` that needs one.  With a damaged database a second time (`again`): what
+        lies in the directory is entered into a new one."""
+        damage: "Optional[sqlite3.Error]" = None
         try:
             vault = self.open_vault(spec)
-        except Misplaced as error:
-            figures.complain(str(error))
+        except (Misplaced, sqlite3.Error) as error:
+            figures.broke("%s: %s" % (spec.name, error) if isinstance(error, sqlite3.Error) else str(error))
             return
         try:
             with vault.locked():
                 one = Pass(vault, self.config, self.host, self.links(), figures, self.progress,
                            adopt=self.adopt == spec.name)
+                for name in read_json(os.path.join(self.home.state_path, "forget.json")).get("sources", []):
+                    if _is_name(name) and name not in self.config.sources:
+                        vault.forget_source(name)
                 (work or Pass.run)(one)
         except Busy as error:
             with figures.lock:
                 figures.lines.append(str(error))
         except sqlite3.Error as error:
-            figures.complain("%s: its database: %s" % (spec.name, error))
+            if is_damage(error) and again:
+                damage = error
+            else:
+                figures.broke("%s: its database: %s" % (spec.name, error))
+                vault.empty_incoming()
         except OSError as error:
-            figures.complain("%s: %s: %s" % (spec.name, shown(os.fsencode(error.filename or spec.path)), reason_of(error)))
+            figures.broke("%s: %s: %s" % (spec.name, shown(os.fsencode(error.filename or spec.path)), reason_of(error)))
         finally:
             vault.close()
+        if damage is not None:
+            set_database_aside(os.path.join(vault.meta_path, "backup.db"), str(damage))
+            self.run_one(spec, figures, work, again=False)
 
 
 # ==== 14. Restore =====================================================================================
@@ -6495,21 +6624,34 @@ class Restore:
 # ==== 15. Status and demo =============================================================================
 
 
-def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
-    """What is safe and what is not, from all servers that answer: the object that `status --json` prints."""
+def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **fields: Any,
+            ) -> "Tuple[Dict[str, Dict[str, Any]], Dict[str, str]]":
+    """The same request to several servers at once: (host -> answer, host -> why there is none)."""
     context, lock = tls_context(home, server_side=False), threading.Lock()
     answers: "Dict[str, Dict[str, Any]]" = {}
+    down: "Dict[str, str]" = {}
 
     def ask(host: str) -> None:
+        link = Link(host, config, context)
         try:
-            answer = Link(host, config, context).call("status")
+            answer = link.call(op, **fields)
+            with lock:
+                answers[host] = answer
         except (Unreachable, Refused) as error:
-            answer = {"error": str(error)}
-        with lock:
-            answers[host] = answer
+            with lock:
+                down[host] = str(error)
+        finally:
+            link.close()
 
+    in_parallel(ask, hosts)
+    return answers, down
+
+
+def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
+    """What is safe and what is not, from all servers that answer: the object that `status --json` prints."""
     hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
-    in_parallel(ask, sorted(hosts))
+    answers, down = ask_all(home, config, sorted(hosts), "status")
+    answers.update((host, {"error": why}) for host, why in down.items())
     sources = {name: _source_status(spec, answers[spec.host]) for name, spec in sorted(config.sources.items())}
     backups = {name: _backup_status(spec, answers) for name, spec in sorted(config.backups.items())}
     return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources, "backups": backups,
@@ -6574,6 +6716,13 @@ def print_status(status: "Dict[str, Any]") -> None:
         figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
             format_size(b["used"]), format_size(b["capacity"]), count_of(b["files"] or 0, "file"))
         print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
+        for source, files in sorted(b.get("sources", {}).items()):
+            if source not in status["sources"]:
+                print("    has %s of %s, which is no longer configured; `cbackup.pyz forget %s` deletes them" % (
+                    count_of(files, "file"), source, source))
+        if b.get("leaving"):
+            print("    leaving: %s" % ("it can be unplugged now" if b["duties"] == 0 else "%s still needed here" % (
+                count_of(b["duties"], "copy" if b["duties"] == 1 else "copie") if b["duties"] is not None else "it is not known what is")))
 
 
     for name in status["conflicts"]:
@@ -7016,7 +7165,10 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
         restore.find_holders(config, tls_context(home, server_side=False))
     if args.dry_run:
         return print_dry_run(restore, args.json)
-    complete = restore.run(whole=not args.paths)
+    try:
+        complete = restore.run(whole=not args.paths)
+    except (sqlite3.Error, OSError) as error:
+        raise CBackupError("%s: %s; what is there stays, run it again" % (restore.target, reason_of(error)))
     restore.progress.clear()
     report_restore(restore, complete, args.json)
     return EXIT_DONE if complete else EXIT_INCOMPLETE
@@ -7063,6 +7215,71 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     print("%s: %s (%s restored, %s; %s were there already), as of %s" % (
         restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
         format(restore.counts["kept_files"], ","), time.strftime("%Y-%m-%d %H:%M", time.localtime(restore.catalog_time))))
+
+
+def add_find_parser(commands: Any) -> None:
+    parser = commands.add_parser("find", help="where copies and older versions of matching files are")
+    parser.add_argument("pattern", metavar="PATTERN", help="a path, or a pattern such as '*.jpg' or '2024/*'")
+    parser.add_argument("--json", action="store_true", help="print the hits as one JSON object")
+    parser.set_defaults(run=cmd_find)
+
+
+def cmd_find(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    hosts = sorted({b.host for b in config.backups.values()})
+    answers, down = ask_all(home, config, hosts, "find", pattern=as_text(os.fsencode(args.pattern)))
+    files: "Dict[Tuple[str, str], List[Tuple[float, int, str]]]" = {}
+    for answer in answers.values():
+        for backup, source, path, size, mtime, since in answer["rows"]:
+            files.setdefault((source, path), []).append((float("inf") if since is None else since, size, backup))
+    if args.json:
+        print(json.dumps({"unreachable": sorted(down), "files": [
+            {"source": source, "path": path, "versions": [
+                {"backup": backup, "size": size, "until": None if since == float("inf") else since}
+                for since, size, backup in sorted(versions, reverse=True)]} for (source, path), versions in sorted(files.items())]}))
+    else:
+        for (source, path), versions in sorted(files.items()):
+            print("%s/%s" % (source, shown(as_raw(path))))
+            for since, size, backup in sorted(versions, reverse=True):
+                when = "a copy" if since == float("inf") else "old version, until %s" % time.strftime(
+                    "%Y-%m-%d %H:%M", time.localtime(since))
+                print("    %s on %s: %s, %s" % (backup, config.backups[backup].host, when, format_size(size)))
+        if any(answer["more"] for answer in answers.values()):
+            print("there are more; give a narrower pattern", file=sys.stderr)
+    for host, why in sorted(down.items()):
+        print("cbackup: %s" % why, file=sys.stderr)
+    return EXIT_INCOMPLETE if down or not files else EXIT_DONE
+
+
+def add_forget_parser(commands: Any) -> None:
+    parser = commands.add_parser("forget", help="delete the copies of a source that is no longer in the configuration")
+    parser.add_argument("source", help="the source's name")
+    parser.add_argument("--everywhere", action="store_true", help="tell the other hosts' clients to do it too")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.set_defaults(run=cmd_forget)
+
+
+def cmd_forget(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    host = home.host(config)
+    if args.source in config.sources:
+        raise UsageError("source %s is in the configuration; remove its line first" % args.source)
+    if not _is_name(args.source):
+        raise UsageError("%r is not a source's name" % args.source)
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise UsageError("forget deletes all copies and old versions of %s; say --yes" % args.source)
+        if input("Delete all copies and old versions of %s%s?  Type yes: " % (
+                args.source, " on all hosts" if args.everywhere else " on this host")).strip() != "yes":
+            return EXIT_INCOMPLETE
+    client, figures = Client(home, config, host, Progress(args.quiet)), Figures()
+    for spec in config.backups_of(host):
+        client.run_one(spec, figures, lambda one: one.vault.forget_source(args.source))
+    others = sorted({b.host for b in config.backups.values()} - {host}) if args.everywhere else []
+    down = ask_all(home, config, others, "forget_source", source=args.source)[1]
+    for line in figures.lines + sorted(down.values()):
+        print("cbackup: " + line, file=sys.stderr)
+    return EXIT_INCOMPLETE if figures.trouble or down else EXIT_DONE
 
 
 def add_verify_parser(commands: Any) -> None:
@@ -7133,7 +7350,7 @@ def build_parser() -> Parser:
     volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser, add_client_parser, add_status_parser, add_restore_parser,
-                add_verify_parser, add_accept_parser, add_demo_parser):
+                add_find_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
         add(commands)
     return parser
 
@@ -7161,6 +7378,9 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
+        return EXIT_INCOMPLETE
+    except sqlite3.Error as error:
+        print("cbackup: a database in %s cannot be used: %s" % (Home(args.home).state_path, error), file=sys.stderr)
         return EXIT_INCOMPLETE
     except OSError as error:
         print("cbackup: %s%s" % (shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)),

@@ -436,6 +436,7 @@ class WrongDirectoryTest(FaultCase):
         shutil.copytree(self.kept, copy, symlinks=True)
         self.c.backups["b2"] = self.c.backups["b1"]._replace(name="b2", host="b", path=copy)
         self.assertRefused(self.c.client("b"), copy, "b2")
+        self.assertRc(0, self.c.client("a"))        # knows the changed configuration now
         self.c.backups["other"] = self.c.backups.pop("b1")._replace(name="other")
         del self.c.backups["b2"]
         self.assertRefused(self.c.client("a"), self.kept, "other")

@@ -1,0 +1,214 @@
+"""Copies that rot, are edited, cut, deleted or joined by others: noticed, put right, and what is not ours is left alone."""
+
+import os
+import shutil
+import subprocess
+import unittest
+
+from tests.faults import mount_or_skip, regular_files, violations
+from tests.harness import Case, make_tree, read_file, some_bytes, write_file
+
+
+def flip(path, at=None):
+    """Another byte in a file, its size, mode and times as before: what a disk does."""
+    info = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(info.st_size // 2 if at is None else at)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def untouched(path):
+    """Changes when a file is touched at all (but for reading it)."""
+    info = os.lstat(path)
+    return info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+class DecayCase(Case):
+
+    def start(self, files, **keys):
+        cluster = self.cluster("s", "a", "b", **dict({"replicas": 2}, **keys))
+        self.source = cluster.source("docs", "s", files)
+        cluster.backup("b1", "a", "9M")
+        cluster.backup("b2", "b", "9M")
+        cluster.start()
+        cluster.settle()
+        return cluster
+
+    def counted(self, cluster):
+        """How many files the server believes to have all their copies."""
+        return cluster.status()["sources"]["docs"]["copies"].get("2", 0)
+
+    def aside(self, cluster, backup):
+        """The contents of what was set aside below .cbackup, old versions not regarded."""
+        root = os.path.join(cluster.backups[backup].path, ".cbackup")
+        return [read_file(os.path.join(root, name)) for name in regular_files(root)
+                if not name.startswith(("attic/", "catalog/", "backup.db", "incoming/"))
+                and name not in ("identity", "lock")]
+
+
+class VerifyTest(DecayCase):
+    """`verify` reads every copy of this host now."""
+
+    SMALL, LARGE = 3000, 400000
+
+    def test_all_that_is_wrong_with_copies_is_noticed_and_put_right(self):
+        names = ("flipped", "large", "tail", "cut", "grown", "edited", "deleted", "folder/deleted", "link", "dir", "fine")
+        cluster = self.start({name: self.LARGE if name in ("large", "tail") else self.SMALL for name in names})
+        kept = cluster.kept_as("b1", "docs")
+        flip(os.path.join(kept, "flipped"))
+        flip(os.path.join(kept, "large"))
+        flip(os.path.join(kept, "tail"), self.LARGE - 1)
+        os.truncate(os.path.join(kept, "cut"), 100)
+        with open(os.path.join(kept, "grown"), "ab") as file:
+            file.write(b"more")
+        write_file(os.path.join(kept, "edited"), "by hand")
+        os.unlink(os.path.join(kept, "deleted"))
+        shutil.rmtree(os.path.join(kept, "folder"))
+        os.unlink(os.path.join(kept, "link"))
+        os.symlink("fine", os.path.join(kept, "link"))
+        os.unlink(os.path.join(kept, "dir"))
+        os.mkdir(os.path.join(kept, "dir"))
+        rotten = read_file(os.path.join(kept, "flipped")), read_file(os.path.join(kept, "edited"))
+        before = {"b2": cluster.kept_inodes("b2"), "fine": untouched(os.path.join(kept, "fine"))}
+        result = cluster.run("a", "verify")
+        self.assertRc(1, result)
+        for name in set(names) - {"fine"}:
+            self.assertIn(name, result.stderr)
+        self.assertNotIn("fine", result.stderr)
+        self.assertEqual(1, self.counted(cluster), "what is wrong does not count")
+        self.assertEqual(before["b2"], cluster.kept_inodes("b2"))
+        for content in rotten:
+            self.assertIn(content, self.aside(cluster, "b1"))
+        cluster.settle()
+        self.assertEqual([], violations(cluster))
+        self.assertEqual(len(names), self.counted(cluster))
+        self.assertEqual(before["fine"], untouched(os.path.join(kept, "fine")))
+        self.assertSilent(cluster.run("a", "verify"))
+
+    def test_rot_in_every_copy_is_put_right_from_the_source(self):
+        cluster = self.start({"f": self.SMALL, "g": self.SMALL})
+        for backup, host in (("b1", "a"), ("b2", "b")):
+            flip(cluster.kept_as(backup, "docs", "f"))
+            self.assertRc(1, cluster.run(host, "verify"))
+        cluster.settle()
+        self.assertEqual([], violations(cluster))
+
+    def test_a_restore_does_not_take_a_rotten_copy(self):
+        cluster = self.start({"f%d" % number: self.SMALL for number in range(4)})
+        for number in range(4):
+            flip(cluster.kept_as("b1" if number % 2 else "b2", "docs", "f%d" % number))
+        target = cluster.path("target")
+        self.assertRc(0, cluster.restore("a", "docs", to=target))
+        self.assertSameTree(self.source, target)
+
+
+class ScrubTest(DecayCase):
+    """Every copy is read once in the scrub period, a few in each pass."""
+
+    def test_rot_is_found_within_the_scrub_period_by_passes_alone(self):
+        cluster = self.start({"f%02d" % number: 2000 for number in range(12)}, scrub="30d")
+        flip(cluster.kept_as("b1", "docs", "f07"))
+        cluster.client("a")
+        self.assertEqual(12, self.counted(cluster), "nothing is due yet")
+        seen = []
+        for _ in range(8):
+            cluster.advance(5 * 86400)
+            result = cluster.client("a")
+            cluster.client("b")
+            seen += [line for line in result.error_lines if "f07" in line]
+        self.assertEqual(1, len(seen), "it is said once")
+        cluster.settle()
+        self.assertEqual([], violations(cluster))
+        self.assertEqual(12, self.counted(cluster))
+
+
+class StrangersTest(DecayCase):
+    """What somebody put into a backup by hand is not ours."""
+
+    def test_files_added_by_hand_are_left_alone(self):
+        cluster = self.start({"sub/f": 2000, "g": 2000})
+        root = cluster.backups["b1"].path
+        make_tree(root, {"docs/sub/added": b"mine", "docs/own/folder/added": b"mine", "beside": b"mine", "other/deep": b"mine"})
+        added = ("docs/sub/added", "docs/own/folder/added", "beside", "other/deep")
+        before = {name: untouched(os.path.join(root, name)) for name in added}
+
+        def check():
+            self.assertEqual([], [name for name in added if not os.path.lexists(os.path.join(root, name))], "gone")
+            self.assertEqual(before, {name: untouched(os.path.join(root, name)) for name in added})
+        for step in ("client", "verify", "client"):
+            cluster.run("a", step)
+            check()
+        write_file(os.path.join(self.source, "sub/f"), "changed")
+        make_tree(self.source, {"sub/new": 100})
+        cluster.settle()
+        check()
+        shutil.rmtree(os.path.join(self.source, "sub"))
+        cluster.settle()
+        check()
+        os.unlink(os.path.join(root, ".cbackup", "backup.db"))      # is to be rebuilt from what lies there
+        for _ in range(3):
+            cluster.client("a")
+        check()
+
+    def test_a_file_of_the_source_takes_the_place_of_one_added_by_hand_without_losing_it(self):
+        cluster = self.start({"f": 2000})
+        make_tree(cluster.kept_as("b1", "docs"), {"later": b"mine"})
+        make_tree(self.source, {"later": 3000})
+        cluster.settle()
+        self.assertEqual([], violations(cluster))
+        self.assertIn(b"mine", [content for _, content in cluster.attic("b1", "docs")])
+
+
+class RottenSourceTest(DecayCase):
+    """A source's file whose content changed while size and times did not is no new version: it is not spread."""
+
+    def test_rot_at_the_source_is_reported_and_not_spread(self):
+        if not shutil.which("mkfs.ext4"):
+            self.skipTest("no mkfs.ext4: a file's content cannot be changed without its times")
+        cluster = self.cluster("s", "a", "b", replicas=2)
+        path = cluster.path("s", "source", "docs")
+        image = cluster.path("image")
+        os.makedirs(path)
+        with open(image, "wb") as file:
+            file.truncate(8 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", image], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        mount_or_skip(self, "-o", "loop", image, path)
+        good = some_bytes(50000, "rotting")
+        cluster.source("docs", "s", {"rotting": good, "fine": 100}, path=path)
+        cluster.backup("b1", "a", "9M")
+        cluster.backup("b2", "b", "9M")
+        cluster.start()
+        cluster.settle()
+        cluster.stop("s")
+        info = os.stat(os.path.join(path, "rotting"))
+        subprocess.check_call(["umount", path])
+        with open(image, "r+b") as file:
+            data = file.read()
+            at = data.index(good[:4096])
+            file.seek(at + 100)
+            file.write(b"ROT")
+        mount_or_skip(self, "-o", "loop", image, path)
+        rotten = read_file(os.path.join(path, "rotting"))
+        now = os.stat(os.path.join(path, "rotting"))
+        self.assertNotEqual(good, rotten)
+        self.assertEqual((info.st_size, info.st_mtime_ns, info.st_ctime_ns), (now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+        cluster.start("s")
+        shutil.rmtree(cluster.kept_as("b1", "docs"))        # so that b1 wants it again
+        self.assertRc(1, cluster.run("a", "verify"))
+        result = cluster.client("a")
+        self.assertRc(1, result)
+        self.assertRegex(result.stderr, r"rotting.*rotted")
+        self.assertEqual(good, read_file(cluster.kept_as("b2", "docs", "rotting")))
+        self.assertFalse(os.path.exists(cluster.kept_as("b1", "docs", "rotting")), "rot was spread")
+        self.assertTrue(os.path.exists(cluster.kept_as("b1", "docs", "fine")))
+        target = cluster.path("target")
+        self.assertRc(0, cluster.restore("a", "docs", to=target))
+        self.assertEqual(good, read_file(os.path.join(target, "rotting")))
+
+
+if __name__ == "__main__":
+    unittest.main()
