@@ -1285,7 +1285,7 @@ CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, PRIMARY KEY(sou
 -- The last words of each backup.  heard: when, in seconds of this server's running time.
 CREATE TABLE backups(
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, host TEXT, configured INTEGER DEFAULT 1, lost INTEGER DEFAULT 0,
-    identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER, files INTEGER,
+    leaving INTEGER DEFAULT 0, identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER, files INTEGER,
     heard REAL, heard_date REAL, period REAL);
 
 -- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer waited for
@@ -1303,8 +1303,9 @@ CREATE TABLE declines(
     file INTEGER, backup INTEGER, version INTEGER, until REAL, reason TEXT, PRIMARY KEY(file, backup)) WITHOUT ROWID;
 
 -- Files held by the same backups in the same way are one group: placing looks at groups, not at files.
--- key: "id+" for a confirmed copy, "id-" for a claim, joined by commas; a leading "!" means blocked.
--- n: distinct hosts with a claim or a copy; k: distinct hosts with a copy.  Triggers keep files and bytes.
+-- key: "id+" for a confirmed copy, "id-" for a claim, "id~" for a copy in a backup that is leaving, joined by commas;
+-- a leading "!" means blocked.  n: distinct hosts with a claim or a copy that stays; k: distinct hosts with a copy.
+-- Triggers keep files and bytes.
 CREATE TABLE groups(
     id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
     files INTEGER DEFAULT 0, bytes INTEGER DEFAULT 0, UNIQUE(source, key));
@@ -1386,20 +1387,26 @@ def set_database_aside(path: str, why: str) -> None:
 
 
 class Group:
-    """What is known of one row of `groups`: `members` maps backup id to True for a copy, False for a claim."""
+    """What is known of one row of `groups`.
 
-    __slots__ = ("id", "members", "hosts", "copy_hosts", "blocked", "n", "k", "files", "bytes")
+    members: backup id -> True for a copy, False for a claim; leaving: those of them that are to be unplugged; hosts:
+    with a claim or a copy that stays; copy_hosts: with a copy.
+    """
+
+    __slots__ = ("id", "members", "leaving", "hosts", "copy_hosts", "blocked", "n", "k", "files", "bytes")
 
     def __init__(self, row: "Tuple[Any, ...]", host_of: "Callable[[int], str]") -> None:
         self.id, key, self.n, self.k, self.files, self.bytes = row
         self.blocked = key.startswith("!")
-        self.members = {int(word[:-1]): word[-1] == "+" for word in key.lstrip("!").split(",") if word}
-        self.hosts = {host_of(backup) for backup in self.members}
+        words = [(int(word[:-1]), word[-1]) for word in key.lstrip("!").split(",") if word]
+        self.members = {backup: sign != "-" for backup, sign in words}
+        self.leaving = {backup for backup, sign in words if sign == "~"}
+        self.hosts = {host_of(backup) for backup in self.members if backup not in self.leaving}
         self.copy_hosts = {host_of(backup) for backup, copy in self.members.items() if copy}
 
     def copies_without(self, backup: int, host_of: "Callable[[int], str]") -> int:
-        """Distinct hosts that would still have a copy if `backup` had none."""
-        return len({host_of(b) for b, copy in self.members.items() if copy and b != backup})
+        """Distinct hosts that would have a copy, and keep it, if `backup` had none."""
+        return len({host_of(b) for b, copy in self.members.items() if copy and b != backup and b not in self.leaving})
 
 
 class Books:
@@ -1419,7 +1426,7 @@ class Books:
         self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL")
         self._depth = 0
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
-        self._hosts: "Dict[int, Tuple[str, bool]]" = {}
+        self._hosts: "Dict[int, Tuple[str, bool, bool]]" = {}
         self._started = clock.steady()
         self._up_before = float(self.meta("up") or 0)
         self.id = self.meta("books")
@@ -1504,14 +1511,15 @@ class Books:
                 db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
                 db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
                            (source.path, source.replicas, source.name))
-            before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured FROM backups"))
+            before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
             db.execute("UPDATE backups SET configured=0")
             for backup in config.backups.values():
                 db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
-                db.execute("UPDATE backups SET host=?, configured=1 WHERE name=?", (backup.host, backup.name))
+                db.execute("UPDATE backups SET host=?, configured=1, leaving=? WHERE name=?",
+                           (backup.host, int(backup.leaving), backup.name))
             self._hosts.clear()
-            for number, host, configured in db.execute("SELECT id, host, configured FROM backups").fetchall():
-                if number in before and before[number] != (host, configured):
+            for number, *facts in db.execute("SELECT id, host, configured, leaving FROM backups").fetchall():
+                if number in before and before[number] != tuple(facts):
                     self.regroup_backup(number)
 
     def source_row(self, name: str) -> "Dict[str, Any]":
@@ -1542,11 +1550,12 @@ class Books:
     def host_of(self, backup: int) -> str:
         return self._backup_facts(backup)[0]
 
-    def _backup_facts(self, backup: int) -> "Tuple[str, bool]":
-        """(host, whether its copies count)."""
+    def _backup_facts(self, backup: int) -> "Tuple[str, bool, bool]":
+        """(host, whether its copies count, whether it is leaving)."""
         if backup not in self._hosts:
-            host, configured, lost = self.one("SELECT host, configured, lost FROM backups WHERE id=?", backup)
-            self._hosts[backup] = (host, bool(configured and not lost and host != self.host))
+            host, configured, lost, leaving = self.one(
+                "SELECT host, configured, lost, leaving FROM backups WHERE id=?", backup)
+            self._hosts[backup] = (host, bool(configured and not lost and host != self.host), bool(leaving))
         return self._hosts[backup]
 
     # -- groups --
@@ -1572,8 +1581,9 @@ class Books:
                 continue
             words = []
             for backup, state in db.execute("SELECT backup, state FROM copies WHERE file=? ORDER BY backup", (number,)):
-                if state in ("k", "c", "s") and self._backup_facts(backup)[1]:
-                    words.append("%d%s" % (backup, "+" if state == "k" else "-"))
+                _, counts, leaving = self._backup_facts(backup)
+                if counts and (state == "k" or state in ("c", "s") and not leaving):
+                    words.append("%d%s" % (backup, "-" if state != "k" else "~" if leaving else "+"))
             group = self._group_id(entry[0], ("!" if entry[2] else "") + ",".join(words))
             if group != entry[1]:
                 db.execute("UPDATE entries SET grp=? WHERE id=?", (group, number))
@@ -1786,7 +1796,7 @@ class Books:
         """
         host = self.host_of(backup)
         room: "Dict[str, int]" = {}
-        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0"):
+        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0"):
             room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
         levels: "Dict[int, List[Group]]" = {}
         for group in self.groups(source):
@@ -2223,6 +2233,15 @@ class Books:
             if group.blocked:
                 out["blocked_files"] += group.files
         out["copies"] = {str(k): histogram[k] for k in sorted(histogram)}
+        return out
+
+    def duties(self) -> "Dict[str, int]":
+        """For each backup that is leaving: how many copies in it have not been made elsewhere yet."""
+        out = {}
+        for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND configured=1"):
+            out[name] = sum(group.files for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
+                            for group in self.groups(source)
+                            if number in group.leaving and group.copies_without(number, self.host_of) < replicas)
         return out
 
     def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
@@ -3394,7 +3413,7 @@ class Vault:
         Outside of .cbackup/ it wants the server's grant for just this file.  A file that is gone already is
         no error: the grant may be carried out twice.
         """
-        own = rel.startswith((META_DIR + b"/attic/", META_DIR + b"/incoming/", META_DIR + b"/bad/"))
+        own = rel.startswith(tuple(META_DIR + b"/%s/" % kind for kind in (b"attic", b"incoming", b"bad", b"moving")))
         if not own and (grant is None or self.place_of(grant.source, grant.path) != rel):
             raise AssertionError("deleting %r without a grant" % rel)
         try:
@@ -3743,27 +3762,59 @@ class Vault:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
         return self.meta("complete") is None
 
-    def rebuild(self, say: "Callable[[bytes], None]") -> int:
-        """Enter every file that lies here into the database, with digests read from the files.  Returns how many.
+    def rebuild(self, say: "Callable[[bytes], None]") -> "Tuple[int, int]":
+        """Enter every file that lies here into the database, with digests read from the files.  Returns (files entered,
+        files left alone because no catalog of their source names them).
 
         What each file is a copy of is for the servers to say: the next report confirms it, or not.
         """
-        count = 0
+        count = foreign = 0
+        with self.write() as db:
+            db.execute("DELETE FROM attic")
         for name in self.tree.list():
             info = self.tree.lstat(name)
             if name == META_DIR or not _NAME.match(as_text(name)) or info is None or not stat.S_ISDIR(info.st_mode):
                 continue
+            known = self._named_in_catalogs(as_text(name))
             for rel in self.tree.walk_files(name):
-                count += self._enter(as_text(name), rel[len(name) + 1:], rel, say)
-        for rel in list(self.tree.walk_files(META_DIR + b"/attic")):
-            parts = rel.split(b"/", 4)
-            info = self.tree.lstat(rel)
-            if len(parts) == 5 and info is not None and stat.S_ISREG(info.st_mode):
-                with self.write() as db:
-                    db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) VALUES(?,?,?,?,?,?,?,1)",
-                               (as_text(parts[2]), parts[4], rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns,
-                                _stamp_time(parts[3]), "deleted"))
-        return count
+                path = rel[len(name) + 1:]
+                if known and not self.one("SELECT 1 FROM named WHERE path=?", path):
+                    info = self.tree.lstat(rel)
+                    foreign += info is not None and stat.S_ISREG(info.st_mode)
+                else:
+                    count += self._enter(as_text(name), path, rel, say)
+        for kind in (b"attic", b"bad", b"moving"):
+            for rel in list(self.tree.walk_files(META_DIR + b"/" + kind)):
+                self._enter_old(kind, rel)
+        return count, foreign
+
+    def _named_in_catalogs(self, source: str) -> bool:
+        """Fill the table `named` with all files that the kept catalogs of a source name; False without a catalog."""
+        with self.lock:
+            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS named(path BLOB PRIMARY KEY) WITHOUT ROWID")
+            self.db.execute("DELETE FROM named")
+        directory = self.catalog_directory(source)
+        try:
+            for found in list_catalogs(os.listdir(directory)):
+                for row in read_catalog(os.path.join(directory, found.name)):
+                    if row.kind == "f":
+                        self.db.execute("INSERT OR IGNORE INTO named VALUES(?)", (row.path,))
+        except CBackupError as error:
+            log.warning("%s: %s", self.name, error)
+            return False
+        return self.one("SELECT 1 FROM named LIMIT 1") is not None
+
+    def _enter_old(self, kind: bytes, rel: bytes) -> None:
+        """An old version, named KIND/SOURCE/TIME/path; or what a rename that was cut off has left in `moving`."""
+        parts, info = rel.split(b"/", 4), self.tree.lstat(rel)
+        if info is None or not stat.S_ISREG(info.st_mode):
+            return
+        source, path, since = (as_text(parts[2]), parts[4], _stamp_time(parts[3])) if len(parts) == 5 else \
+            ("", rel, clock.now())
+        why = "deleted" if kind == b"attic" else "bad"
+        with self.write() as db:
+            db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) VALUES(?,?,?,?,?,?,?,1)",
+                       (source, path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns, since, why))
 
     def _enter(self, source: str, path: bytes, rel: bytes, say: "Callable[[bytes], None]") -> int:
         try:
@@ -4450,7 +4501,7 @@ class Service:
                            short=[[as_text(path), size, why] for path, size, why in
                                   books.short_files(row["id"], row["replicas"], 10)])
             sources[name] = figures
-        return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(),
+        return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(), "duties": books.duties(),
                 "config_version": self.home.config_state().get("version", 0)}
 
     def _own_backups(self) -> "Dict[str, Any]":
@@ -5112,10 +5163,14 @@ class Pass:
         vault = self.vault
         vault.recover()
         if vault.needs_rebuild():
-            found = vault.rebuild(lambda path: self.progress.say("%s: reading what lies here: %s" % (self.name, shown(path))))
+            found, foreign = vault.rebuild(
+                lambda path: self.progress.say("%s: reading what lies here: %s" % (self.name, shown(path))))
             if found:
                 self.figures.complain("%s: its database was lost; it was made again from %s" % (
                     self.name, count_of(found, "file")))
+            if foreign:
+                self.figures.complain("%s: %s in %s are not ours: left alone" % (
+                    self.name, count_of(foreign, "file"), vault.spec.path))
             vault.set_meta("complete", 1)
         in_parallel(self._begin, sorted(self.links))
 
@@ -5126,7 +5181,7 @@ class Pass:
                 self.progress.say("%s: %s is looking at its sources" % (self.name, host))
             sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
             answer = link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
-                               capacity=vault.capacity(), free=vault.free(), used=vault.used(), files=vault.files())
+                               capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
         except Unreachable as error:
             self.figures.gone(error)
             return
@@ -5142,6 +5197,11 @@ class Pass:
             if facts["state"] != "ok":
                 self.figures.complain("%s is held: %s; if that is right: cbackup.pyz accept %s"
                                       % (name, facts["reason"], name))
+
+    def offered(self) -> int:
+        """The room that we offer: none in a backup that is leaving, or on a disk that cannot be written to."""
+        free = self.vault.free()
+        return min(0, free) if self.stuck or self.vault.spec.leaving else free
 
     def _newest(self, source: str) -> int:
         files = list_catalogs(os.listdir(self.vault.catalog_directory(source)))
@@ -5164,7 +5224,7 @@ class Pass:
 
     def tell(self, want: "Optional[int]" = None) -> None:
         vault = self.vault
-        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=vault.free(), used=vault.used(), files=vault.files())
+        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
         if want is not None:
             words["want"] = want
         for host in sorted({standing.host for standing in self.standings.values() if not standing.out}):
@@ -5525,7 +5585,10 @@ class Pass:
 
     def place(self) -> None:
         """Rules 0 to 5: until nothing applies."""
-        while not self.stuck:
+        if self.vault.spec.leaving:
+            self.demand()
+            self.figures.short = self.figures_short
+        while not self.stuck and not self.vault.spec.leaving:
             if self.drop_surplus() or self.claim_some():
                 continue
             self.pipeline.drain()
@@ -5541,7 +5604,7 @@ class Pass:
         for host in sorted({standing.host for standing in self.usable()}):
             one = next(s for s in self.usable() if s.host == host)
             answer = self.guarded(one, lambda s: self.links[s.host].call(
-                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.vault.free()))
+                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered()))
             if answer is None:
                 continue
             for name, facts in answer["sources"].items():
@@ -6653,7 +6716,7 @@ def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
     answers, down = ask_all(home, config, sorted(hosts), "status")
     answers.update((host, {"error": why}) for host, why in down.items())
     sources = {name: _source_status(spec, answers[spec.host]) for name, spec in sorted(config.sources.items())}
-    backups = {name: _backup_status(spec, answers) for name, spec in sorted(config.backups.items())}
+    backups = {name: _backup_status(spec, answers, {s.host for s in config.sources.values()}) for name, spec in sorted(config.backups.items())}
     return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources, "backups": backups,
             "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
             "conflicts": home.conflicts()}
@@ -6671,7 +6734,7 @@ def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
     return out
 
 
-def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
+def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]", source_hosts: "set[str]") -> "Dict[str, Any]":
     """From its own host when that is up, else from the last words that the others remember."""
     out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "capacity": spec.size, "used": None, "files": None,
                              "last_seen": None, "state": "unreachable" if "error" in answers[spec.host] else "ok"}
@@ -6683,6 +6746,9 @@ def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict[
                 if words["lost"] and out["state"] == "unreachable":
                     out["state"] = "lost"
     out.update(answers[spec.host].get("mine", {}).get(spec.name, {}))
+    if spec.leaving:
+        counts = [answers[host].get("duties", {}).get(spec.name) for host in source_hosts]
+        out.update(leaving=True, duties=None if None in counts else sum(counts))
     return out
 
 

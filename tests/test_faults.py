@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import subprocess
+import sys
+import time
 import unittest
 
-from tests import faults
+from tests import faults, soak
 from tests.faults import Proxy, fill, holders, kill_points, kill_rsyncs_of, lose_state, regular_files, tmpfs_or_skip, violations
-from tests.harness import (Case, Cluster, digest_of, make_tree, new_cluster_pem, read_file, some_bytes, tree, wait_for,
-                           write_file)
+from tests.harness import Case, Cluster, digest_of, make_tree, new_cluster_pem, some_bytes, tree, wait_for, write_file
 
 
 class FaultCase(Case):
@@ -215,9 +215,11 @@ class DamageTest(FaultCase):
         cls.c = c = cls.share_cluster("s", "a", "b", "c", replicas=2)
         cls.source = c.source("docs", "s", {"d%d/f%d" % (n % 4, n): 20000 + n for n in range(30)})
         for host in "abc":
-            c.backup("b" + host, host, "9M")
+            c.backup("b" + host, host, "450K")      # so that each has a part of the files
         c.start()
-        c.settle()
+        c.settle(limit=15)
+        for name in c.backups:
+            c.backups[name] = c.backups[name]._replace(options={"size": "9M"})
         # something in the attics
         write_file(os.path.join(cls.source, "d0/f0"), some_bytes(20000, "new"))
         os.unlink(os.path.join(cls.source, "d1/f1"))
@@ -243,10 +245,12 @@ class DamageTest(FaultCase):
             elif kind == "empty":
                 file.truncate(0)
 
-    def assertNothingCopied(self, before, orders=None):
+    def assertNothingCopied(self, before):
         figures = []
-        for _ in range(4):
-            results = [self.c.client(host) for host in orders or "abc"]
+        for turn in range(4):
+            # At first one after the other: what the later ones have is not known yet to the server.
+            results = [self.c.client(host) for host in "abc"] if not turn else [
+                client.wait() for client in [self.c.spawn(host, "client", "--json") for host in "abc"]]
             figures += [result.json for result in results]
             if all(result.rc == 0 and result.json["settled"] for result in results):
                 break
@@ -266,7 +270,7 @@ class DamageTest(FaultCase):
         self.assertNothingCopied(before)
 
     def test_a_server_with_garbage_for_its_books(self):
-        for kind in ("whole", "middle", "half", "empty"):
+        for kind in ("whole", "middle"):
             with self.subTest(kind=kind):
                 before = self.kept()
                 self.c.stop("s")
@@ -284,25 +288,21 @@ class DamageTest(FaultCase):
                     write_file(path, b"\0garbage")
         self.assertNothingCopied(before)
 
-    def test_a_backup_without_its_database(self):
+    def test_backups_without_their_database_or_all_bookkeeping_but_the_identity(self):
         before = self.kept()
-        os.unlink(self.vault())
-        self.assertNothingCopied(before)
-
-    def test_a_backup_with_garbage_for_its_database(self):
-        for kind in ("whole", "middle", "half", "empty"):
-            with self.subTest(kind=kind):
-                before = self.kept()
-                self.garble(self.vault(), kind)
-                self.assertNothingCopied(before)
-
-    def test_a_backup_that_lost_everything_of_its_bookkeeping_but_its_identity(self):
-        before = self.kept()
+        os.unlink(self.vault("ba"))
         meta = os.path.dirname(self.vault("bb"))
         for name in os.listdir(meta):
             path = os.path.join(meta, name)
             if name not in ("identity", "attic"):
                 shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+        self.garble(self.vault("bc"), "empty")
+        self.assertNothingCopied(before)
+
+    def test_backups_with_garbage_for_their_databases(self):
+        before = self.kept()
+        for name, kind in (("ba", "whole"), ("bb", "middle"), ("bc", "half")):
+            self.garble(self.vault(name), kind)
         self.assertNothingCopied(before)
 
     def test_old_versions_are_known_again(self):
@@ -454,6 +454,13 @@ class WrongDirectoryTest(FaultCase):
             self.assertRefused(other.client("a"), self.kept, "b1", "another cluster")
             self.assertRefused(other.client("a", "--adopt", "b1"), self.kept, "b1", "another cluster")
         self.assertRecovers(self.c, 1)
+
+
+class SoakTest(Case):
+    """A short random history; `python3 -m tests.soak` runs longer ones."""
+
+    def test_a_short_random_history(self):
+        soak.run(seed=20, deadline=time.monotonic() + 15, out=sys.stderr, periods=2)
 
 
 class TwiceTest(FaultCase):
