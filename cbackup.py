@@ -148,6 +148,9 @@ RENEW_EVERY = 600.0
 STALE_LEASE = 3 * 3600.0
 """Seconds that a backup has to update a changed file before others may take it in its place."""
 
+RECOVERY_WAIT = 3 * 3600.0
+"""Seconds that a server whose books were lost waits for all backups' reports before it has files copied again."""
+
 DECLINE_FOR = 24 * 3600.0
 """Seconds until a file that a backup could not take is offered to it again."""
 
@@ -1299,6 +1302,9 @@ CREATE INDEX copies_todo ON copies(backup, source, file) WHERE todo > 0;
 CREATE INDEX copies_expires ON copies(backup, expires) WHERE expires IS NOT NULL;
 CREATE INDEX copies_backup ON copies(backup, source, file);
 
+-- Which backups have told new books everything that they hold (see Books.recovering).
+CREATE TABLE caught_up(backup INTEGER, source INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
+
 CREATE TABLE declines(
     file INTEGER, backup INTEGER, version INTEGER, until REAL, reason TEXT, PRIMARY KEY(file, backup)) WITHOUT ROWID;
 
@@ -2170,6 +2176,24 @@ class Books:
                                  reason="backups hold %s of it, and %s of these are not in it like that now"
                                  % (count_of(total, "file"), format(bad, ",")))
 
+    def recovering(self, source: int) -> bool:
+        """Whether these books are new and some backup has not yet told them what it holds: until then nobody is given
+        files to copy that another may have.  For RECOVERY_WAIT at most: a host may be down."""
+        until = self.meta("recovering:%d" % source)
+        if until is None:
+            return False
+        waiting = self.one("SELECT 1 FROM backups b WHERE configured=1 AND lost=0 AND host<>? AND NOT EXISTS("
+                           "SELECT 1 FROM caught_up c WHERE c.backup=b.id AND c.source=?) LIMIT 1", self.host, source)
+        if waiting and until > self.up():
+            return True
+        with self.write() as db:
+            db.execute("DELETE FROM meta WHERE key=?", ("recovering:%d" % source,))
+        return False
+
+    def catch_up(self, backup: int, source: int) -> None:
+        with self.write() as db:
+            db.execute("INSERT OR IGNORE INTO caught_up VALUES(?,?)", (backup, source))
+
     # -- catalogs --
 
     def close_generation(self, source: "Dict[str, Any]") -> int:
@@ -2185,10 +2209,11 @@ class Books:
             return gen
 
     def raise_generation(self, source: int, least: int) -> None:
-        """After the books were lost: go on above the generations that backups already have."""
+        """After the books were lost: go on above the generations that backups already have, and wait for their reports."""
         with self.write() as db:
             row = db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()
             if row and row[0] <= least:
+                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
                 db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
                 db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
                 db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
@@ -4235,7 +4260,7 @@ class Service:
         self.books.configure(config)
         self.scanner: "Optional[Scanner]" = None
         self.names = Names()
-        self._reports: "Dict[Tuple[str, str], int]" = {}
+        self._scanning = threading.Lock()
 
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
@@ -4261,7 +4286,8 @@ class Service:
         if source is None:
             return
         skip = [self.home.state_path] + [b.path for b in self.config.backups_of(self.host)]
-        run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")))
+        with self._scanning:  # one at a time: `accept` scans in its own thread
+            run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")))
 
     def reload(self, config: Config) -> None:
         self.config = config
@@ -4301,11 +4327,17 @@ class Service:
         books = self.books
         return {"state": row["state"], "reason": row["reason"], "replicas": row["replicas"],
                 "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
-                "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row)}
+                "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
+                "recovering": books.recovering(row["id"])}
 
     def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         return self._standing(self.books.backup_id(request["backup"]), row)
+
+    def op_caught_up(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A backup has told these books all that it holds of a source."""
+        self.books.catch_up(self.books.backup_id(request["backup"]), self.books.source_row(request["source"])["id"])
+        return {}
 
     def op_told(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         self.books.hear(request["backup"], {key: request.get(key) for key in ("capacity", "free", "want", "used", "files")})
@@ -4369,6 +4401,8 @@ class Service:
         row = self.books.changeable(request["source"])
         self.books.expire(self.config.lost_after)
         number = self.books.hear(request["backup"], {"free": request["free"]})
+        if self.books.recovering(row["id"]):
+            return {"rows": []}
         return {"rows": _files_out(self.books.claim(number, row, request["free"], min(request["most_files"], PAGE),
                                                     request["most_bytes"]))}
 
@@ -4445,7 +4479,8 @@ class Service:
 
     def op_smallest(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
-        found = self.books.smallest_underserved(self.books.backup_id(request["backup"]), row, request["above"], request["most"])
+        found = None if self.books.recovering(row["id"]) else self.books.smallest_underserved(
+            self.books.backup_id(request["backup"]), row, request["above"], request["most"])
         return {"file": [as_text(found[0]), found[1]] if found else None}
 
     def op_droppable(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -4461,8 +4496,9 @@ class Service:
 
     def op_relief(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
-        rows = self.books.relief_offers(self.books.backup_id(request["backup"]), row,
-                                        self.books.backup_id(request["relieved"]), request["gap"], request["most"])
+        rows = [] if self.books.recovering(row["id"]) else self.books.relief_offers(
+            self.books.backup_id(request["backup"]), row, self.books.backup_id(request["relieved"]), request["gap"],
+            request["most"])
         return {"rows": _files_out(rows)}
 
     # -- catalogs --
@@ -4677,6 +4713,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "look": (Service.op_look, (), ()),
     "begin": (Service.op_begin, ("backup", "identity", "adopt", "capacity", "free", "used", "files", "sums"), ()),
     "standing": (Service.op_standing, ("backup", "source"), ()),
+    "caught_up": (Service.op_caught_up, ("backup", "source"), ()),
     "told": (Service.op_told, ("backup",), ("capacity", "free", "want", "used", "files")),
     "demand": (Service.op_demand, ("backup", "capacity", "free"), ()),
     "todo": (Service.op_todo, ("backup", "source", "kind", "after"), ()),
@@ -4837,8 +4874,12 @@ class Server:
         thread.start()
         self.service.scanner.start()
         ready()
-        seen = self._config_stamp()
-        while not self._stopped.wait(5.0):
+        seen, ticks = self._config_stamp(), 0
+        # Short waits: a signal that another thread receives wakes this one only when its wait ends.
+        while not self._stopped.wait(0.5):
+            ticks += 1
+            if ticks % 10:
+                continue
             with contextlib.suppress(sqlite3.Error, OSError):
                 self.service.books.save_up()
             if self._config_stamp() != seen:
@@ -5244,6 +5285,8 @@ class Pass:
             if standing.usable:
                 self.do_todo(standing)
         if standing.usable:
+            if standing.facts["recovering"]:
+                self.links[standing.host].call("caught_up", backup=self.name, source=standing.name)
             self.resume(standing)
 
     def resume(self, standing: Standing) -> None:
@@ -6394,6 +6437,9 @@ class Restore:
                 self._mark_missing()
             complete = not self.unmatched and not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
             self.done.close()
+        for number in range(len(self.holders)):
+            with Tree(work) as tree:
+                tree.clear_empty(b"files-%d" % number)
         if complete or not whole:
             shutil.rmtree(work, ignore_errors=True)
         if self._root_metadata:

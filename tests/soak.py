@@ -19,7 +19,7 @@ import sys
 import time
 
 from tests import faults
-from tests.harness import Cluster, differences, digest_of, some_bytes, tree, walk, write_file
+from tests.harness import Cluster, differences, digest_of, some_bytes, walk, write_file
 
 STEPS = 12          # between two quiet periods
 PERIODS = 4         # quiet periods of one history, each on what the ones before have left
