@@ -1759,6 +1759,9 @@ class Books:
         if not db.execute("SELECT 1 FROM entries WHERE source=? AND path=?", (source["id"], old)).fetchone():
             self._grave(source, old)
         db.execute("DELETE FROM graves WHERE source=? AND path=?", (source["id"], row["path"]))
+        owner = db.execute("SELECT mode, uid, gid FROM entries WHERE id=?", (number,)).fetchone()
+        if owner != (row["mode"], row["uid"], row["gid"]):
+            db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
         db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, blocked=?, gen=? "
                    "WHERE id=?", (row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"], row["nlink"],
                                   row["blocked"], source["gen"], number))
@@ -7280,7 +7283,10 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     try:
         complete = restore.run(whole=not args.paths)
     except (sqlite3.Error, OSError) as error:
-        raise CBackupError("%s: %s; what is there stays, run it again" % (restore.target, reason_of(error)))
+        info = os.statvfs(restore.target) if os.path.isdir(restore.target) else None
+        full = info is not None and info.f_bavail * info.f_frsize < 1 << 20  # SQLite calls that an I/O error
+        raise CBackupError("%s: %s; what is there stays, run it again" % (
+            restore.target, "its disk is full" if full else reason_of(error)))
     restore.progress.clear()
     report_restore(restore, complete, args.json)
     return EXIT_DONE if complete else EXIT_INCOMPLETE

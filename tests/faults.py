@@ -96,7 +96,7 @@ class Proxy:
     """A port that passes connections on to another, until it is told to cut or to stall them.
 
     cut_after, stall_after: bytes that come back from the server, over all connections; then every connection is closed,
-    or nothing moves any more. None: never.
+    or on the one that carries data then nothing moves any more. None: never.
     """
 
     def __init__(self, port):
@@ -110,9 +110,6 @@ class Proxy:
         self._listener.bind(("127.0.0.1", self.port))
         self._listener.listen(64)
         threading.Thread(target=self._accept, daemon=True).start()
-
-    def heal(self):
-        self.cut_after = self.stall_after = None
 
     def close(self):
         self._stop.set()
@@ -133,15 +130,15 @@ class Proxy:
                 if self.cut_after is not None and self.passed >= self.cut_after:
                     return
                 ready, _, _ = select.select([client, server], [], [], 0.05)
-                if self.stall_after is not None and self.passed >= self.stall_after:
-                    self._stop.wait(0.05)
-                    continue
                 for end in ready:
                     data = end.recv(1 << 14)
                     if not data:
                         return
                     self.passed += len(data) if end is server else 0
                     (client if end is server else server).sendall(data)
+                if ready and self.stall_after is not None and self.passed >= self.stall_after:
+                    self.stall_after = None
+                    self._stop.wait()
 
 
 # ---- what must hold ---------------------------------------------------------------------------------------------

@@ -126,6 +126,13 @@ class HarderRenamesTest(Case):
         figures = self.changed({"name": SIZE, "other": SIZE}, below_a_file)
         self.assertEqual((1, 0), (figures["moved_files"], figures["wire_bytes"]))
 
+    def test_a_new_mode_arrives_together_with_the_new_name(self):
+        def change(source):
+            os.chmod(os.path.join(source, "a"), 0o741)
+            rename(source, ("a", "b"))
+        figures = self.changed({"a": SIZE}, change)
+        self.assertEqual((1, 0), (figures["moved_files"], figures["wire_bytes"]))
+
     def test_a_file_that_was_renamed_and_changed_arrives_and_the_others_cost_nothing(self):
         def change(source):
             rename(source, ("d", "e"))
@@ -275,7 +282,7 @@ class OldVersionsTest(Case):
             target = cluster.path("restored " + at)
             self.assertRc(0, cluster.restore("a", "docs", to=target, options=["--at", at]))
             self.assertSameTree(expected, target, ignore=("dir.mtime_ns", "dir.mode"))
-        cluster.advance(27 * self.DAY)      # 31 days after the first versions were replaced? no: 29
+        cluster.advance(27 * self.DAY)      # 29 days after the first of them went to the attic
         cluster.client("a")
         self.assertEqual(3, len(cluster.attic("b1", "docs")))
         cluster.advance(2 * self.DAY)

@@ -134,6 +134,7 @@ class KillPointsTest(FaultCase):
         self.assertRc(0, again)
         if point in self.AFTER_COPY:
             self.assertLess(again.json["wire_bytes"], self.SIZE, "what had arrived was copied again")
+        self.c.client("b")
         self.assertRecovers(self.c)
 
 
@@ -200,7 +201,7 @@ class KilledTest(FaultCase):
             self.assertRc(1, result)
             self.assertEqual(["s"], result.json["unreachable"])
             self.assertHolds(cluster, settled=False)
-            proxy.heal()
+            setattr(proxy, fault, None)
         result = cluster.client("a")
         self.assertRc(0, result)
         self.assertLess(result.json["wire_bytes"], 2500000, "what had arrived was copied again")
@@ -326,13 +327,10 @@ class FullDiskTest(FaultCase):
         kept = cluster.backup("b1", "a", "100M")
         tmpfs_or_skip(self, kept, "3m")
         cluster.start()
-        result = cluster.client("a")
-        self.assertRc(1, result)
-        self.assertRegex(result.stderr, r"b1\b.*(full|No space)")
-        self.assertHolds(cluster, settled=False)
-        self.assertGreater(sum(map(len, holders(cluster, "docs").values())), 3, "what fits is there")
-        result = cluster.client("a")
-        self.assertHolds(cluster, settled=False)
+        for _ in range(2):
+            self.assertFalse(cluster.client("a").json["settled"])
+            self.assertHolds(cluster, settled=False)
+            self.assertGreater(sum(map(len, holders(cluster, "docs").values())), 3, "what fits is there")
         self.remount(kept, "size=30m")
         self.assertRecovers(cluster)
 
@@ -460,7 +458,7 @@ class SoakTest(Case):
     """A short random history; `python3 -m tests.soak` runs longer ones."""
 
     def test_a_short_random_history(self):
-        soak.run(seed=20, deadline=time.monotonic() + 15, out=sys.stderr, periods=2)
+        soak.run(seed=20, deadline=time.monotonic() + 12, out=sys.stderr, periods=2)
 
 
 class TwiceTest(FaultCase):
