@@ -75,7 +75,7 @@ import tempfile
 import threading
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 try:
@@ -160,8 +160,11 @@ WHOLE_BELOW = 256 << 10
 
 READ_BLOCK = 1 << 20
 
-CANDIDATES = 64
-"""Files of the lowest level that a claim looks at (the simulation's sample)."""
+CANDIDATES, CHOICE = 64, 4
+"""Files of the lowest level that a claim looks at: 64 (the simulation's sample), and 4 for each one that is wanted."""
+
+SHAPES = 20000
+"""Groups of files that a server keeps in memory in parsed form, about 1 KiB each."""
 
 HELD_SHARE_OF = 20
 """Mass-change rule: more than half of at least this many files gone or changed within one scan."""
@@ -1315,6 +1318,7 @@ CREATE TABLE declines(
 CREATE TABLE groups(
     id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
     files INTEGER DEFAULT 0, bytes INTEGER DEFAULT 0, UNIQUE(source, key));
+CREATE INDEX groups_level ON groups(source, n) WHERE files > 0;
 CREATE TRIGGER entries_in AFTER INSERT ON entries WHEN NEW.grp IS NOT NULL BEGIN
     UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
 CREATE TRIGGER entries_out AFTER DELETE ON entries WHEN OLD.grp IS NOT NULL BEGIN
@@ -1324,11 +1328,13 @@ CREATE TRIGGER entries_change AFTER UPDATE OF grp, size ON entries
     UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp;
     UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
 
--- The sum of what each backup holds of each source, to be compared with the backup's own (see tag_of).
+-- The sum of what each backup holds of each source, to be compared with the backup's own (see tag_of).  No OR IGNORE in
+-- the triggers: the conflict policy of the statement that fires them would overrule it.
 CREATE TABLE sums(
     backup INTEGER, source INTEGER, files INTEGER, bytes INTEGER, tags INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
 CREATE TRIGGER copies_in AFTER INSERT ON copies WHEN NEW.tag IS NOT NULL BEGIN
-    INSERT OR IGNORE INTO sums VALUES(NEW.backup, NEW.source, 0, 0, 0);
+    INSERT INTO sums SELECT NEW.backup, NEW.source, 0, 0, 0 WHERE NOT EXISTS(
+        SELECT 1 FROM sums WHERE backup=NEW.backup AND source=NEW.source);
     UPDATE sums SET files = files + 1, bytes = bytes + NEW.held_size, tags = tags + NEW.tag
         WHERE backup = NEW.backup AND source = NEW.source; END;
 CREATE TRIGGER copies_out AFTER DELETE ON copies WHEN OLD.tag IS NOT NULL BEGIN
@@ -1336,7 +1342,8 @@ CREATE TRIGGER copies_out AFTER DELETE ON copies WHEN OLD.tag IS NOT NULL BEGIN
         WHERE backup = OLD.backup AND source = OLD.source; END;
 CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
     WHEN OLD.tag IS NOT NEW.tag OR OLD.held_size IS NOT NEW.held_size BEGIN
-    INSERT OR IGNORE INTO sums VALUES(NEW.backup, NEW.source, 0, 0, 0);
+    INSERT INTO sums SELECT NEW.backup, NEW.source, 0, 0, 0 WHERE NOT EXISTS(
+        SELECT 1 FROM sums WHERE backup=NEW.backup AND source=NEW.source);
     UPDATE sums SET files = files - (OLD.tag IS NOT NULL) + (NEW.tag IS NOT NULL),
         bytes = bytes - COALESCE(OLD.held_size, 0) + COALESCE(NEW.held_size, 0),
         tags = tags - COALESCE(OLD.tag, 0) + COALESCE(NEW.tag, 0)
@@ -1433,6 +1440,7 @@ class Books:
         self._depth = 0
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
         self._hosts: "Dict[int, Tuple[str, bool, bool]]" = {}
+        self._shapes: "Dict[int, Group]" = {}
         self._started = clock.steady()
         self._up_before = float(self.meta("up") or 0)
         self.id = self.meta("books")
@@ -1470,7 +1478,7 @@ class Books:
                 self.db.execute("COMMIT")
             except BaseException:
                 self._group_ids.clear()
-                self._hosts.clear()
+                self._forget_shapes()
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 raise
@@ -1523,7 +1531,7 @@ class Books:
                 db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
                 db.execute("UPDATE backups SET host=?, configured=1, leaving=? WHERE name=?",
                            (backup.host, int(backup.leaving), backup.name))
-            self._hosts.clear()
+            self._forget_shapes()
             for number, *facts in db.execute("SELECT id, host, configured, leaving FROM backups").fetchall():
                 if number in before and before[number] != tuple(facts):
                     self.regroup_backup(number)
@@ -1552,6 +1560,11 @@ class Books:
         if not row:
             raise Refused("unknown", "%s knows no backup %s: is its configuration the same?" % (self.host, name))
         return row[0]
+
+    def _forget_shapes(self) -> None:
+        """Whenever what `host_of` says may have changed, or a new group may have been rolled back."""
+        self._hosts.clear()
+        self._shapes.clear()
 
     def host_of(self, backup: int) -> str:
         return self._backup_facts(backup)[0]
@@ -1598,7 +1611,7 @@ class Books:
         """After a backup began or ceased to count, or moved to another host.  Long for a full backup."""
         with self.write() as db:
             self._group_ids.clear()
-            self._hosts.clear()
+            self._forget_shapes()
             for number, source, key in db.execute("SELECT id, source, key FROM groups").fetchall():
                 shape = Group((0, key, 0, 0, 0, 0), self.host_of)
                 db.execute("UPDATE groups SET n=?, k=? WHERE id=?",
@@ -1606,10 +1619,26 @@ class Books:
             self.regroup(row[0] for row in db.execute(
                 "SELECT file FROM copies WHERE backup=?", (backup,)).fetchall())
 
-    def groups(self, source: int) -> "List[Group]":
-        """The groups of a source that have files."""
-        return [Group(row, self.host_of) for row in self.rows(
-            "SELECT id, key, n, k, files, bytes FROM groups WHERE source=? AND files>0", source)]
+    def groups(self, source: int, which: str = "1", *values: Any) -> "List[Group]":
+        """The groups of a source that have files, those of them for which the condition `which` (SQL) is true."""
+        found = []
+        with self.lock:
+            if len(self._shapes) > SHAPES:
+                self._shapes.clear()
+            for row in self.db.execute("SELECT id, key, n, k, files, bytes FROM groups WHERE source=? AND files>0 AND "
+                                       + which, (source,) + values):
+                shape = self._shapes.get(row[0])
+                if shape is None:
+                    shape = self._shapes[row[0]] = Group(row, self.host_of)
+                shape.files, shape.bytes = row[4:]  # the rest never changes; who still reads the old ones gets newer figures
+                found.append(shape)
+        return found
+
+    def underserved(self, source: int, replicas: int, backup: int) -> "List[Group]":
+        """The groups that lack copies of which `backup` could have one, the lowest level first."""
+        host = self.host_of(backup)
+        return sorted((group for group in self.groups(source, "n<?", replicas)
+                       if host not in group.hosts and not group.blocked), key=lambda group: group.n)
 
     # -- backups: their last words, absence, leases --
 
@@ -1637,7 +1666,7 @@ class Books:
         """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
         now = self.up()
         with self.lock:
-            due = self.rows("SELECT file, backup, state FROM copies WHERE expires<=?", now)
+            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id FROM backups) AND expires<=?", now)
             lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
             if not due and not lost:
                 return
@@ -1656,14 +1685,14 @@ class Books:
                     self.regroup_backup(number)
 
     def last_words(self) -> "List[Dict[str, Any]]":
-        """What every configured backup said last, and the bytes that it could drop of this host's sources."""
+        """What every configured backup said last, and the bytes that it can drop of this host's sources, now or when what
+        is claimed has arrived: or several would relieve it of the same bytes at once."""
         spare: "Dict[int, int]" = {}
         for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND state='ok'"):
-            for group in self.groups(source):
-                if group.k > replicas:
-                    for backup, copy in group.members.items():
-                        if copy and group.copies_without(backup, self.host_of) >= replicas:
-                            spare[backup] = spare.get(backup, 0) + group.bytes
+            for group in self.groups(source, "n>?", replicas):
+                for backup, copy in group.members.items():
+                    if copy and len({self.host_of(b) for b in group.members if b != backup and b not in group.leaving}) >= replicas:
+                        spare[backup] = spare.get(backup, 0) + group.bytes
         now = self.up()
         return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want, "used": used,
                  "files": files, "age": None if date is None else max(0.0, now - heard), "period": period,
@@ -1797,51 +1826,65 @@ class Books:
         return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND c.source=? "
                          "AND c.state='c' ORDER BY e.path LIMIT ?" % self.WANTED, backup, source, limit)
 
-    def candidates(self, backup: int, source: int, replicas: int, free: int) -> "List[Tuple[int, int]]":
-        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any.
+    def candidates(self, backup: int, source: int, replicas: int, free: int, batch: "Tuple[int, int]",
+                   ) -> "Iterator[Tuple[int, int]]":
+        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any; large
+        enough for a choice when `batch` (files, bytes) is wanted.
 
         On that level, files whose present holders have the most free room together come first: a host
         with room can never take the same file twice, so its files must go to others.
         """
-        host = self.host_of(backup)
         room: "Dict[str, int]" = {}
         for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0"):
             room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
         levels: "Dict[int, List[Group]]" = {}
-        for group in self.groups(source):
-            if group.n < replicas and host not in group.hosts and not group.blocked:
-                levels.setdefault(group.n, []).append(group)
-        for level in sorted(levels):
-            found = self._sample(levels[level], backup, free)
-            if found:
-                return [(number, size) for _, _, number, size in sorted(
-                    (-sum(room.get(h, 0) for h in group.hosts), self.random.random(), number, size)
-                    for number, size, group in found)]
-        return []
+        for group in self.underserved(source, replicas, backup):
+            levels.setdefault(group.n, []).append(group)
+        for level, groups in sorted(levels.items()):
+            none = True
+            files, size = sum(group.files for group in groups), sum(group.bytes for group in groups)
+            sample = max(CANDIDATES, CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
+            drawn: "Dict[int, int]" = {}
+            for group in self.random.choices(groups, weights=[group.files for group in groups], k=min(sample, 2 * files)):
+                drawn[group.id] = drawn.get(group.id, 0) + 1
+            scores = sorted((-sum(room.get(host, 0) for host in group.hosts), self.random.random(), group.id)
+                            for group in groups if group.id in drawn)
+            for _, _, number in scores:
+                for row in self._sample(number, backup, free, drawn[number]):
+                    none = False
+                    yield row
+            if none:
+                for row in self._that_fit(groups, backup, source, level, free):
+                    none = False
+                    yield row
+            if not none:
+                return
 
-    def _sample(self, groups: "List[Group]", backup: int, free: int) -> "List[Tuple[int, int, Group]]":
-        """Up to CANDIDATES random files of `groups` that fit into `free` and were not declined by `backup`."""
-        drawn: "Dict[int, int]" = {}
-        by_id = {group.id: group for group in groups}
-        for group in self.random.choices(groups, weights=[g.files for g in groups], k=CANDIDATES):
-            drawn[group.id] = drawn.get(group.id, 0) + 1
-        found: "Dict[int, Tuple[int, int, Group]]" = {}
-        accept = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)"
-        for number, count in drawn.items():
-            start = self.random.getrandbits(40)
-            for side in (">=", "<"):
-                for row in self.rows(
-                        "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT 200) x "
-                        "WHERE 1 %s LIMIT ?" % (side, accept), number, start, free, backup, self.up(), count):
-                    found.setdefault(row[0], row + (by_id[number],))
-        if not found:
-            for group in groups:
-                for row in self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?" % accept,
-                                     group.id, free, backup, self.up(), CANDIDATES):
-                    found[row[0]] = row + (group,)
-                if len(found) >= CANDIDATES:
-                    break
-        return list(found.values())
+    ACCEPT = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)"
+
+    def _sample(self, group: int, backup: int, free: int, count: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of up to `count` random files of a group that fit into `free` and were not declined."""
+        start, found = self.random.getrandbits(40), []
+        for side in (">=", "<"):
+            found += self.rows(
+                "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT ?) x "
+                "WHERE 1 %s LIMIT ?" % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
+                count - len(found))
+            if len(found) >= count:
+                break
+        return found
+
+    def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int, free: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of the largest files of `groups` that fit, where a random sample had none."""
+        some = {row[0] for row in self.rows(
+            "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM entries WHERE grp=g.id "
+            "AND size<=?)", source, level, free)}
+        found: "List[Tuple[int, int]]" = []
+        for group in groups:
+            if group.id in some and len(found) < CANDIDATES:
+                found += self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?" % self.ACCEPT,
+                                   group.id, free, backup, self.up(), CANDIDATES)
+        return found
 
     def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int, max_bytes: int,
               ) -> "List[Tuple[Any, ...]]":
@@ -1850,7 +1893,8 @@ class Books:
         with self.write() as db:
             while len(taken) < max_files and size < max_bytes:
                 before = len(taken)
-                for number, each in self.candidates(backup, source["id"], source["replicas"], free - size):
+                for number, each in self.candidates(backup, source["id"], source["replicas"], free - size,
+                                                    (max_files - len(taken), max_bytes - size)):
                     if len(taken) >= max_files or taken and size + each > max_bytes:
                         break
                     if each <= free - size:
@@ -1913,10 +1957,9 @@ class Books:
                              ) -> "Optional[Tuple[bytes, int]]":
         """(path, size) of the smallest file larger than `above`, at most `most`, on the lowest level that has
         one which `backup` could take if it had room."""
-        host, levels = self.host_of(backup), {}
-        for group in self.groups(source["id"]):
-            if group.n < source["replicas"] and host not in group.hosts and not group.blocked:
-                levels.setdefault(group.n, []).append(group.id)
+        levels: "Dict[int, List[int]]" = {}
+        for group in self.underserved(source["id"], source["replicas"], backup):
+            levels.setdefault(group.n, []).append(group.id)
         for level in sorted(levels):
             found = [row for row in (self.one(
                 "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d "
@@ -1930,11 +1973,14 @@ class Books:
     def droppable(self, backup: int, source: "Dict[str, Any]", need: int) -> "List[Tuple[bytes, int]]":
         """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
         the largest smaller ones, up to `need`."""
-        numbers = [group.id for group in self.groups(source["id"])
+        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"], "*%d[+~]*" % backup)
                    if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
         return self._around(numbers, need, 1 << 62, backup)
 
-    def _around(self, groups: "List[int]", need: int, most: int, backup: int) -> "List[Tuple[bytes, int]]":
+    def _around(self, groups: "List[int]", need: int, most: int, backup: int, filling: bool = False,
+                ) -> "List[Tuple[bytes, int]]":
+        """The smallest file of at least `need` bytes, and the largest smaller ones: until they are together as much, or
+        with `filling` such as fit together into `need`; none over `most`, none that `backup` declined."""
         above: "List[Tuple[int, bytes]]" = []
         below: "List[Tuple[int, bytes]]" = []
         free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=%d AND d.until>%f)" % (
@@ -1942,19 +1988,26 @@ class Books:
         for number in groups:
             above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND size<=? AND %s ORDER BY size "
                                "LIMIT 1" % free_of_declines, number, need, most)
-            total = 0
-            for row in self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<? AND size<=? AND %s "
-                                 "ORDER BY size DESC LIMIT 500" % free_of_declines, number, need, most):
-                below.append(row)
-                total += row[0]
-                if total >= need:
-                    break
+            total, limit = 0, min(need - 1, most)
+            while limit >= 0:
+                page = self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<=? AND %s ORDER BY size DESC LIMIT 500"
+                                 % free_of_declines, number, limit)
+                limit = -1
+                for row in page:
+                    if filling and total + row[0] > need:
+                        limit = need - total
+                        break
+                    if total >= need:
+                        break
+                    below.append(row)
+                    total += row[0]
         chosen, total = ([(path, size) for size, path in [min(above)]] if above else []), 0
-        for size, path in sorted(below, reverse=True)[:1000]:
-            if total >= need:
+        for size, path in sorted(below, reverse=True):
+            if total >= need or len(chosen) > 1000:
                 break
-            chosen.append((path, size))
-            total += size
+            if not filling or total + size <= need:
+                chosen.append((path, size))
+                total += size
         return chosen
 
     def grant_drop(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]") -> "List[bytes]":
@@ -1984,23 +2037,52 @@ class Books:
         the smallest one of at least `gap` bytes, and the largest smaller ones up to `gap`; none over `free`."""
         host = self.host_of(backup)
         inside = self.host_of(relieved) == host
-        numbers = [group.id for group in self.groups(source["id"])
-                   if group.n == source["replicas"] and group.members.get(relieved) and not group.blocked
+        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"], "*%d[+~]*" % relieved)
+                   if group.members.get(relieved) and not group.blocked
                    and (backup not in group.members if inside else host not in group.hosts)]
-        return self._around(numbers, gap, free, backup)
+        return self._around(numbers, gap, free, backup, filling=True)
 
     def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> "Tuple[int, int]":
         """(bytes, files) that are underserved, at most `most` bytes each, and that `backup` lacks and may hold."""
-        host, size, files = self.host_of(backup), 0, 0
-        for group in self.groups(source["id"]):
-            if group.n < source["replicas"] and host not in group.hosts and not group.blocked:
-                large = self.one("SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?", group.id, most)
-                size, files = size + group.bytes - large[0], files + group.files - large[1]
+        size = files = 0
+        for group in self.underserved(source["id"], source["replicas"], backup):
+            large = (0, 0) if group.bytes <= most else self.one(
+                "SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?", group.id, most)
+            size, files = size + group.bytes - large[0], files + group.files - large[1]
         declined = self.one(
-            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp "
-            "WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
+            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d CROSS JOIN entries e ON e.id=d.file JOIN groups g "
+            "ON g.id=e.grp WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
             backup, self.up(), source["id"], source["replicas"], most)
         return max(0, size - declined[0]), max(0, files - declined[1])
+
+    def room_of_others(self, backup: int) -> "Dict[int, int]":
+        """backup -> free bytes, as far as it is to be expected that they are offered to our files in its next pass."""
+        return {number: free for number, free in self.rows(
+            "SELECT id, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? AND host<>? AND free>0 "
+            "AND heard>=?-3*COALESCE(period, 3600)", backup, self.host, self.up())}
+
+    def beyond_room(self, source: "Dict[str, Any]", room: "Dict[int, int]") -> int:
+        """Bytes of missing copies for which there is no place in `room` (backup -> bytes); what has one is taken off it.
+
+        Only for these is it worth to make room elsewhere: the others will be taken by who has the room, without help.
+        """
+        beyond, declined = 0, self.one("SELECT 1 FROM declines WHERE until>? LIMIT 1", self.up())
+        for group in sorted(self.groups(source["id"], "n<?", source["replicas"]), key=lambda g: g.n):
+            left = 0 if group.blocked else (source["replicas"] - group.n) * group.bytes
+            taken: "Dict[str, int]" = {}
+            for backup in sorted(room, key=lambda b: (-room[b], b)) if left else ():
+                host = self.host_of(backup)
+                if host in group.hosts:
+                    continue
+                fits = group.bytes if room[backup] >= group.bytes and not declined else self.one(
+                    "SELECT COALESCE(SUM(size), 0) FROM entries x WHERE grp=? AND size<=? AND NOT EXISTS(SELECT 1 FROM "
+                    "declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)", group.id, room[backup], backup, self.up())[0]
+                able = min(fits, room[backup], left, group.bytes - taken.get(host, 0))
+                taken[host] = taken.get(host, 0) + able
+                room[backup] -= able
+                left -= able
+            beyond += left
+        return beyond
 
     def decline(self, backup: int, source: int, rows: "List[Tuple[bytes, int, str]]") -> None:
         """`backup` could not take these (path, version, reason): others may, for a while it is not asked again."""
@@ -2246,20 +2328,22 @@ class Books:
         replicas, histogram = source["replicas"], {}
         out = {"files": 0, "bytes": 0, "underserved_files": 0, "underserved_bytes": 0, "overserved_files": 0,
                "missing_bytes": 0, "claimed_files": 0, "blocked_files": 0}
-        for group in self.groups(source["id"]):
-            out["files"] += group.files
-            out["bytes"] += group.bytes
-            histogram[group.k] = histogram.get(group.k, 0) + group.files
-            if group.k < replicas:
-                out["underserved_files"] += group.files
-                out["underserved_bytes"] += group.bytes
-                out["missing_bytes"] += (replicas - group.k) * group.bytes
-            if group.k > replicas:
-                out["overserved_files"] += group.files
-            if group.n > group.k:
-                out["claimed_files"] += group.files
-            if group.blocked:
-                out["blocked_files"] += group.files
+        for k, n, blocked, files, size in self.rows(
+                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups WHERE source=? AND files>0 GROUP BY 1, 2, 3",
+                source["id"]):
+            out["files"] += files
+            out["bytes"] += size
+            histogram[k] = histogram.get(k, 0) + files
+            if k < replicas:
+                out["underserved_files"] += files
+                out["underserved_bytes"] += size
+                out["missing_bytes"] += (replicas - k) * size
+            if k > replicas:
+                out["overserved_files"] += files
+            if n > k:
+                out["claimed_files"] += files
+            if blocked:
+                out["blocked_files"] += files
         out["copies"] = {str(k): histogram[k] for k in sorted(histogram)}
         return out
 
@@ -2268,14 +2352,36 @@ class Books:
         out = {}
         for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND configured=1"):
             out[name] = sum(group.files for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
-                            for group in self.groups(source)
+                            for group in self.groups(source, "key GLOB ?", "*%d~*" % number)
                             if number in group.leaving and group.copies_without(number, self.host_of) < replicas)
+        return out
+
+    def plan_facts(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
+        """For `plan`: files, bytes and the largest file of a source; files without any copy (`bare`); and for each host with
+        copies what is short of copies without it (`without`: host -> [files, bytes that are to be copied again])."""
+        out: "Dict[str, Any]" = {"replicas": source["replicas"], "files": 0, "bytes": 0, "bare": [0, 0], "without": {}}
+        for group in self.groups(source["id"]):
+            out["files"] += group.files
+            out["bytes"] += group.bytes
+            staying = {self.host_of(b) for b, copy in group.members.items() if copy and b not in group.leaving}
+            if not group.copy_hosts:
+                out["bare"] = [out["bare"][0] + group.files, out["bare"][1] + group.bytes]
+            for host in staying if len(staying) <= source["replicas"] else ():
+                files, size = out["without"].get(host, (0, 0))
+                out["without"][host] = [files + group.files, size + group.bytes]
+        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY size DESC LIMIT 1", source["id"])
+        out["largest"] = [largest[0], as_text(largest[1])] if largest else [0, ""]
         return out
 
     def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
         """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the rules)."""
-        return sum((source["replicas"] - g.n) * g.bytes for g in self.groups(source["id"])
-                   if g.n < source["replicas"] and not g.blocked)
+        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups WHERE source=? AND files>0 AND n<? "
+                        "AND key NOT LIKE '!%'", source["replicas"], source["id"], source["replicas"])[0]
+
+    def short_count(self, source: "Dict[str, Any]") -> int:
+        """How many files have fewer than N confirmed copies."""
+        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND k<?",
+                        source["id"], source["replicas"])[0]
 
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
         """(path, size, why) of files that are short of copies, the largest first."""
@@ -3228,7 +3334,7 @@ CREATE TABLE sums(source TEXT PRIMARY KEY, files INTEGER, bytes INTEGER, tags IN
 CREATE TABLE used(what TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID;
 INSERT INTO used VALUES('coming', 0), ('attic', 0);
 CREATE TRIGGER held_in AFTER INSERT ON held BEGIN
-    INSERT OR IGNORE INTO sums VALUES(NEW.source, 0, 0, 0);
+    INSERT INTO sums SELECT NEW.source, 0, 0, 0 WHERE NOT EXISTS(SELECT 1 FROM sums WHERE source=NEW.source);
     UPDATE sums SET files=files+1, bytes=bytes+NEW.size, tags=tags+NEW.tag WHERE source=NEW.source; END;
 CREATE TRIGGER held_out AFTER DELETE ON held BEGIN
     UPDATE sums SET files=files-1, bytes=bytes-OLD.size, tags=tags-OLD.tag WHERE source=OLD.source; END;
@@ -4093,7 +4199,8 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "sums": lambda v: isinstance(v, dict) and len(v) < 10000, "after": lambda v: isinstance(v, (int, str)),
     "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
     "paths": _is_list, "rows": _is_list,
-    "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict), "all": lambda v: isinstance(v, bool)}
+    "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict),
+    "all": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
     "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since", "upto")})
 FIELDS.update({"free": _is_number})
@@ -4350,7 +4457,7 @@ class Service:
         """For the rules: what is missing of each source, what this backup lacks, everybody's last words."""
         books = self.books
         number = books.hear(request["backup"], {"capacity": request["capacity"], "free": request["free"]})
-        sources = {}
+        sources, room = {}, books.room_of_others(number) if request.get("beyond") else None
         for name in books.active_sources():
             row = books.source_row(name)
             if row["state"] != "ok":
@@ -4358,7 +4465,9 @@ class Service:
             size, files = books.lacking(number, row, request["capacity"])
             sources[name] = {"missing": books.unclaimed_bytes(row), "replicas": row["replicas"], "lacking": size,
                              "lacking_files": files,
-                             "short": books.figures(row)["underserved_files"], "size": books.file_counts(row["id"])[1]}
+                             "short": books.short_count(row)}
+            if room is not None:
+                sources[name]["beyond"] = books.beyond_room(row, room)
         return {"sources": sources, "backups": books.last_words()}
 
     # -- what became of copies --
@@ -4554,6 +4663,27 @@ class Service:
                 out[spec.name] = {"state": str(error)}
         return out
 
+    def op_plan(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """What `plan` has to know of this host: its sources, and how much its backups can hold (`rooms`)."""
+        books, sources = self.books, {}
+        books.expire(self.config.lost_after)
+        for name in books.active_sources():
+            row = books.source_row(name)
+            sources[name] = dict(books.plan_facts(row), state=row["state"], scanned=row["scanned"] is not None)
+        return {"sources": sources, "rooms": {spec.name: self._room_of(spec) for spec in self.config.backups_of(self.host)}}
+
+    @staticmethod
+    def _room_of(spec: Backup) -> "Dict[str, int]":
+        """{"capacity", "used"} of a backup of this host; of one that is still to be made, where it will be."""
+        try:
+            facts = VaultReader(spec).facts()
+            return {"capacity": facts["capacity"], "used": facts["used"]}
+        except CBackupError:
+            path = spec.path
+            while not os.path.isdir(path) and path != os.path.dirname(path):
+                path = os.path.dirname(path)
+            return {"capacity": room_limit(replace(spec, path=path), 0), "used": 0}
+
     def op_vaults(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The backups of this host that have something of a source, with their catalog files."""
         out = {}
@@ -4718,7 +4848,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "standing": (Service.op_standing, ("backup", "source"), ()),
     "caught_up": (Service.op_caught_up, ("backup", "source"), ()),
     "told": (Service.op_told, ("backup",), ("capacity", "free", "want", "used", "files")),
-    "demand": (Service.op_demand, ("backup", "capacity", "free"), ()),
+    "demand": (Service.op_demand, ("backup", "capacity", "free"), ("beyond",)),
     "todo": (Service.op_todo, ("backup", "source", "kind", "after"), ()),
     "done": (Service.op_done, ("backup", "source", "kind", "rows"), ()),
     "forget": (Service.op_forget, ("backup", "source", "paths"), ()),
@@ -4738,6 +4868,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "relief": (Service.op_relief, ("backup", "source", "relieved", "gap", "most"), ()),
     "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ()),
     "status": (Service.op_status, (), ()),
+    "plan": (Service.op_plan, (), ()),
     "vaults": (Service.op_vaults, ("source",), ()),
     "holdings": (Service.op_holdings, ("backup", "source", "after"), ("kind",)),
     "accept": (Service.op_accept, ("source",), ()),
@@ -5121,12 +5252,14 @@ class Rsync:
 class Pass:
     """One pass over one backup, by the rules in PLACEMENT order: over capacity, claim, make room, relieve.
 
-    `links`: host -> Link (or anything with `call` and `again`), for all hosts with sources but our own.
+    `links`: host -> Link (or anything with `call` and `again`), for all hosts with sources but our own.  `own`: a link to
+    our own host's server when it has sources: their files are not for us, but what they lack is a reason for relief.
     """
 
     def __init__(self, vault: Vault, config: Config, host: str, links: "Dict[str, Any]", figures: Figures,
-                 progress: "Optional[Progress]" = None, mover: "Optional[Any]" = None, adopt: bool = False) -> None:
-        self.vault, self.config, self.host, self.links = vault, config, host, links
+                 progress: "Optional[Progress]" = None, mover: "Optional[Any]" = None, adopt: bool = False,
+                 own: "Optional[Any]" = None) -> None:
+        self.vault, self.config, self.host, self.links, self.own = vault, config, host, links, own
         self.figures, self.progress, self.adopt = figures, progress or Progress(quiet=True), adopt
         self.mover = mover or Rsync(config)
         self.standings: "Dict[str, Standing]" = {}
@@ -5151,7 +5284,7 @@ class Pass:
             self.scrub()
             self.tell()
         finally:
-            for link in list(self.links.values()) + list(self.check_links.values()):
+            for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
                 link.close()
 
     @contextlib.contextmanager
@@ -5644,13 +5777,14 @@ class Pass:
             break
         self.pipeline.drain()
 
-    def demand(self) -> "List[Tuple[Standing, Dict[str, Any]]]":
-        """What is missing of each source; those with the highest pressure (missing bytes by room) first."""
+    def demand(self, beyond: bool = False) -> "List[Tuple[Standing, Dict[str, Any]]]":
+        """What is missing of each source; those with the highest pressure (missing bytes by room) first.  `beyond`: ask
+        also for what there is no room for anywhere."""
         found, self.words, self.figures_short = [], {}, 0
         for host in sorted({standing.host for standing in self.usable()}):
             one = next(s for s in self.usable() if s.host == host)
             answer = self.guarded(one, lambda s: self.links[s.host].call(
-                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered()))
+                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered(), beyond=beyond))
             if answer is None:
                 continue
             for name, facts in answer["sources"].items():
@@ -5755,14 +5889,14 @@ class Pass:
 
     def relieve(self) -> bool:
         """Rules 3 and 4: tell what we want, and take from one backup that is short of room files that it can drop then."""
-        demands, free = self.demand(), self.vault.free()
+        demands, free = self.demand(beyond=True), self.vault.free()
         want = sum(facts["lacking"] for _, facts in demands)
         want = max(want, 1) if free < 0 else want
         self.tell(want)
         if free <= 0:
             return False
         me = dict(self.words.get(self.name) or {"droppable": 0}, name=self.name, free=free, want=want)
-        missing = sum(facts["missing"] for _, facts in demands)
+        missing = sum(facts["beyond"] for _, facts in demands) + self._own_missing()
         over = sum(-w["free"] for w in self.words.values() if (w["free"] or 0) < 0 and w["name"] != self.name)
         for other in sorted(self.words.values(), key=self._relief_order):
             if other["name"] == self.name or other["lost"] or other["free"] is None:
@@ -5782,6 +5916,18 @@ class Pass:
             if self._take_from(other["name"], gap, free):
                 return True
         return False
+
+    def _own_missing(self) -> int:
+        """Bytes that our own host's sources lack and nobody has room for."""
+        if self.own is None:
+            return 0
+        try:
+            answer = self.own.call("demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered(), beyond=True)
+        except (Unreachable, Refused):
+            return 0
+        for words in answer["backups"]:
+            self._merge(words)
+        return sum(facts["beyond"] for facts in answer["sources"].values())
 
     @staticmethod
     def _relief_order(words: "Dict[str, Any]") -> "Tuple[float, str]":
@@ -6005,6 +6151,9 @@ class Client:
         hosts = sorted({s.host for s in self.config.sources.values() if s.host != self.host})
         return {name: Link(name, self.config, self.context) for name in hosts}
 
+    def own_link(self) -> "Optional[Link]":
+        return Link(self.host, self.config, self.context) if self.config.sources_of(self.host) else None
+
     def run_one(self, spec: Backup, figures: Figures, work: "Optional[Callable[[Pass], None]]" = None,
                 again: bool = True) -> None:
         """A pass over one backup, or other `work` that needs one.  With a damaged database a second time (`again`): what
@@ -6018,7 +6167,7 @@ class Client:
         try:
             with vault.locked():
                 one = Pass(vault, self.config, self.host, self.links(), figures, self.progress,
-                           adopt=self.adopt == spec.name)
+                           adopt=self.adopt == spec.name, own=self.own_link())
                 for name in read_json(os.path.join(self.home.state_path, "forget.json")).get("sources", []):
                     if _is_name(name) and name not in self.config.sources:
                         vault.forget_source(name)
@@ -6862,6 +7011,180 @@ def print_check(status: "Dict[str, Any]") -> None:
     print("NOT SAFE: " + "; ".join(parts))
 
 
+def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, int]") -> int:
+    """How many bytes of copies find room, if files could be divided.  sources: (own host, replicas, bytes); rooms: host ->
+    bytes.  A host takes nothing of its own sources, and of another's at most one copy.
+
+    A largest flow: from each source to each host at most the source's bytes, from each host on at most its room.
+    """
+    left, given, total = dict(rooms), [], 0
+    for own, replicas, size in sources:
+        given.append(dict.fromkeys((host for host in rooms if host != own), 0))
+        need = replicas * size
+        while need > 0:
+            # The shortest way to a host with room: straight, or by moving bytes of other sources elsewhere.
+            came: "Dict[Any, Any]" = {len(given) - 1: None}
+            queue: "List[Any]" = [len(given) - 1]
+            end = None
+            for at in queue:
+                if isinstance(at, int):
+                    onward = [host for host, bytes_there in given[at].items() if bytes_there < _size_of(sources, at)]
+                elif left[at] > 0:
+                    end = at
+                    break
+                else:
+                    onward = [number for number in range(len(given)) if given[number].get(at)]
+                for following in onward:
+                    if following not in came:
+                        came[following] = at
+                        queue.append(following)
+            if end is None:
+                break
+            steps, at = [], end
+            while came[at] is not None:
+                steps.append((came[at], at))
+                at = came[at]
+            amount = min([need, left[end]] + [
+                _size_of(sources, a) - given[a][b] if isinstance(a, int) else given[b][a] for a, b in steps])
+            for a, b in steps:
+                if isinstance(a, int):
+                    given[a][b] += amount
+                else:
+                    given[b][a] -= amount
+            left[end] -= amount
+            need -= amount
+            total += amount
+    return total
+
+
+def _size_of(sources: "Any", number: int) -> int:
+    return sources[number][2]
+
+
+def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
+    """Whether everything fits, and what the loss of each host means: the object that `plan --json` prints.
+
+    `fits` is None when a source or a backup is not known, because its host does not answer; `tight`: it fits only if whole
+    files happen to go in.
+    """
+    hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
+    answers, down = ask_all(home, config, sorted(hosts), "plan")
+    backups = {name: _planned_backup(spec, answers) for name, spec in sorted(config.backups.items())}
+    rooms: "Dict[str, int]" = {}
+    for b in backups.values():
+        if b["capacity"] is not None and not b["leaving"]:
+            rooms[b["host"]] = rooms.get(b["host"], 0) + b["capacity"]
+    sources = {name: _planned_source(spec, answers, backups) for name, spec in sorted(config.sources.items())}
+    known = {name: s for name, s in sources.items() if s["bytes"] is not None}
+    needs = [(s["host"], s["replicas"], s["bytes"]) for s in known.values()]
+    largest = max([s["largest_bytes"] for s in known.values()], default=0)
+    needed, fit = sum(s["needed_bytes"] for s in known.values()), bytes_that_fit(needs, rooms)
+    fits: "Optional[bool]" = fit == needed and not any(s["problems"] for s in known.values())
+    if fits and len(known) < len(sources) or not fits and any(b["capacity"] is None for b in backups.values()):
+        fits = None
+    return {"cluster": config.name, "fits": fits, "needed_bytes": needed, "offered_bytes": sum(rooms.values()),
+            "short_bytes": needed - fit, "tight": fit == needed and needed > bytes_that_fit(
+                needs, {host: max(0, room - largest) for host, room in rooms.items()}),
+            "sources": sources, "backups": backups, "unreachable": sorted(down),
+            "hosts": {host: _planned_loss(host, known, rooms) for host in sorted(hosts)}}
+
+
+def _planned_backup(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
+    found = answers.get(spec.host, {}).get("rooms", {}).get(spec.name, {})
+    return {"host": spec.host, "path": spec.path, "capacity": found.get("capacity", spec.size), "used": found.get("used"),
+            "leaving": spec.leaving, "state": "ok" if found else "unreachable"}
+
+
+def _planned_source(spec: Source, answers: "Dict[str, Dict[str, Any]]", backups: "Dict[str, Dict[str, Any]]",
+                    ) -> "Dict[str, Any]":
+    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
+                             "needed_bytes": None, "largest_bytes": None, "largest_path": None, "problems": []}
+    found = answers.get(spec.host, {}).get("sources", {}).get(spec.name)
+    if not found or not found["scanned"]:
+        return out
+    out.update(files=found["files"], bytes=found["bytes"], needed_bytes=spec.replicas * found["bytes"],
+               largest_bytes=found["largest"][0], largest_path=found["largest"][1], bare=found["bare"], without=found["without"])
+    others = {b["host"] for b in backups.values() if b["host"] != spec.host and not b["leaving"]}
+    able = {b["host"] for b in backups.values() if b["host"] in others and not b["leaving"] and b["capacity"] is not None
+            and b["capacity"] >= out["largest_bytes"]}
+    out["hosts_for_largest"] = len(able)
+    if len(others) < spec.replicas:
+        out["problems"].append("%d copies on different hosts are wanted, and only %s can have a copy"
+                               % (spec.replicas, count_of(len(others), "other host")))
+    elif len(able) < spec.replicas:
+        out["problems"].append("the largest file, %s with %s, is larger than the backups: they can hold it on only %s"
+                               % (shown(as_raw(out["largest_path"])), format_size(out["largest_bytes"]), count_of(len(able), "host")))
+    return out
+
+
+def _planned_loss(host: str, sources: "Dict[str, Dict[str, Any]]", rooms: "Dict[str, int]") -> "Dict[str, Any]":
+    """What is lost for good (own files without any copy), what becomes short of copies, and whether the other hosts have
+    the room to make these again, if `host` dies now."""
+    here = [s for s in sources.values() if s["host"] == host]
+    others = [s for s in sources.values() if s["host"] != host]
+    needs = [(s["host"], s["replicas"], s["bytes"]) for s in others]
+    left = {name: room for name, room in rooms.items() if name != host}
+    missing = sum(replicas * size for _, replicas, size in needs) - bytes_that_fit(needs, left)
+    return {"lost_files": sum(s["bare"][0] for s in here), "lost_bytes": sum(s["bare"][1] for s in here),
+            "short_files": sum(s["without"].get(host, (0, 0))[0] for s in others),
+            "short_bytes": sum(s["without"].get(host, (0, 0))[1] for s in others),
+            "room": missing == 0, "room_missing_bytes": missing, "sources": sorted(n for n, s in sources.items() if s["host"] == host)}
+
+
+def print_plan(plan: "Dict[str, Any]") -> None:
+    for name, s in plan["sources"].items():
+        print("%s  (%s:%s)" % (name, s["host"], s["path"]))
+        if s["bytes"] is None:
+            print("    its size is not known: %s" % ("its server does not answer" if s["host"] in plan["unreachable"]
+                                                     else "it has not been looked at yet"))
+            continue
+        print("    %s, %s; with %s of each %s" % (
+            count_of(s["files"], "file"), format_size(s["bytes"]),
+            "%d copies" % s["replicas"] if s["replicas"] > 1 else "1 copy", format_size(s["needed_bytes"])))
+        if s["files"]:
+            print("    the largest file: %s, %s" % (shown(as_raw(s["largest_path"])), format_size(s["largest_bytes"])))
+        for line in s["problems"]:
+            print("    DOES NOT FIT: %s" % line)
+    for name, b in plan["backups"].items():
+        print("%s  (%s:%s)  %s%s%s" % (
+            name, b["host"], b["path"], "offers " + format_size(b["capacity"]) if b["capacity"] is not None else "offers what is not known",
+            "" if b["used"] is None else ", %s used" % format_size(b["used"]),
+            ", but it is leaving" if b["leaving"] else "" if b["state"] == "ok" else ", its server does not answer"))
+    print("\n" + plan_verdict(plan))
+    print("\nIf one host dies now:")
+    for host, loss in plan["hosts"].items():
+        print("    %s: %s" % (host, plan_loss_text(loss)))
+
+
+def plan_verdict(plan: "Dict[str, Any]") -> str:
+    figures = "%s are needed, %s are offered" % (format_size(plan["needed_bytes"]), format_size(plan["offered_bytes"]))
+    if plan["short_bytes"]:
+        return "It does NOT fit: %s, and room for %s is missing (a host counts once for each file, and not for its own)." % (
+            figures, format_size(plan["short_bytes"]))
+    if plan["fits"] is False:
+        return "It does NOT fit: %s, but see above." % figures
+    if plan["fits"] is None:
+        return "Not everything is known; of what is: %s." % figures
+    if plan["tight"]:
+        return "It fits, but only just: %s. Files are not divided, so the last ones may find no place." % figures
+    return "It fits: %s." % figures
+
+
+def plan_loss_text(loss: "Dict[str, Any]") -> str:
+    parts = []
+    if loss["lost_files"]:
+        parts.append("%s of it (%s) have no copy yet and would be LOST" % (count_of(loss["lost_files"], "file"), format_size(loss["lost_bytes"])))
+    elif loss["sources"]:
+        parts.append("nothing of %s would be lost" % ", ".join(loss["sources"]))
+    else:
+        parts.append("nothing would be lost")
+    if loss["short_files"]:
+        parts.append("%s (%s) of others would be short of a copy" % (count_of(loss["short_files"], "file"), format_size(loss["short_bytes"])))
+    parts.append("the others have the room to make its copies again" if loss["room"] else
+                 "the others do NOT have the room for all copies: %s are missing" % format_size(loss["room_missing_bytes"]))
+    return "; ".join(parts)
+
+
 def own_command() -> "List[str]":
     """How to start this very program again: as a zipapp or as a module."""
     path = os.path.abspath(__file__)
@@ -7253,6 +7576,25 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) else EXIT_DONE
 
 
+PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes", "largest_bytes", "largest_path", "problems")
+"""What `plan --json` says of a source."""
+
+
+def add_plan_parser(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="does it fit, and what happens when a host is lost?")
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+    parser.set_defaults(run=cmd_plan)
+
+
+def cmd_plan(args: argparse.Namespace, home: Home) -> int:
+    plan = collect_plan(home, home.config())
+    if args.json:
+        print(json.dumps(dict(plan, sources={name: {key: s[key] for key in PLAN_SOURCE_KEYS} for name, s in plan["sources"].items()})))
+    else:
+        print_plan(plan)
+    return EXIT_DONE if plan["fits"] else EXIT_INCOMPLETE
+
+
 def add_restore_parser(commands: Any) -> None:
     parser = commands.add_parser("restore", help="bring back a source, or some paths of it")
     parser.add_argument("source", help="the source's name")
@@ -7467,7 +7809,8 @@ def build_parser() -> Parser:
     volume.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: everything")
     volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
-    for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser, add_client_parser, add_status_parser, add_restore_parser,
+    for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser, add_client_parser, add_status_parser,
+                add_plan_parser, add_restore_parser,
                 add_find_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
         add(commands)
     return parser

@@ -96,6 +96,15 @@ class VerifyTest(DecayCase):
         cluster.settle()
         self.assertEqual([], violations(cluster))
 
+    def test_rot_in_a_backup_that_lost_its_database_is_put_right(self):
+        cluster = self.start({"f": self.SMALL, "g": self.SMALL})
+        flip(cluster.kept_as("b1", "docs", "f"))
+        os.unlink(os.path.join(cluster.backups["b1"].path, ".cbackup", "backup.db"))
+        for _ in range(2):
+            cluster.client("a")
+        self.assertTrue(cluster.client("a").json["settled"])
+        self.assertEqual([], violations(cluster))
+
     def test_a_restore_does_not_take_a_rotten_copy(self):
         cluster = self.start({"f%d" % number: self.SMALL for number in range(4)})
         for number in range(4):

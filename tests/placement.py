@@ -1,0 +1,808 @@
+"""The rules of placing, tried in one process: many clusters, many orders, hundreds of files each, no file contents.
+
+What decides is the real thing: a `Service` with real books on SQLite for each host with sources, a real `Pass` with a
+real `Vault` for each backup. Only the bytes are not moved: `TrialPass` replaces `fetch` by the time that the transfer
+would take, in simulated time, and confirms with a made-up digest; links call `Service.handle` directly. Passes overlap:
+each runs in a thread of its own, exactly one at a time, and lets the others go on while its transfer lasts. With the
+same seed everything happens again in the same way.
+
+    python3 -m tests.placement [--seeds 16] [--first 1] [--scenario NAME ...]
+
+prints a table: how many of the seeds settled, the rounds until nothing moved any more (in a round every live backup
+makes one pass), the waste (bytes copied over the bytes that were missing, less one; median and worst), what ten further
+rounds copied or dropped, and, where there is less room than needed, the share of the room that is in use and the useless
+bytes (second copies in a source while a file that would fit has none).
+"""
+
+import argparse
+import dataclasses
+import heapq
+import itertools
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+
+import cbackup
+
+GB = 1 << 30
+HOUR = 3600.0
+
+
+class TrialClock:
+    """The program's clock, set by the scheduler."""
+
+    def __init__(self):
+        self.time = 1e9
+
+    def now(self):
+        return self.time
+
+    steady = now
+
+
+class DirectLink:
+    """A link that is a call, and that looks at the claims which come back."""
+
+    def __init__(self, world, host):
+        self.world, self.service = world, world.services[host]
+
+    def call(self, op, **fields):
+        answer = self.service.handle(dict(fields, op=op))
+        if op == "claim" and answer["rows"]:
+            self.world.useless += self.useless(fields["backup"], fields["source"], fields["free"], answer["rows"])
+        return answer
+
+    def useless(self, backup, source, free, rows):
+        """Bytes of these claims that are second copies while a file that would have fit in their place has none."""
+        books = self.service.books
+        row = books.source_row(source)
+        marks = ",".join("?" * len(rows))
+        second = books.one("SELECT COALESCE(SUM(e.size), 0) FROM entries e JOIN groups g ON g.id=e.grp WHERE e.source=? "
+                           "AND g.n>1 AND e.path IN (%s)" % marks, row["id"], *[cbackup.as_raw(row[0]) for row in rows])[0]
+        if not second:
+            return 0
+        room = free - sum(size for _, size, *_ in rows) + second
+        bare = books.one("SELECT MIN(e.size) FROM entries e JOIN groups g ON g.id=e.grp WHERE e.source=? AND g.n=0 "
+                         "AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=e.id AND d.backup=?)",
+                         row["id"], books.backup_id(backup))[0]
+        return second if bare is not None and bare <= room else 0
+
+    def again(self):
+        return self
+
+    def close(self):
+        pass
+
+
+class LatePipeline:
+    """A batch is checked when the next one has been copied, or at the end: the most that the real one may lag."""
+
+    def __init__(self):
+        self.work = None
+
+    def submit(self, work):
+        self.drain()
+        self.work = work
+
+    def drain(self):
+        work, self.work = self.work, None
+        if work:
+            work()
+
+
+class TrialPass(cbackup.Pass):
+    """A pass that copies nothing, but takes the time for it."""
+
+    def __init__(self, world, vault, wait):
+        links = {host: DirectLink(world, host) for host in world.services if host != vault.spec.host}
+        own = DirectLink(world, vault.spec.host) if vault.spec.host in world.services else None
+        super().__init__(vault, world.config, vault.spec.host, links, cbackup.Figures(), mover=object(), own=own)
+        self.world, self.wait, self.pipeline = world, wait, LatePipeline()
+
+    def fetch(self, standing, files, updating=False):
+        vault = self.vault
+        vault.make_room(sum(f.size for f in files))
+        files = self._that_fit(standing, files)
+        if not files:
+            return
+        vault.expect(standing.name, standing.books, files)
+        size = sum(f.size for f in files)
+        assert vault.used() <= vault.capacity(), "%s would hold more than its size" % self.name
+        seconds = 0.2 + size / self.world.rates[self.host]
+        while seconds > cbackup.RENEW_EVERY:
+            self.wait(cbackup.RENEW_EVERY)
+            self.renew(self.links)
+            seconds -= cbackup.RENEW_EVERY
+        self.wait(seconds)
+        self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, None, updating)))
+
+    def check(self, standing, files, outcome, updating):
+        service = self.world.services[standing.host]
+        row = service.books.source_row(standing.name)
+        number = service.books.backup_id(self.name)
+        found = [(f, service.books.version_of(row["id"], f.path)) for f in files]
+        good = [(f, facts["id"]) for f, facts in found if facts and facts["version"] == f.version]
+        service.books.record_check(number, row, [(file, f.version, digest_for(f)) for f, file in good])
+        self.vault.plan_places(standing.name, [(f.path, digest_for(f)) for f, _ in good])
+        self._count_in(standing, self.check_links[standing.host],
+                       [(f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for f, _ in good])
+        self.figures.add(copied_files=len(good), copied_bytes=sum(f.size for f, _ in good))
+        changed = [(f, "changed") for f, facts in found if not facts or facts["version"] != f.version]
+        if changed:
+            self.decline(standing, self.check_links[standing.host], changed, failed=False)
+
+    def fetch_catalog(self, standing):
+        pass  # a matter of bytes, not of decisions
+
+    def scrub(self):
+        pass  # there is nothing to read
+
+
+def digest_for(f):
+    return cbackup.hashlib.blake2b(f.path, digest_size=32).digest()
+
+
+class Strand(threading.Thread):
+    """A pass that runs only when the scheduler says so."""
+
+    def __init__(self, world, spec):
+        super().__init__(daemon=True)
+        self.world, self.spec = world, spec
+        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        self.due, self.over, self.error, self.figures = 0.0, False, None, None
+
+    def wait(self, seconds):
+        self.due = self.world.clock.time + seconds
+        self.back.release()
+        self.go.acquire()
+
+    def resume(self):
+        """Let it run until it waits or ends."""
+        if not self.is_alive():
+            self.start()
+        self.go.release()
+        self.back.acquire()
+        if self.error:
+            raise self.error
+
+    def run(self):
+        self.go.acquire()
+        try:
+            one = TrialPass(self.world, self.world.vaults[self.spec.name], self.wait)
+            self.figures = one.figures
+            one.run()
+        except BaseException as error:
+            self.error = error
+        self.over = True
+        self.back.release()
+
+
+class World:
+    """A cluster in this process. Add sources and backups, `begin`, then let rounds go by; use as a context."""
+
+    def __init__(self, seed, directory):
+        self.random, self.base = random.Random(seed), directory
+        self.clock = TrialClock()
+        self.sources, self.backups, self.services, self.vaults, self.rates = {}, {}, {}, {}, {}
+        self.config, self.down, self.rare = None, set(), {}
+        self.copied = self.dropped = self.needed = self.rounds = self.useless = 0
+        self.serial = itertools.count()
+
+    # -- the cluster
+
+    def source(self, name, host, replicas):
+        self.sources[name] = cbackup.Source(name, host, "/nowhere/" + name, replicas)
+
+    def backup(self, name, host, size):
+        path = os.path.join(self.base, name)
+        self.backups[name] = cbackup.Backup(name, host, path, size=int(size))
+
+    def begin(self):
+        """Take over what was added or changed since the last time, as a changed configuration would."""
+        self.config = cbackup.Config(text="", sources=dict(self.sources), backups=dict(self.backups))
+        for host in sorted({source.host for source in self.sources.values()}):
+            if host not in self.services:
+                os.makedirs(os.path.join(self.base, "home-" + host))
+                home = cbackup.Home(os.path.join(self.base, "home-" + host), host)
+                service = cbackup.Service(home, self.config, host)
+                service.books.random = random.Random(self.random.random())
+                service.books.db.execute("PRAGMA synchronous=OFF")
+                self.services[host] = service
+            self.services[host].reload(self.config)
+        for name, spec in self.backups.items():
+            self.rates.setdefault(spec.host, self.random.uniform(20e6, 100e6))
+            if name not in self.vaults:
+                self.vaults[name] = cbackup.Vault(spec, "test")
+                self.vaults[name].db.execute("PRAGMA synchronous=OFF")
+                self.vaults[name].set_meta("complete", 1)
+            self.vaults[name].spec = spec
+
+    def close(self):
+        for service in self.services.values():
+            service.books.close()
+        for vault in self.vaults.values():
+            vault.close()
+
+    def books_of(self, source):
+        books = self.services[self.sources[source].host].books
+        return books, books.source_row(source)
+
+    def add_files(self, source, sizes):
+        """New files, as if a scan had found them. Returns their paths."""
+        books, row = self.books_of(source)
+        paths = [b"f%06d" % next(self.serial) for _ in sizes]
+        with books.write():
+            for path, size in zip(paths, sizes):
+                books.add_entry(row, {"path": path, "kind": "f", "size": int(size), "mtime": 1, "mode": 0o644, "uid": 0,
+                                      "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None}, 0)
+        books.finish_scan(source, scanned=self.clock.time)
+        return paths
+
+    def delete_files(self, source, paths):
+        books, row = self.books_of(source)
+        with books.write():
+            for path in paths:
+                books.bury(row, books.version_of(row["id"], path)["id"], path, "f")
+
+    def plant(self, backup, source, paths):
+        """Copies that are there already, confirmed."""
+        books, row = self.books_of(source)
+        vault = self.vaults[backup]
+        number = books.hear(backup, {"capacity": vault.capacity(), "free": vault.free()})
+        files = []
+        for path in paths:
+            found = books.one("SELECT id, %s FROM entries e WHERE source=? AND path=?" % books.WANTED, row["id"], path)
+            files.append((found[0], cbackup.Wanted(*found[1:])))
+        with books.write(), vault.write():
+            vault.expect(source, books.id, [f for _, f in files])
+            books.record_check(number, row, [(file, f.version, digest_for(f)) for file, f in files])
+            vault.plan_places(source, [(f.path, digest_for(f)) for _, f in files])
+            books.count_copies(number, row["id"], [
+                (f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for _, f in files])
+            vault.arrived(source, [f.path for _, f in files])
+
+    # -- time goes by
+
+    def round(self):
+        """One pass of every backup that is up, overlapping. Returns whether anything was copied or dropped."""
+        begun, copied, dropped = self.clock.time, self.copied, self.dropped
+        queue = []
+        for name, spec in sorted(self.backups.items()):
+            if name not in self.down and self.random.random() < self.rare.get(name, 1.0):
+                strand = Strand(self, spec)
+                strand.due = begun + self.random.random() * HOUR / 2
+                heapq.heappush(queue, (strand.due, self.random.random(), strand))
+        strands = [item[2] for item in queue]
+        while queue:
+            due, _, strand = heapq.heappop(queue)
+            self.clock.time = max(self.clock.time, due)
+            strand.resume()
+            if not strand.over:
+                heapq.heappush(queue, (strand.due, self.random.random(), strand))
+        for strand in strands:
+            counts = strand.figures.counts
+            self.copied += counts["copied_bytes"]
+            self.dropped += counts["dropped_bytes"]
+            assert not strand.figures.lines, strand.figures.lines
+        self.clock.time = max(self.clock.time, begun + HOUR)
+        return (self.copied, self.dropped) != (copied, dropped)
+
+    def missing(self):
+        """Bytes of confirmed copies that are missing."""
+        return sum(self.figures(name)["missing_bytes"] for name in self.sources)
+
+    def least(self):
+        """Bytes that have to be copied from here on, whatever the rules: what is missing, and what has to move for it."""
+        groups = []
+        for name, source in self.sources.items():
+            books, row, found = self.groups(name)
+            groups += [(source.host, row["replicas"], group.bytes, group.copy_hosts) for group in found]
+        rooms = {}
+        for name, vault in self.vaults.items():
+            if name not in self.down:
+                rooms[vault.spec.host] = rooms.get(vault.spec.host, 0) + vault.capacity()
+        return least_cost(groups, rooms)[1]
+
+    def figures(self, source):
+        books, row = self.books_of(source)
+        return books.figures(row)
+
+    def settle(self, limit=30, quiet=2, count=True):
+        """Rounds until `quiet` rounds in a row did nothing. Returns the number of the last one in which something was."""
+        if count:
+            self.needed += self.least()
+        last = still = 0
+        for number in range(1, limit + 1):
+            if self.round():
+                last, still = number, 0
+            else:
+                still += 1
+                if still >= quiet:
+                    break
+        self.rounds = max(self.rounds, last)
+        return last
+
+    # -- what came of it
+
+    def groups(self, source):
+        books, row = self.books_of(source)
+        return books, row, books.groups(row["id"])
+
+    def used_share(self):
+        """The share of the room in use, of hosts that could use it."""
+        capacity = sum(vault.capacity() for vault in self.vaults.values())
+        return sum(vault.used() for vault in self.vaults.values()) / capacity
+
+
+class Outcome:
+    """What one run came to."""
+
+    def __init__(self, world, further):
+        self.settled = world.missing() == 0
+        self.rounds = world.rounds
+        self.waste = world.copied / world.needed - 1 if world.needed else 0.0
+        self.used = world.used_share()
+        self.useless = world.useless / sum(world.figures(name)["bytes"] for name in world.sources)
+        self.missing = world.missing()
+        copied, dropped = world.copied, world.dropped
+        for _ in range(further):
+            world.round()
+        self.churn = world.copied - copied + world.dropped - dropped
+
+
+# ---- sizes and capacities ---------------------------------------------------------------------------------------
+
+def lognormal(rng, count):
+    """Sizes around 1 GB, sigma 1.8, with 1 % of huge files, up to about 1 % of the whole."""
+    sizes = [min(rng.lognormvariate(0, 1.8), 40.0) for _ in range(count)]
+    total = sum(sizes)
+    for number in rng.sample(range(count), max(1, count // 100)):
+        sizes[number] = total * rng.uniform(0.005, 0.01)
+    return [max(1, int(size * GB)) for size in sizes]
+
+
+def least_cost(groups, rooms):
+    """(bytes placed, bytes of them that are copied) when as many copies as possible are placed, as few as possible of them
+    new, as if files could be divided: what no rules can beat.
+
+    groups: (own host, replicas, bytes, hosts that have a copy); rooms: host -> bytes.  A flow: from 0 to each group, from
+    there to each host at most the group's bytes, from the hosts to 1; the cheapest paths are filled first.
+    """
+    node = {host: number for number, host in enumerate(sorted(rooms), 2)}
+    arcs, out = [], {}
+
+    def arc(tail, head, capacity, cost):
+        out.setdefault(tail, []).append(len(arcs))
+        arcs.append([head, capacity, cost])
+        out.setdefault(head, []).append(len(arcs))
+        arcs.append([tail, 0, -cost])
+
+    for number, (own, replicas, size, present) in enumerate(groups, 2 + len(rooms)):
+        arc(0, number, replicas * size, 0)
+        for host in sorted(rooms):
+            if host != own:
+                arc(number, node[host], size, 0 if host in present else 1)
+    for host in sorted(rooms):
+        arc(node[host], 1, max(0, int(rooms[host])), 0)
+    placed = copied = 0
+    while True:
+        best, queue = {0: (0, None)}, [0]
+        for tail in queue:
+            for number in out.get(tail, ()):
+                head, capacity, cost = arcs[number]
+                if capacity > 0 and (head not in best or best[tail][0] + cost < best[head][0]):
+                    best[head] = best[tail][0] + cost, number
+                    queue.append(head)
+        if 1 not in best:
+            return placed, copied
+        path, at = [], 1
+        while at != 0:
+            path.append(best[at][1])
+            at = arcs[path[-1] ^ 1][0]
+        amount = min(arcs[number][1] for number in path)
+        for number in path:
+            arcs[number][1] -= amount
+            arcs[number ^ 1][1] += amount
+        placed, copied = placed + amount, copied + amount * best[1][0]
+
+
+def feasible(sources, rooms):
+    """Whether all copies fit when files could be divided. sources: (host, replicas, bytes)."""
+    placed, _ = least_cost([source + ((),) for source in sources], rooms)
+    return placed == sum(replicas * size for _, replicas, size in sources)
+
+
+def scaled(sources, weights, slack):
+    """host -> bytes: capacities in the proportion of `weights`, `slack` above the least that is feasible."""
+    low, high = 0.0, 100.0 * sum(replicas * size for _, replicas, size in sources) / min(weights.values())
+    for _ in range(50):
+        middle = (low + high) / 2
+        if feasible(sources, {host: int(middle * weight) for host, weight in weights.items()}):
+            high = middle
+        else:
+            low = middle
+    return {host: int(high * (1 + slack) * weight) + 1 for host, weight in weights.items()}
+
+
+# ---- the scenarios ----------------------------------------------------------------------------------------------
+
+FILES = 240
+"""Files of a source, where a scenario does not say otherwise."""
+
+
+def hosts(*weights):
+    return {"h%d" % number: weight for number, weight in enumerate(weights)}
+
+
+def make(world, weights, slack, *sources, files=FILES):
+    """Backups with `weights` and `slack`, and sources (host, replicas[, sizes]); settles nothing yet."""
+    facts = []
+    for number, (host, replicas, *sizes) in enumerate(sources):
+        sizes = sizes[0] if sizes else lognormal(world.random, files)
+        world.source("s%d" % number, host, replicas)
+        facts.append((host, replicas, sizes))
+    rooms = scaled([(host, replicas, sum(sizes)) for host, replicas, sizes in facts], weights, slack)
+    for host, room in rooms.items():
+        world.backup("b" + host[1:], host, room)
+    world.begin()
+    for number, (_, _, sizes) in enumerate(facts):
+        world.add_files("s%d" % number, sizes)
+    return facts
+
+
+def one_source(weights, replicas, slack, files=FILES, equal=False):
+    def scenario(world):
+        sizes = [GB] * files if equal else lognormal(world.random, files)
+        make(world, hosts(*weights), slack, ("s", replicas, sizes))
+        world.settle()
+    return scenario
+
+
+def seed(world):
+    ten(world)
+    world.settle()
+
+
+def ten(world):
+    world.source("s0", "s", 2)
+    for name in "abc":
+        world.backup(name, name, 700 * GB // 100)
+    world.begin()
+    return world.add_files("s0", [GB] * 10)
+
+
+def trap(world):
+    paths = ten(world)
+    world.plant("a", "s0", paths[:7])
+    world.plant("b", "s0", paths[:7])
+    world.plant("c", "s0", paths[7:])
+    world.settle()
+
+
+def frag(world):
+    """Packed full with large and small files; then one more large file, for which small ones must move together."""
+    world.source("s0", "s", 2)
+    for number in range(5):
+        world.backup("b%d" % number, "h%d" % number, 1050 * GB // 10)
+    world.begin()
+    large = world.add_files("s0", [10 * GB] * 20)
+    small = world.add_files("s0", [GB] * 50)
+    loads = pack(world.random, [(path, 10) for path in large] + [(path, 1) for path in small], [100] * 5, 2)
+    for number, paths in enumerate(loads):
+        world.plant("b%d" % number, "s0", paths)
+    large = world.add_files("s0", [10 * GB])
+    world.needed = 30 * GB  # two copies, and on both hosts 5 of small files have to go elsewhere first
+    assert large and world.least() == 20 * GB
+    world.settle(count=False)
+
+
+def pack(rng, files, rooms, replicas):
+    """Each (path, size) into `replicas` of the rooms, the largest first, into those with the most room."""
+    while True:
+        left, loads = list(rooms), [[] for _ in rooms]
+        for path, size in sorted(files, key=lambda f: (-f[1], rng.random())):
+            chosen = sorted(range(len(rooms)), key=lambda n: (-left[n], rng.random()))[:replicas]
+            for number in chosen:
+                left[number] -= size
+                loads[number].append(path)
+        if min(left) >= 0:
+            return loads
+
+
+def frag2(share):
+    """Full with 3 % left; then a file of `share` of the bytes for which there is room."""
+    def scenario(world):
+        make(world, hosts(1, 1, 1, 1, 1, 1), 0.03, ("s", 2))
+        world.settle()
+        world.copied = world.dropped = world.needed = 0
+        free = {name: vault.free() for name, vault in world.vaults.items()}
+        size = int(share * sum(free.values()) / 2)
+        spare = {words["name"]: words["droppable"] for words in world.services["s"].books.last_words()}
+        world.add_files("s0", [size])
+        rooms = sorted(free[name] + spare[name] for name in free)
+        world.needed = 2 * size + sum(max(0, size - room) for room in rooms[-2:])  # it does not go in parts
+        world.settle(count=False)
+    return scenario
+
+
+def bigfiles(slack):
+    """40 files of 50 to 150 GB; rooms that just take a planted packing, and one largest file more (or 3 %)."""
+    def scenario(world):
+        sizes = [int(world.random.uniform(50, 150) * GB) for _ in range(40)]
+        weights = [1.0, 0.8, 0.6, 0.4, 0.3]
+        loads = [0] * 5
+        for size in sizes:
+            chosen = sorted(range(5), key=lambda n: world.random.random() ** (1 / weights[n]))[-2:]
+            for number in chosen:
+                loads[number] += size
+        world.source("s0", "s", 2)
+        for number, load in enumerate(loads):
+            world.backup("b%d" % number, "h%d" % number, load * (1 + slack) if slack else load + max(sizes))
+        world.begin()
+        world.add_files("s0", sizes)
+        world.settle()
+    return scenario
+
+
+def twoloc(world):
+    """A host with two backups counts once."""
+    sizes = lognormal(world.random, FILES)
+    total = sum(sizes)
+    world.source("s0", "s", 2)
+    for name, host, room in (("b0", "h0", .52), ("b1", "h0", .52), ("b2", "h1", .55), ("b3", "h2", .55)):
+        world.backup(name, host, room * total)
+    world.begin()
+    world.add_files("s0", sizes)
+    world.settle()
+
+
+def several(weights, slack, *replicas, files=FILES // 2):
+    """Sources on the first hosts, which have backups too."""
+    def scenario(world):
+        make(world, hosts(*weights), slack, *[("h%d" % n, count) for n, count in enumerate(replicas)], files=files)
+        world.settle()
+    return scenario
+
+
+def pair(world):
+    """Two hosts that are each other's backup; then more copies are wanted than there are hosts."""
+    make(world, hosts(1, 1), 0.05, ("h0", 1), ("h1", 1), files=60)
+    world.settle()
+    for name in ("s0", "s1"):
+        world.sources[name] = dataclasses.replace(world.sources[name], replicas=2)
+    world.begin()
+    world.settle(count=False)
+
+
+def growth(world):
+    """5 % new and 2 % deleted, twelve times, down to 5 % of slack."""
+    weights = hosts(1, .8, .6, .5, .4)
+    sizes = lognormal(world.random, FILES)
+    world.source("s0", "s", 2)
+    grown = [lognormal(world.random, FILES // 20) for _ in range(12)]
+    steps = []
+    known = [(number, size) for number, size in enumerate(sizes)]
+    for new in grown:
+        gone = world.random.sample(known, len(known) // 50)
+        known = [item for item in known if item not in gone]
+        added = [(("n", next(world.serial)), size) for size in new]
+        known += added
+        steps.append((gone, added))
+    peak = max(sum(sizes), sum(size for _, size in known))
+    for host, room in scaled([("s", 2, peak)], weights, 0.05).items():
+        world.backup("b" + host[1:], host, room)
+    world.begin()
+    paths = dict(zip(range(len(sizes)), world.add_files("s0", sizes)))
+    world.settle()
+    for gone, added in steps:
+        world.delete_files("s0", [paths[key] for key, _ in gone])
+        for (key, _), path in zip(added, world.add_files("s0", [size for _, size in added])):
+            paths[key] = path
+        world.settle()
+
+
+def death(world):
+    """One of six hosts dies and is given up; with 5 % left the others do without; it returns; 12 % more files."""
+    facts = make(world, hosts(1, 1, 1, .8, .8), 0.05, ("s", 2))
+    world.backup("b5", "h5", world.backups["b0"].size)
+    world.begin()
+    world.settle()
+    world.down.add("b5")
+    world.clock.time += world.config.lost_after / 2
+    world.round()
+    world.clock.time += world.config.lost_after / 2 + HOUR
+    for service in world.services.values():
+        service.books.expire(world.config.lost_after)
+    world.settle()
+    world.down.clear()
+    world.settle()
+    world.add_files("s0", lognormal(world.random, int(len(facts[0][2]) * 0.12)))
+    world.settle()
+
+
+def join(world):
+    """Too little room, and still; then an empty host comes."""
+    sizes = lognormal(world.random, FILES)
+    total = sum(sizes)
+    world.source("s0", "s", 2)
+    for number, share in enumerate((.5, .45, .4, .35)):
+        world.backup("b%d" % number, "h%d" % number, share * total)
+    world.begin()
+    world.add_files("s0", sizes)
+    world.settle()
+    world.copied = world.needed = 0
+    world.backup("b4", "h4", .36 * total)
+    world.begin()
+    world.settle()
+
+
+def shrink(world):
+    """One of five hosts has only 60 % of its room any more; 5 % are left."""
+    facts = make(world, hosts(1, 1, 1, 1, .6), 0.05, ("s", 2))
+    small = world.backups["b4"]
+    world.backups["b4"] = dataclasses.replace(small, size=world.backups["b0"].size)
+    world.begin()
+    world.settle()
+    assert facts
+    world.backups["b4"] = small
+    world.begin()
+    world.copied = world.needed = 0
+    world.settle()
+
+
+def identical(world):
+    """Three hosts with the same 60 %, and an empty one."""
+    sizes = lognormal(world.random, FILES)
+    world.source("s0", "s", 3)
+    for number in range(4):
+        world.backup("b%d" % number, "h%d" % number, sum(sizes) * 3 / 4 * 1.03)
+    world.begin()
+    paths = share_of(world, "s0", sizes, 0.6)
+    for number in range(3):
+        world.plant("b%d" % number, "s0", paths)
+    world.settle()
+
+
+def share_of(world, source, sizes, share):
+    """Adds the files; returns paths of at most `share` of their bytes."""
+    chosen, total = [], 0
+    for path, size in zip(world.add_files(source, sizes), sizes):
+        if total + size <= share * sum(sizes):
+            chosen.append(path)
+            total += size
+    return chosen
+
+
+def identical2(world):
+    """Two hosts full of the same files, a third with the rest and room: it must take from them."""
+    sizes = lognormal(world.random, FILES)
+    world.source("s0", "s", 2)
+    for number in range(3):
+        world.backup("b%d" % number, "h%d" % number, sum(sizes) * .695)
+    world.begin()
+    books, row = world.books_of("s0")
+    paths = share_of(world, "s0", sizes, 0.69)
+    rest = [path for (path,) in books.rows("SELECT path FROM entries WHERE source=?", row["id"]) if path not in set(paths)]
+    world.plant("b0", "s0", paths)
+    world.plant("b1", "s0", paths)
+    world.plant("b2", "s0", rest)
+    world.settle()
+
+
+def sleepers(world):
+    """Some of eight hosts wake in one of twenty turns only."""
+    make(world, hosts(1, .9, .8, .7, .6, .5, .4, .3), 0.05, ("s", 2))
+    world.rare = {"b1": .05, "b4": .05, "b6": .05}
+    world.settle(limit=120, quiet=30)
+    world.rare.clear()
+    world.settle(count=False)
+
+
+def nup(world):
+    """N goes from 2 to 3 and back."""
+    make(world, hosts(1, .9, .8, .6, .5), 0.03, ("s", 3))
+    for replicas in (2, 3, 2):
+        world.sources["s0"] = dataclasses.replace(world.sources["s0"], replicas=replicas)
+        world.begin()
+        world.settle()
+
+
+def infeasible(weights, share, *replicas, files=FILES):
+    """Room for `share` of what is needed."""
+    def scenario(world):
+        placed = [("s" if len(replicas) == 1 else "h%d" % n, count) for n, count in enumerate(replicas)]
+        make(world, hosts(*weights), share - 1, *placed, files=files // len(replicas))
+        world.settle()
+    return scenario
+
+
+def overfull(world):
+    """Full, then 10 % more files."""
+    make(world, hosts(1, 1, .8, .6, .5), 0.0, ("s", 2))
+    world.settle()
+    world.add_files("s0", lognormal(world.random, FILES // 10))
+    world.settle()
+
+
+SCENARIOS = {
+    "seed": seed, "trap": trap,
+    "unequal_exact": one_source((1, .5, .5), 2, 0, 100, equal=True),
+    "unequal_ln1": one_source((1, .5, .5), 2, .01),
+    "n3_exact": one_source((1, 1, .5, .5), 3, 0, 100, equal=True),
+    "n4_exact": one_source((1, 1, 1, 1, 1, 1), 4, 0, 120, equal=True),
+    "n3_ln3": one_source((1, .9, .6, .3, .2), 3, .03),
+    "skew_ln3": one_source((.9, .5, .25, .15, .1, .05, .05), 2, .03),
+    "frag": frag, "frag2": frag2(0.1), "frag2_half": frag2(0.5), "bigfiles": bigfiles(0), "bigfiles3": bigfiles(.03), "twoloc": twoloc,
+    "multi3": several((1, 1, 1, 1, 1), .03, 2, 1, 3),
+    "multi_uneq3": several((1, 2, .5, .5, 3, 1), .03, 2, 2, 2, 3),
+    "multi4": several((1, 1, 2, 1, 1, .5, .7), .05, 4, 2, 1),
+    "pair": pair, "growth": growth, "death": death, "join": join, "shrink": shrink,
+    "identical": identical, "identical2": identical2, "sleepers": sleepers, "nup": nup,
+    "infeasible90": infeasible((1, .9, .6, .3, .2), .9, 2), "infeasible50": infeasible((1, .9, .6, .3, .2), .5, 2),
+    "several90": infeasible((1, 2, 1, 1, 1), .9, 2, 1, 3), "several60": infeasible((1, 2, 1, 1, 1), .6, 2, 1, 3),
+    "overfull": overfull,
+}
+
+IMPOSSIBLE = {"pair", "infeasible90", "infeasible50", "several90", "several60", "overfull"}
+"""Scenarios in which there is not enough room (or hosts) for what is wanted."""
+
+
+def run(name, number, further=10):
+    """One scenario with one seed; returns its Outcome."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    base = tempfile.mkdtemp(prefix="cbackup-placement-", dir=place)
+    before = cbackup.clock, cbackup.in_parallel, cbackup.room_limit
+    world = World("%s %d" % (name, number), base)
+    cbackup.clock = world.clock
+    cbackup.in_parallel = lambda function, items: [function(item) for item in items]
+    cbackup.room_limit = lambda spec, settled: spec.size  # whatever is free where this runs
+    try:
+        world.clock.time += world.random.random()
+        SCENARIOS[name](world)
+        return Outcome(world, further)
+    finally:
+        world.close()
+        cbackup.clock, cbackup.in_parallel, cbackup.room_limit = before
+        shutil.rmtree(base, ignore_errors=True)
+
+
+HEADER = "%-14s %7s  %7s  %15s  %6s  %6s  %8s  %6s" % (
+    "scenario", "settled", "rounds", "waste", "churn", "used", "useless", "s/run")
+
+
+def line(name, outcomes, seconds):
+    rounds = [outcome.rounds for outcome in outcomes]
+    waste = [100 * outcome.waste for outcome in outcomes]
+    impossible = name in IMPOSSIBLE
+    return "%-14s %7s  %3d /%2d  %5.1f / %5.1f %%  %6s  %6s  %8s  %6.2f" % (
+        name, "-" if impossible else "%d/%d" % (sum(outcome.settled for outcome in outcomes), len(outcomes)),
+        statistics.median(rounds), max(rounds), statistics.median(waste), max(waste),
+        sum(1 for outcome in outcomes if outcome.churn) or "0",
+        "%.1f %%" % (100 * min(outcome.used for outcome in outcomes)) if impossible else "",
+        "%.2f %%" % (100 * max(outcome.useless for outcome in outcomes)) if impossible else "", seconds / len(outcomes))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Try the rules of placing with many seeds.")
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--scenario", action="append", choices=sorted(SCENARIOS))
+    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each seed")
+    args = parser.parse_args()
+    print(HEADER, flush=True)
+    for name in args.scenario or SCENARIOS:
+        begun, outcomes = time.process_time(), []
+        for number in range(args.first, args.first + args.seeds):
+            outcomes.append(run(name, number))
+            if args.verbose:
+                print("    seed %d:" % number, vars(outcomes[-1]), flush=True)
+        print(line(name, outcomes, time.process_time() - begun), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
