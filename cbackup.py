@@ -1056,6 +1056,11 @@ CONFIG_HISTORY = 100
 """Versions that are kept in state/, and whose digests travel with a version to tell an edit from a conflict."""
 
 
+def sha256_of(text: "Any") -> str:
+    """The digest of a configuration, as text or as the bytes of a file."""
+    return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()
+
+
 def config_order(state: "Dict[str, Any]") -> "Tuple[int, int, str]":
     """What decides, everywhere in the same way, which of two versions is the newer one: the number, between edits
     made at the same time the later one, and at last the digest."""
@@ -1080,33 +1085,42 @@ class Home:
     def config(self) -> Config:
         """The checked configuration, entered as a new version when its text is new.  Raises ConfigError, or UsageError
         when there is none."""
+        config = self._read_config()[0]
+        with contextlib.suppress(OSError):  # a home that cannot be written is good enough for a restore
+            if self.config_state().get("sha256") != sha256_of(config.text):
+                with self.lock("config.lock"):
+                    # Read again: another machine's version may have come meanwhile, and what was read is old.
+                    config, stamp = self._read_config()
+                    self._enter_edit(config.text, stamp)
+        return config
+
+    def _read_config(self) -> "Tuple[Config, int]":
+        """(the checked configuration as it is in the file, when the file was written)."""
         try:
             with open(self.config_path, "rb") as stream:
-                data = stream.read(CONFIG_LIMIT)
+                data = stream.read(CONFIG_LIMIT + 1)
                 stamp = int(os.fstat(stream.fileno()).st_mtime)
         except OSError as error:
             raise UsageError("%s: %s; `cbackup.pyz init` makes one on the first machine"
                              % (self.config_path, reason_of(error)))
+        if not data.strip():  # what a full disk leaves of an edit must not become everybody's configuration
+            raise ConfigError(self.config_path, [(0, "is empty; the last right one is in %s"
+                                                  % os.path.join(self.state_path, "config-history"))])
+        if len(data) > CONFIG_LIMIT:
+            raise ConfigError(self.config_path, [(0, "is longer than %s" % format_size(CONFIG_LIMIT))])
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(self.config_path, [(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")])
-        config = parse_config(text, self.config_path)
-        with contextlib.suppress(OSError):  # a home that cannot be written is good enough for a restore
-            self._enter_edit(text, stamp)
-        return config
+        return parse_config(text, self.config_path), stamp
 
     def _enter_edit(self, text: str, stamp: int) -> None:
-        """Make the file's text the next version when it is not the one in force here."""
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if self.config_state().get("sha256") == digest:
-            return
-        with self.lock("config.lock"):
-            known = self.config_state()
-            if known.get("sha256") != digest:
-                history = ([known["sha256"]] if known else []) + known.get("history", [])
-                self._record({"version": known.get("version", 0) + 1, "stamp": stamp, "sha256": digest, "mine": True,
-                              "history": history[:CONFIG_HISTORY]}, text)
+        """Make the file's text the next version when it is not the one in force here.  The caller holds config.lock."""
+        known, digest = self.config_state(), sha256_of(text)
+        if known.get("sha256") != digest:
+            history = ([known["sha256"]] if known else []) + known.get("history", [])
+            self._record({"version": known.get("version", 0) + 1, "stamp": stamp, "sha256": digest, "mine": True,
+                          "history": history[:CONFIG_HISTORY]}, text)
 
     def config_state(self) -> "Dict[str, Any]":
         """What is known of the version in force here: version, stamp (seconds), sha256, history (older sha256s), mine
@@ -1123,6 +1137,8 @@ class Home:
 
     def config_offer(self) -> "Dict[str, Any]":
         """The version in force, with its text, for another machine."""
+        if not self.config_state():  # `state/` was lost while a server was running
+            self.config()
         state = self.config_state()
         path = os.path.join(self.state_path, "config-history", "%06d-%s.conf" % (state["version"], state["sha256"][:12]))
         with open(path, "rb") as stream:
@@ -1130,28 +1146,39 @@ class Home:
 
     def take_config(self, offer: "Dict[str, Any]") -> bool:
         """Put another machine's newer version in force here; False when ours is the newer one.  Raises ConfigError for a
-        text that is wrong.  An edit made here that the new version does not know is kept beside it."""
-        text = offer["text"]
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        text that is wrong.  An edit made here that the new version does not know is kept beside it.
+
+        The same text under a higher number is taken too, or an edit made here later would get a number that loses.
+        """
+        text, digest = offer["text"], sha256_of(offer["text"])
         if digest != offer["sha256"]:
             raise ProtocolError("a configuration that is not what its digest says")
         parse_config(text, "a configuration from another machine")
+        with contextlib.suppress(CBackupError):
+            self.config()  # an edit that nothing has read yet is a version like any other
         with self.lock("config.lock"):
             state = self.config_state()
             if state and config_order(offer) <= config_order(state):
                 return False
             lost = state and state.get("mine") and state["sha256"] not in offer["history"] and state["sha256"] != digest
+            there = None
             with contextlib.suppress(OSError):
-                with open(self.config_path, "rb") as stream:  # an edit that nothing has read yet, or a wrong one
-                    lost = lost or hashlib.sha256(stream.read(CONFIG_LIMIT)).hexdigest() not in (
-                        state.get("sha256"), digest)
-            if lost and os.path.exists(self.config_path):
-                os.rename(self.config_path, "%s.conflict-%s" % (self.config_path, time.strftime(
-                    "%Y%m%d-%H%M%S", time.localtime(clock.now()))))
-            atomic_write(self.config_path, text.encode(), 0o600)
-            self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest, "mine": False,
+                with open(self.config_path, "rb") as stream:
+                    there = stream.read()
+            if there != text.encode():
+                if there is not None and (lost or sha256_of(there) != state.get("sha256")):  # the second: a wrong one
+                    self._keep_aside(there)
+                atomic_write(self.config_path, text.encode())
+            mine = state.get("sha256") == digest and state["mine"]
+            self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest, "mine": mine,
                           "history": offer["history"][:CONFIG_HISTORY]}, text)
         return True
+
+    def _keep_aside(self, data: bytes) -> None:
+        """Write an edit that lost beside the configuration, under a name that nothing has yet."""
+        name = "%s.conflict-%s" % (self.config_path, time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now())))
+        names = [name] + ["%s-%d" % (name, number) for number in range(2, 1000)]
+        atomic_write(next(name for name in names if not os.path.lexists(name)), data)
 
     def conflicts(self) -> "List[str]":
         """The names of edits that lost against another machine's, kept beside the configuration."""
@@ -4215,6 +4242,10 @@ def check_offer(offer: Any) -> "Dict[str, Any]":
             or not all(isinstance(offer.get(key), str) for key in ("sha256", "text")) or len(offer["text"]) > CONFIG_LIMIT \
             or not isinstance(offer.get("history"), list) or not all(isinstance(h, str) for h in offer["history"]):
         raise ProtocolError("a configuration that is not of the form")
+    try:
+        offer["text"].encode()
+    except UnicodeEncodeError:
+        raise ProtocolError("a configuration that is not text")
     return offer
 
 
@@ -4366,6 +4397,7 @@ class Service:
 
     def __init__(self, home: Home, config: Config, host: str, books: "Optional[Books]" = None) -> None:
         self.home, self.config, self.host = home, config, host
+        self.address = config.address(host)
         self.books = books or Books(home.state("books.db"), host)
         self.books.configure(config)
         self.scanner: "Optional[Scanner]" = None
@@ -4400,8 +4432,12 @@ class Service:
             run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")))
 
     def reload(self, config: Config) -> None:
+        """Put a configuration in force in the running server."""
         self.config = config
         self.books.configure(config)
+        log.info("took over the changed configuration")
+        if config.address(self.host) != self.address:
+            log.warning("%s is to listen on %s:%d now: restart the server", self.host, *config.address(self.host))
 
     # -- a pass begins --
 
@@ -4952,7 +4988,7 @@ class Server:
         self.service = Service(home, config, host)
         self.service.scanner = Scanner(self.service)
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.address, self.port = address, port = config.address(host)
+        address, port = config.address(host)
         outer = self
 
         class Handler(socketserver.BaseRequestHandler):
@@ -5008,28 +5044,37 @@ class Server:
         thread.start()
         self.service.scanner.start()
         ready()
-        seen, ticks = self._config_stamp(), 0
+        taken = last = None  # not what is there now: it may have changed since the server read it
+        ticks = 0
         # Short waits: a signal that another thread receives wakes this one only when its wait ends.
         while not self._stopped.wait(0.5):
             ticks += 1
-            if ticks % 10:
-                continue
-            with contextlib.suppress(sqlite3.Error, OSError):
-                self.service.books.save_up()
-            if self._config_stamp() != seen:
-                seen = self._config_stamp()
-                try:
-                    self.service.reload(self.home.config())
-                    log.info("took over the changed configuration")
-                    if self.service.config.address(self.host) != (self.address, self.port):
-                        log.warning("the address or port of %s changed: restart the server", self.host)
-                except CBackupError as error:
-                    log.error("the configuration is wrong, the last right one stays in force:\n%s", error)
+            if ticks % 10 == 0:
+                with contextlib.suppress(sqlite3.Error, OSError):
+                    self.service.books.save_up()
+            before, last = last, self._config_stamp()
+            if last not in (None, taken) and last == before:  # an editor may be in the middle of writing it
+                taken = last
+                self._take_over()
         self.service.scanner.stop()
         self.listener.shutdown()
         self.listener.server_close()
         with contextlib.suppress(sqlite3.Error):
             self.service.books.close()
+
+    def _take_over(self) -> None:
+        """The file of the configuration has changed: the right one is in force from now on, a wrong one is refused."""
+        try:
+            config = self.home.config()
+            if config.text == self.service.config.text:
+                return
+            self.service.reload(config)
+        except CBackupError as error:
+            log.error("the configuration is wrong, the last right one stays in force:")
+            for line in str(error).splitlines():
+                log.error("%s", line)
+        except (sqlite3.Error, OSError) as error:
+            log.error("the changed configuration could not be taken over: %s", error)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -6109,27 +6154,33 @@ class Client:
         return vault
 
     def exchange_config(self) -> None:
-        """Take a newer configuration from the servers with sources, give them a newer one of ours."""
-        def exchange(host: str) -> None:
-            link = Link(host, self.config, self.context)
-            try:
-                link.connect().close()
-                theirs, ours = link.hello.get("config"), self.home.config_state()
-                if not isinstance(theirs, list) or len(theirs) != 3 or theirs[2] == ours.get("sha256"):
-                    return
-                if not ours or tuple(theirs) > config_order(ours):
-                    self.home.take_config(check_offer(link.call("config")["config"]))
-                else:
-                    link.call("new_config", config=self.home.config_offer())
-            except (Unreachable, Refused):
-                pass  # the pass itself reports it
-            except (ProtocolError, ConfigError, TypeError) as error:
-                log.warning("%s offers a configuration that is wrong: %s", host, error)
-            finally:
-                link.close()
+        """Take a newer configuration from the servers of all hosts, give them a newer one of ours: also those of hosts
+        without sources, which the edit may just have changed.  Again when ours became another: what one server knew and
+        the others did not."""
+        for _ in range(2):
+            before = self.home.config_state()
+            in_parallel(self._exchange_with, (host for host in self.config.all_hosts() if host != self.host))
+            self.config = self.home.config()
+            if self.home.config_state() == before:
+                return
 
-        in_parallel(exchange, sorted({s.host for s in self.config.sources.values() if s.host != self.host}))
-        self.config = self.home.config()
+    def _exchange_with(self, host: str) -> None:
+        link = Link(host, self.config, self.context)
+        try:
+            link.connect().close()
+            theirs, ours = link.hello.get("config"), self.home.config_state()
+            if not isinstance(theirs, list) or len(theirs) != 3 or ours and tuple(theirs) == config_order(ours):
+                return
+            # Not taken: an edit that the server had not noticed yet, and that is newer.
+            if not ours or tuple(theirs) > config_order(ours) \
+                    or link.call("new_config", config=self.home.config_offer()).get("taken") is False:
+                self.home.take_config(check_offer(link.call("config").get("config")))
+        except Unreachable:
+            pass  # the pass itself reports it
+        except (Refused, ProtocolError, ConfigError, TypeError) as error:
+            log.warning("%s: the configurations could not be compared: %s", host, str(error).replace("\n", "; "))
+        finally:
+            link.close()
 
     def run(self) -> Figures:
         """One pass over every backup of this host."""

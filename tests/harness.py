@@ -481,11 +481,12 @@ class Cluster:
                          ["[hosts]"] + ["%s = 127.0.0.1:%d" % item for item in self.ports.items()] +
                          ["[sources]"] + list(lines(self.sources)) + ["[backups]"] + list(lines(self.backups))) + "\n"
 
-    def write_config(self):
-        """Gives every home the configuration. Done by itself before a command, when it changed."""
+    def write_config(self, *hosts):
+        """Gives every home the configuration, or only those of `hosts`: then the passes have to carry it to the others.
+        Done by itself before a command, when it changed."""
         text = self.config()
         if text != self._written:
-            for host in self.hosts:
+            for host in hosts or self.hosts:
                 write_file(os.path.join(self.home(host), "cbackup.conf"), text)
             self._written = text
 
