@@ -4988,6 +4988,7 @@ class Server:
         self.service = Service(home, config, host)
         self.service.scanner = Scanner(self.service)
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._stopping, self._wake = False, os.pipe()
         address, port = config.address(host)
         outer = self
 
@@ -5040,14 +5041,14 @@ class Server:
         """Serve until `stop`."""
         assert self.service.scanner is not None
         thread = threading.Thread(target=self.listener.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
-        self._stopped = threading.Event()
         thread.start()
         self.service.scanner.start()
         ready()
         taken = last = None  # not what is there now: it may have changed since the server read it
         ticks = 0
         # Short waits: a signal that another thread receives wakes this one only when its wait ends.
-        while not self._stopped.wait(0.5):
+        while not self._stopping:
+            _wait([self._wake[0]], [], 0.5)
             ticks += 1
             if ticks % 10 == 0:
                 with contextlib.suppress(sqlite3.Error, OSError):
@@ -5077,7 +5078,9 @@ class Server:
             log.error("the changed configuration could not be taken over: %s", error)
 
     def stop(self) -> None:
-        self._stopped.set()
+        """For a signal's handler: it takes no lock, not even an Event's, which the interrupted code may be holding."""
+        self._stopping = True
+        os.write(self._wake[1], b".")
 
     def _config_stamp(self) -> "Optional[Tuple[int, int, int]]":
         try:
