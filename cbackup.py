@@ -4949,8 +4949,9 @@ def redeem_invitation(home: Home, secret: Any) -> bool:
         return right
 
 
-def join_cluster(home: Home, address: str, port: int, token: str) -> None:
-    """Fetch key and configuration from the server at `address`, when it has the certificate that the token names."""
+def join_cluster(home: Home, address: str, port: int, token: str) -> str:
+    """Fetch key and configuration from the server at `address`, when it has the certificate that the token names.
+    Returns the address by which that server sees this machine."""
     if not re.match(r"[0-9a-f]{52}\Z", token):
         raise UsageError("that is not a token: copy the whole line that `cbackup.pyz invite` printed")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -4959,6 +4960,7 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> None:
     try:
         connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT)
         connection.settimeout(HANDSHAKE_TIMEOUT)
+        own = connection.getsockname()[0]
         tls = context.wrap_socket(connection)
         fingerprint = hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest()[:32]
         if not secrets.compare_digest(fingerprint, token[:32]):
@@ -4974,8 +4976,9 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> None:
         raise Unreachable(address, "port %d: %s" % (port, reason_of(error)))
     if answer.get("ok") is not True or not isinstance(answer.get("key"), str):
         raise CBackupError("%s: %s" % (address, str(answer.get("text") or "it did not let this machine join")[:300]))
+    home.take_config(check_offer(answer.get("config")))
     atomic_write(home.key_path, answer["key"].encode(), 0o600)
-    home.take_config(check_offer(answer["config"]))
+    return own
 
 
 class Server:
@@ -5121,9 +5124,10 @@ class Server:
             return
         channel.send({"cbackup": PROTOCOL, "join": True})
         request = channel.receive(HANDSHAKE_TIMEOUT) or {}
+        with open(self.home.key_path) as stream:  # all of it before the token is spent
+            welcome = {"ok": True, "key": stream.read(), "config": self.home.config_offer()}
         if request.get("op") == "join" and redeem_invitation(self.home, request.get("secret")):
-            with open(self.home.key_path) as stream:
-                channel.send({"ok": True, "key": stream.read(), "config": self.home.config_offer()})
+            channel.send(welcome)
             log.warning("a new machine has joined")
         else:
             channel.send({"error": "token", "text": "the token is wrong, used, or older than an hour; "
@@ -7430,30 +7434,44 @@ def add_join_parser(commands: Any) -> None:
 
 
 def cmd_join(args: argparse.Namespace, home: Home) -> int:
-    for path in (home.key_path, home.config_path):
+    name, host_path = home.own_name(), os.path.join(home.path, "host")
+    for path in (home.key_path, home.config_path) + ((host_path,) if args.host else ()):
         if os.path.lexists(path):
-            raise UsageError("%s is there already: this machine belongs to a cluster" % path)
+            raise UsageError("%s is there already: this machine belongs to a cluster, or did" % path)
+    if not _NAME.match(name):  # before the token is spent
+        raise UsageError("this machine's name %r cannot be used; say --host NAME before join" % name)
     try:
         address, port = split_address(args.address)
     except ValueError as error:
         raise UsageError(str(error))
     os.makedirs(home.path, mode=0o700, exist_ok=True)
-    join_cluster(home, address, port or Config.port, args.token)
-    name = home.own_name()
-    if not _NAME.match(name):
-        raise UsageError("this machine's name %r cannot be used; say --host NAME" % name)
+    own = join_cluster(home, address, port or Config.port, args.token)
     if args.host:
-        atomic_write(os.path.join(home.path, "host"), name.encode() + b"\n", 0o600)
-    program = " ".join(shlex.quote(word) for word in own_command())
-    where = " --home %s" % shlex.quote(home.path) if args.home or os.environ.get("CBACKUP_HOME") else ""
-    print("%s has joined: %s and %s are in place" % (name, home.config_path, home.key_path))
-    print("1. in %s write a line, for example" % home.config_path)
-    print("     [sources]   documents = %s:%s" % (name, os.path.expanduser("~/Documents")))
-    print("     [backups]   %s = %s:/srv/cbackup size=100G" % (name, name))
-    print("2. start the server at boot: %s%s service  prints how" % (program, where))
-    print("3. on a host with a backup, add to cron (crontab -e):")
-    print("     */15 * * * * %s%s -q client" % (program, where))
+        atomic_write(host_path, name.encode() + b"\n")
+    print_joined(args, home, name, own)
     return EXIT_DONE
+
+
+def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> None:
+    """What is left to do on a new machine; its lines may be appended to the configuration as they are."""
+    config = home.config()
+    lines = ["source " + s.name for s in config.sources_of(name)]
+    lines += ["backup " + b.name for b in config.backups_of(name)]
+    command = " ".join(shlex.quote(word) for word in own_command())
+    if args.home or os.environ.get("CBACKUP_HOME"):
+        command += " --home %s" % shlex.quote(home.path)
+    print("%s has joined: %s and %s are in place" % (name, home.config_path, home.key_path))
+    if lines:
+        print("1. the configuration knows it already: %s" % ", ".join(lines))
+    else:
+        print("1. append to %s what is true of these lines:" % home.config_path)
+        print("     [hosts]\n     %s = %s    # if the others do not find it by its name" % (name, own))
+        print("     [sources]\n     %s-home = %s:%s" % (name, name, shlex.quote(os.path.expanduser("~"))))
+        print("     [backups]\n     %s = %s:/srv/cbackup size=100G" % (name, name))
+    print("2. start the server at boot; this prints how: %s service" % command)
+    print("3. make a first pass by hand, which also tells the other machines what you wrote: %s client" % command)
+    print("4. on a machine with a backup let cron do it (crontab -e):")
+    print("     */15 * * * * %s -q client" % command.replace("%", "\\%"))
 
 
 SERVICE_UNITS = {
@@ -7464,7 +7482,8 @@ Description=cbackup server
 After=network-online.target
 Wants=network-online.target
 [Service]
-ExecStart={command} server
+Environment={systemd_path}
+ExecStart={systemd} server
 Restart=always
 RestartSec=10
 User={user}
@@ -7477,6 +7496,7 @@ WantedBy=multi-user.target
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
 <plist version="1.0"><dict>
 <key>Label</key><string>cbackup.server</string>
+<key>EnvironmentVariables</key><dict><key>PATH</key><string>{xml_path}</string></dict>
 <key>ProgramArguments</key><array>{array}<string>server</string></array>
 <key>UserName</key><string>{user}</string>
 <key>KeepAlive</key><true/>
@@ -7491,17 +7511,20 @@ WantedBy=multi-user.target
 . /etc/rc.subr
 name=cbackup
 rcvar=cbackup_enable
+load_rc_config $name
+: ${{cbackup_enable:=NO}}
+export PATH={sh_path}
 pidfile=/var/run/cbackup.pid
 command=/usr/sbin/daemon
-command_args="-r -P $pidfile -u {user} {command} server"
-load_rc_config $name
+command_args={daemon_arguments}
 run_rc_command "$1"
 """,
     "openrc": """\
 #!/sbin/openrc-run
 # /etc/init.d/cbackup, mode 755; then: rc-update add cbackup && rc-service cbackup start
-command={program}
-command_args="{arguments} server"
+export PATH={sh_path}
+command={openrc_program}
+command_args={openrc_arguments}
 command_user={user}
 command_background=true
 pidfile=/run/cbackup.pid
@@ -7515,12 +7538,20 @@ depend() {{ need net; }}
 <create_default_instance enabled="true"/><single_instance/>
 <dependency name="network" grouping="require_all" restart_on="none" type="service">
 <service_fmri value="svc:/milestone/network:default"/></dependency>
-<exec_method type="method" name="start" exec="{command} server &amp;" timeout_seconds="60">
-<method_context><method_credential user="{user}"/></method_context></exec_method>
+<exec_method type="method" name="start" exec={smf} timeout_seconds="60">
+<method_context><method_credential user="{user}"/>
+<method_environment><envvar name="PATH" value="{xml_path}"/></method_environment></method_context></exec_method>
 <exec_method type="method" name="stop" exec=":kill" timeout_seconds="60"/>
 </service></service_bundle>
 """}
-"""How each system starts the server at boot; {command} is quoted for a shell, {array} for a property list."""
+"""How each system starts the server at boot.  Each field is quoted for what reads it: rc.subr and OpenRC evaluate their
+variables once more, systemd and SMF replace words with %, XML has its own.  PATH is given because rsync is often where
+the short PATH of a boot does not lead."""
+
+
+def systemd_word(word: str) -> str:
+    word = word.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
+    return word if re.match(r"[\w@%+=:,./-]+\Z", word, re.A) else '"%s"' % word
 
 
 def add_service_parser(commands: Any) -> None:
@@ -7531,14 +7562,20 @@ def add_service_parser(commands: Any) -> None:
 
 def cmd_service(args: argparse.Namespace, home: Home) -> int:
     import getpass
-    from xml.sax.saxutils import escape
+    from xml.sax.saxutils import escape, quoteattr
     own = "launchd" if sys.platform == "darwin" else "rc.d" if "bsd" in sys.platform else \
         "smf" if sys.platform.startswith("sunos") else "openrc" if os.path.exists("/sbin/openrc-run") else "systemd"
-    words = own_command() + ["--home", home.path]
-    quoted = [shlex.quote(word) for word in words]
+    quote, user, words = shlex.quote, getpass.getuser(), own_command() + ["--home", home.path]
+    command = " ".join(map(quote, words))
+    places = [os.path.dirname(shutil.which("rsync") or "/usr/bin/rsync")]
+    path = ":".join(dict.fromkeys(places + ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]))
     print(SERVICE_UNITS[args.kind or own].format(
-        command=" ".join(quoted), program=quoted[0], arguments=" ".join(quoted[1:]), user=getpass.getuser(),
-        array="".join("<string>%s</string>" % escape(word) for word in words)), end="")
+        user=user, sh_path=quote(path), xml_path=escape(path, {'"': "&quot;"}),
+        systemd=" ".join(map(systemd_word, words)), systemd_path=systemd_word("PATH=" + path).replace("$$", "$"),
+        smf=quoteattr(command.replace("%", "%%") + " server &"),
+        array="".join("<string>%s</string>" % escape(word) for word in words), openrc_program=quote(quote(words[0])),
+        openrc_arguments=quote(" ".join(map(quote, words[1:] + ["server"]))),
+        daemon_arguments=quote("-r -P /var/run/cbackup.pid -u %s %s server" % (user, command))), end="")
     return EXIT_DONE
 
 
