@@ -829,6 +829,14 @@ class Config:
     def backups_of(self, host: str) -> "List[Backup]":
         return [b for b in self.backups.values() if b.host == host]
 
+    def too_few_hosts(self, source: "Source") -> str:
+        """Why a source cannot have its copies, however much room there is; "" when it can."""
+        others = {b.host for b in self.backups.values() if b.host != source.host and not b.leaving}
+        if len(others) >= source.replicas:
+            return ""
+        return "%d copies on different hosts are wanted, and only %s can have a copy" % (
+            source.replicas, count_of(len(others), "other host"))
+
     def rate(self, *lines: "Any", key: str) -> "Optional[int]":
         """The lowest of the cluster's and the given lines' `read_rate` or `bwlimit`; None without any."""
         found = {"read_rate": (self.read_rate, [x.read_rate for x in lines]),
@@ -1185,6 +1193,28 @@ class Home:
         with contextlib.suppress(OSError):
             return sorted(name for name in os.listdir(self.path) if name.startswith("cbackup.conf.conflict-"))
         return []
+
+    def to_forget(self) -> "Dict[str, List[str]]":
+        """backup -> the sources, no longer configured, whose copies in it may go: somebody said `forget`."""
+        found = read_json(os.path.join(self.state_path, "forget.json")).get("todo")
+        return found if isinstance(found, dict) else {}
+
+    def note_forget(self, source: str, backups: "Iterable[str]", forget: bool = True) -> None:
+        """Enter that `source` may be deleted from `backups`; with `forget` false, that it was, or may no longer.
+
+        What was said must not outlive its being done: the name may be another source's one day."""
+        with self.lock("forget.lock"):
+            todo = self.to_forget()
+            for backup in backups:
+                names = set(todo.get(backup, [])) - {source} | ({source} if forget else set())
+                todo[backup] = sorted(names)
+            atomic_write(self.state("forget.json"), json.dumps({"todo": {b: n for b, n in todo.items() if n}}).encode())
+
+    def void_forgets(self, config: Config) -> None:
+        """A source that is configured again is no longer to be forgotten."""
+        for backup, names in self.to_forget().items():
+            for name in set(names) & set(config.sources):
+                self.note_forget(name, [backup], forget=False)
 
     @contextlib.contextmanager
     def lock(self, name: str, wait: bool = True) -> "Iterator[None]":
@@ -1547,12 +1577,14 @@ class Books:
     def configure(self, config: Config) -> None:
         """Take over what the configuration says about sources of this host and all backups."""
         with self.write() as db:
+            asleep = dict(db.execute("SELECT name, id FROM sources WHERE active=0"))
             db.execute("UPDATE sources SET active=0")
             for source in config.sources_of(self.host):
                 db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
                 db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
                            (source.path, source.replicas, source.name))
             before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
+            db.execute("UPDATE backups SET lost=1 WHERE configured=0")  # one that comes back counts when it was heard
             db.execute("UPDATE backups SET configured=0")
             for backup in config.backups.values():
                 db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
@@ -1562,6 +1594,20 @@ class Books:
             for number, *facts in db.execute("SELECT id, host, configured, leaving FROM backups").fetchall():
                 if number in before and before[number] != tuple(facts):
                     self.regroup_backup(number)
+            for source in config.sources_of(self.host):
+                if source.name in asleep:
+                    self._count_anew(asleep[source.name])
+
+    def _count_anew(self, source: int) -> None:
+        """A source is configured again: its copies may have been deleted meanwhile (`forget`).  They count when the
+        backups have reported them; until then nothing is copied again."""
+        with self.write() as db:
+            files = [row[0] for row in db.execute("SELECT DISTINCT file FROM copies WHERE source=?", (source,))]
+            db.execute("DELETE FROM copies WHERE source=?", (source,))
+            db.execute("DELETE FROM caught_up WHERE source=?", (source,))
+            self.regroup(files)
+            if files:
+                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
 
     def source_row(self, name: str) -> "Dict[str, Any]":
         """The row of an active source of this host.  Raises Refused("unknown")."""
@@ -4236,6 +4282,16 @@ FIELDS.update({"free": _is_number})
 SERVED = ("source", "backup", "attic", "catalog")
 
 
+def shared_disks(backups: "Dict[str, Dict[str, Any]]", host: str) -> "List[str]":
+    """A line for each disk of a host that has several backups.  backups: name -> facts, with `disk`, of that host."""
+    disks: "Dict[int, List[str]]" = {}
+    for name, facts in sorted(backups.items()):
+        if facts.get("disk") is not None:
+            disks.setdefault(facts["disk"], []).append(name)
+    return ["%s are on one disk of %s: one failure takes all of them (they count as one host anyway)"
+            % (" and ".join(names), host) for names in disks.values() if len(names) > 1]
+
+
 def check_offer(offer: Any) -> "Dict[str, Any]":
     """A configuration from a peer, when it has the form of Home.config_offer.  Raises ProtocolError."""
     if not isinstance(offer, dict) or not _is_count(offer.get("version")) or not _is_count(offer.get("stamp")) \
@@ -4431,11 +4487,23 @@ class Service:
         with self._scanning:  # one at a time: `accept` scans in its own thread
             run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")))
 
+    def catch_up_with_home(self) -> None:
+        """Take over the configuration as it is in the file, when it is another.  Raises ConfigError for a wrong one."""
+        config = self.home.config()
+        if config.text != self.config.text:
+            self.reload(config)
+
     def reload(self, config: Config) -> None:
         """Put a configuration in force in the running server."""
         self.config = config
         self.books.configure(config)
+        self.home.void_forgets(config)
         log.info("took over the changed configuration")
+        for source in config.sources_of(self.host):
+            if config.too_few_hosts(source):
+                log.warning("source %s: %s", source.name, config.too_few_hosts(source))
+        for line in shared_disks(self._own_backups(), self.host):
+            log.warning("%s", line)
         if config.address(self.host) != self.address:
             log.warning("%s is to listen on %s:%d now: restart the server", self.host, *config.address(self.host))
 
@@ -4694,8 +4762,8 @@ class Service:
         for spec in self.config.backups_of(self.host):
             reader = VaultReader(spec)
             try:
-                out[spec.name] = reader.facts()
-            except CBackupError as error:
+                out[spec.name] = dict(reader.facts(), disk=os.stat(spec.path).st_dev)
+            except (CBackupError, OSError) as error:
                 out[spec.name] = {"state": str(error)}
         return out
 
@@ -4757,11 +4825,10 @@ class Service:
 
     def op_forget_source(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Remember that the copies of a source that is no longer configured may go; the clients of this host do it."""
+        self.catch_up_with_home()
         if request["source"] in self.config.sources:
             raise Refused("configured", "source %s is in the configuration" % request["source"])
-        with self.home.lock("forget.lock"):
-            names = set(read_json(self.home.state("forget.json")).get("sources", [])) | {request["source"]}
-            atomic_write(self.home.state("forget.json"), json.dumps({"sources": sorted(names)}).encode())
+        self.home.note_forget(request["source"], [b.name for b in self.config.backups_of(self.host)])
         return {}
 
     def op_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -4771,8 +4838,7 @@ class Service:
     def op_new_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A client brings a configuration that it believes to be newer."""
         taken = self.home.take_config(check_offer(request["config"]))
-        if taken:
-            self.reload(self.home.config())
+        self.catch_up_with_home()  # also when an edit made here is the newer one
         return {"taken": taken}
 
     def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -5069,10 +5135,7 @@ class Server:
     def _take_over(self) -> None:
         """The file of the configuration has changed: the right one is in force from now on, a wrong one is refused."""
         try:
-            config = self.home.config()
-            if config.text == self.service.config.text:
-                return
-            self.service.reload(config)
+            self.service.catch_up_with_home()
         except CBackupError as error:
             log.error("the configuration is wrong, the last right one stays in force:")
             for line in str(error).splitlines():
@@ -6226,9 +6289,10 @@ class Client:
             with vault.locked():
                 one = Pass(vault, self.config, self.host, self.links(), figures, self.progress,
                            adopt=self.adopt == spec.name, own=self.own_link())
-                for name in read_json(os.path.join(self.home.state_path, "forget.json")).get("sources", []):
-                    if _is_name(name) and name not in self.config.sources:
-                        vault.forget_source(name)
+                self.home.void_forgets(self.config)
+                for name in filter(_is_name, self.home.to_forget().get(spec.name, [])):
+                    vault.forget_source(name)
+                    self.home.note_forget(name, [spec.name], forget=False)
                 (work or Pass.run)(one)
         except Busy as error:
             with figures.lock:
@@ -6971,11 +7035,13 @@ def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
     hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
     answers, down = ask_all(home, config, sorted(hosts), "status")
     answers.update((host, {"error": why}) for host, why in down.items())
-    sources = {name: _source_status(spec, answers[spec.host]) for name, spec in sorted(config.sources.items())}
+    sources = {name: dict(_source_status(spec, answers[spec.host]), impossible=config.too_few_hosts(spec))
+               for name, spec in sorted(config.sources.items())}
     backups = {name: _backup_status(spec, answers, {s.host for s in config.sources.values()}) for name, spec in sorted(config.backups.items())}
     return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources, "backups": backups,
             "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
-            "conflicts": home.conflicts()}
+            "conflicts": home.conflicts(), "warnings": [
+                line for host in sorted(hosts) for line in shared_disks(answers[host].get("mine", {}), host)]}
 
 
 def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7016,6 +7082,8 @@ def all_safe(status: "Dict[str, Any]") -> bool:
 def print_status(status: "Dict[str, Any]") -> None:
     for name, s in status["sources"].items():
         print("%s  (%s:%s)" % (name, s["host"], s["path"]))
+        if s["impossible"]:
+            print("    IMPOSSIBLE: %s" % s["impossible"])
         if s["state"] == "unreachable":
             print("    its server does not answer: nothing is known of it from here")
             continue
@@ -7045,8 +7113,8 @@ def print_status(status: "Dict[str, Any]") -> None:
         if b.get("leaving"):
             print("    leaving: %s" % ("it can be unplugged now" if b["duties"] == 0 else "%s still needed here" % (
                 count_of(b["duties"], "copy" if b["duties"] == 1 else "copie") if b["duties"] is not None else "it is not known what is")))
-
-
+    for line in status["warnings"]:
+        print(line)
     for name in status["conflicts"]:
         print("%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name)
 
@@ -7064,8 +7132,9 @@ def print_check(status: "Dict[str, Any]") -> None:
         elif s["last_scan"] is None:
             parts.append("%s has not been looked at yet" % name)
         elif s["underserved_files"]:
-            parts.append("%s of %s in %s have fewer than %d copies" % (
-                format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"]))
+            parts.append("%s of %s in %s have fewer than %d copies%s" % (
+                format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"],
+                s["impossible"] and " (%s)" % s["impossible"]))
     print("NOT SAFE: " + "; ".join(parts))
 
 
@@ -7132,7 +7201,7 @@ def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
     for b in backups.values():
         if b["capacity"] is not None and not b["leaving"]:
             rooms[b["host"]] = rooms.get(b["host"], 0) + b["capacity"]
-    sources = {name: _planned_source(spec, answers, backups) for name, spec in sorted(config.sources.items())}
+    sources = {name: _planned_source(spec, config, answers, backups) for name, spec in sorted(config.sources.items())}
     known = {name: s for name, s in sources.items() if s["bytes"] is not None}
     needs = [(s["host"], s["replicas"], s["bytes"]) for s in known.values()]
     largest = max([s["largest_bytes"] for s in known.values()], default=0)
@@ -7153,8 +7222,8 @@ def _planned_backup(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict
             "leaving": spec.leaving, "state": "ok" if found else "unreachable"}
 
 
-def _planned_source(spec: Source, answers: "Dict[str, Dict[str, Any]]", backups: "Dict[str, Dict[str, Any]]",
-                    ) -> "Dict[str, Any]":
+def _planned_source(spec: Source, config: Config, answers: "Dict[str, Dict[str, Any]]",
+                    backups: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
     out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
                              "needed_bytes": None, "largest_bytes": None, "largest_path": None, "problems": []}
     found = answers.get(spec.host, {}).get("sources", {}).get(spec.name)
@@ -7166,9 +7235,8 @@ def _planned_source(spec: Source, answers: "Dict[str, Dict[str, Any]]", backups:
     able = {b["host"] for b in backups.values() if b["host"] in others and not b["leaving"] and b["capacity"] is not None
             and b["capacity"] >= out["largest_bytes"]}
     out["hosts_for_largest"] = len(able)
-    if len(others) < spec.replicas:
-        out["problems"].append("%d copies on different hosts are wanted, and only %s can have a copy"
-                               % (spec.replicas, count_of(len(others), "other host")))
+    if config.too_few_hosts(spec):
+        out["problems"].append(config.too_few_hosts(spec))
     elif len(able) < spec.replicas:
         out["problems"].append("the largest file, %s with %s, is larger than the backups: they can hold it on only %s"
                                % (shown(as_raw(out["largest_path"])), format_size(out["largest_bytes"]), count_of(len(able), "host")))
@@ -7657,7 +7725,8 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     status = collect_status(home, home.config())
     if args.json:
         print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
-                          if key in STATUS_KEYS else value for key, value in status.items() if key not in ("unreachable", "conflicts")}))
+                          if key in STATUS_KEYS else value for key, value in status.items()
+                          if key not in ("unreachable", "conflicts", "warnings")}))
     elif args.check:
         print_check(status)
     else:
@@ -7824,8 +7893,9 @@ def cmd_forget(args: argparse.Namespace, home: Home) -> int:
                 args.source, " on all hosts" if args.everywhere else " on this host")).strip() != "yes":
             return EXIT_INCOMPLETE
     client, figures = Client(home, config, host, Progress(args.quiet)), Figures()
+    home.note_forget(args.source, [spec.name for spec in config.backups_of(host)])
     for spec in config.backups_of(host):
-        client.run_one(spec, figures, lambda one: one.vault.forget_source(args.source))
+        client.run_one(spec, figures, lambda one: None)  # one that is at work is not waited for: its next pass does it
     others = sorted({b.host for b in config.backups.values()} - {host}) if args.everywhere else []
     down = ask_all(home, config, others, "forget_source", source=args.source)[1]
     for line in figures.lines + sorted(down.values()):
