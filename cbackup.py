@@ -3607,10 +3607,25 @@ class Vault:
         for count in range(1000):
             stamp = self.stamp + (b"-%d" % count if count else b"")
             stored = b"/".join((kind, source.encode(), stamp, path))
-            if self.tree.lstat(META_DIR + b"/" + stored) is None \
-                    and not self.one("SELECT 1 FROM attic WHERE source=? AND path=? AND stored=?", source, path, stored):
+            if not self._attic_taken(source, path, stored):
                 return stored
         raise CBackupError("no name left in the attic for %s" % shown(path))
+
+    def _attic_taken(self, source: str, path: bytes, stored: bytes) -> bool:
+        """Whether something lies, or is to lie, at `stored`, below it, or where it needs a directory: within one second a
+        path may have been a file and a directory."""
+        below = self.one("SELECT 1 FROM attic WHERE source=? AND path>? AND path<? AND stored>? AND stored<? LIMIT 1",
+                         source, path + b"/", path + b"0", stored + b"/", stored + b"0")
+        if below or self.tree.lstat(META_DIR + b"/" + stored) is not None:
+            return True
+        while path:
+            if self.one("SELECT 1 FROM attic WHERE source=? AND path=? AND stored=?", source, path, stored):
+                return True
+            path, stored = path.rpartition(b"/")[0], stored.rpartition(b"/")[0]
+            info = self.tree.lstat(META_DIR + b"/" + stored) if path else None
+            if info is not None:
+                return not stat.S_ISDIR(info.st_mode)
+        return False
 
     # -- deleting, the dangerous verb --
 
