@@ -2493,6 +2493,19 @@ class Held(CBackupError):
         super().__init__(text)
 
 
+UNACCEPTABLE = ("gone", "restore")
+"""Causes of which `accept` is not the way out: nothing is there that could be accepted."""
+
+
+def held_advice(name: str, facts: "Dict[str, Any]") -> str:
+    """What to do about a held source: `facts` have its reason and cause."""
+    if facts.get("cause") == "gone":
+        return "%s; if it is gone for good: remove its line from cbackup.conf" % facts["reason"]
+    if facts.get("cause") in UNACCEPTABLE:
+        return str(facts["reason"])
+    return "%s; if that is right: cbackup.pyz accept %s" % (facts["reason"], name)
+
+
 def compile_excludes(patterns: "Iterable[str]") -> "Callable[[bytes, bytes], bool]":
     """A test (path, name) -> excluded.  A pattern with `/` is for the whole path, another for any name."""
     import fnmatch
@@ -2784,6 +2797,7 @@ class Scan:
                 row = next(self._rows("path=x'%s'" % path.hex()))
                 books.settle_move(self.row, number, old, row, self._parent_id(row))
                 different = True
+        test_point("scan-half")
         return self._apply_rest() or different
 
     def _apply_rest(self) -> bool:
@@ -3811,6 +3825,7 @@ class Vault:
             except OSError:
                 with contextlib.suppress(FileNotFoundError):  # a file system without links: a moment without the file
                     self.tree.rename(place, META_DIR + b"/" + row[0])
+            test_point("linked")
         self.set_metadata(staged, mode, uid, gid, mtime)
         self.tree.rename(staged, place)
 
@@ -4554,7 +4569,7 @@ class Service:
 
     def _standing(self, backup: int, row: "Dict[str, Any]") -> "Dict[str, Any]":
         books = self.books
-        return {"state": row["state"], "reason": row["reason"], "replicas": row["replicas"],
+        return {"state": row["state"], "reason": row["reason"], "cause": row["cause"], "replicas": row["replicas"],
                 "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
                 "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
                 "recovering": books.recovering(row["id"])}
@@ -4698,6 +4713,7 @@ class Service:
         row = self.books.changeable(request["source"])
         paths = self.books.count_copies(self.books.backup_id(request["backup"]), row["id"],
                                         _rows_of(request, bytes, int, int))
+        test_point("counted-not-told")
         return {"counted": [as_text(path) for path in paths]}
 
     def op_decline(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -4763,7 +4779,8 @@ class Service:
             row = books.source_row(name)
             figures = books.figures(row)
             figures.update(host=self.host, path=row["path"], replicas=row["replicas"], state=row["state"],
-                           reason=row["reason"], special=row["special"], problems=json.loads(row["problems"] or "{}"),
+                           reason=row["reason"], cause=row["cause"], special=row["special"],
+                           problems=json.loads(row["problems"] or "{}"),
                            last_scan=None if row["scanned"] is None else max(0.0, clock.now() - row["scanned"]),
                            short=[[as_text(path), size, why] for path, size, why in
                                   books.short_files(row["id"], row["replicas"], 10)])
@@ -4860,7 +4877,7 @@ class Service:
         row = self.books.source_row(request["source"])
         if row["state"] == "ok":
             return {"text": "source %s is not held: nothing to accept" % request["source"]}
-        if row["cause"] in ("gone", "restore"):
+        if row["cause"] in UNACCEPTABLE:
             raise Refused("held", row["reason"] + "; this cannot be accepted: mount it, or remove its line")
         self.books.set_meta("accepted:" + request["source"], 1)  # these books need not ask again what backups report
         self.books.finish_scan(request["source"], accepted=1)
@@ -5502,8 +5519,7 @@ class Pass:
             with self.figures.lock:
                 self.standings[name] = Standing(name, host, self.config.sources.get(name), str(answer["books"]), facts)
             if facts["state"] != "ok":
-                self.figures.complain("%s is held: %s; if that is right: cbackup.pyz accept %s"
-                                      % (name, facts["reason"], name))
+                self.figures.complain("%s is held: %s" % (name, held_advice(name, facts)))
 
     def offered(self) -> int:
         """The room that we offer: none in a backup that is leaving, or on a disk that cannot be written to."""
@@ -5676,8 +5692,7 @@ class Pass:
             after = page[-1][0]
         standing.facts = link.call("report_end", backup=self.name, source=standing.name, serial=serial)
         if standing.facts["state"] != "ok":
-            self.figures.complain("%s is held: %s; if that is right: cbackup.pyz accept %s"
-                                  % (standing.name, standing.facts["reason"], standing.name))
+            self.figures.complain("%s is held: %s" % (standing.name, held_advice(standing.name, standing.facts)))
 
     def update(self, standing: Standing) -> None:
         """Files of which we have an older version: confirmed anew when nothing is different, else fetched as a
@@ -7066,7 +7081,7 @@ def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
     found = answer.get("sources", {}).get(spec.name)
     if found:
         for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
-                    "state", "last_scan", "reason", "special", "problems", "short"):
+                    "state", "last_scan", "reason", "cause", "special", "problems", "short"):
             out[key] = found.get(key)
     return out
 
@@ -7103,8 +7118,7 @@ def print_status(status: "Dict[str, Any]") -> None:
             print("    its server does not answer: nothing is known of it from here")
             continue
         if s["state"] == "held":
-            print("    HELD: %s" % s["reason"])
-            print("    nothing changes in the backups; if that is right: cbackup.pyz accept %s" % name)
+            print("    HELD, nothing changes in the backups: %s" % held_advice(name, s))
         print("    %s, %s; %d copies wanted" % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
         if s["underserved_files"]:
             print("    NOT SAFE YET: %s (%s) with fewer copies: %s" % (

@@ -78,6 +78,7 @@ class KillPointsTest(FaultCase):
 
     def kill_server(self, point):
         """A server that dies at the point while clients are at work."""
+        self.history()
         self.c.stop("s")
         server = self.c.spawn("s", "server", CBACKUP_TEST_KILL=point)
         self.addCleanup(server.kill)

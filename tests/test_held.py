@@ -92,7 +92,10 @@ class SpoiledTest(Case):
                     self.assertRc(1, result)
                     line = [line for line in result.error_lines if line.startswith("cbackup: %s is held: " % name)]
                     self.assertEqual(1, len(line), str(result))
-                    if self.SPOILED[name] != "gone":
+                    if self.SPOILED[name] == "gone":    # nothing is there that could be accepted
+                        self.assertNotIn("accept", line[0])
+                        self.assertIn("cbackup.conf", line[0])
+                    else:
                         self.assertIn("accept " + name, line[0])
 
     def test_other_sources_of_the_same_host_go_on(self):
