@@ -323,10 +323,18 @@ def reason_of(error: BaseException) -> str:
     return str(error) or error.__class__.__name__
 
 
+def fsync(descriptor: int, drive: bool = True) -> None:
+    """fsync(2), and with `drive`, on macOS, also what the drive has in its cache: there fsync alone stops before it."""
+    os.fsync(descriptor)
+    if drive and hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # not on every file system
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+
 def fsync_directory(path: "str | bytes") -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -339,7 +347,7 @@ def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            fsync(stream.fileno())
         os.rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -647,24 +655,25 @@ class Tree:
             os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=descriptor, follow_symlinks=False)
 
     def sync(self, paths: "Iterable[bytes]") -> None:
-        """Make files, and their names in their directories, durable.
+        """Make files, and their names in their directories, durable; also that a file is no longer under its name.
 
         Linux has one call for a whole file system; elsewhere every file and directory is synced by itself.
         """
-        if _syncfs(self._root):
+        paths = list(paths)
+        if not paths or _syncfs(self._root):
             return
-        parents = set()
+        gone = (FileNotFoundError, NotADirectoryError)
         for rel in paths:
-            parents.add(rel.rpartition(b"/")[0])
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(*gone):
                 descriptor = self.open(rel)
                 try:
-                    os.fsync(descriptor)
+                    fsync(descriptor, drive=False)
                 finally:
                     os.close(descriptor)
-        for above in parents:
-            with self._parent(above + b"/x" if above else b"x") as (descriptor, _):
-                os.fsync(descriptor)
+        for above in {rel.rpartition(b"/")[0] for rel in paths}:
+            with contextlib.suppress(*gone), self._parent(above + b"/x" if above else b"x") as (descriptor, _):
+                fsync(descriptor, drive=False)
+        fsync(self._root)
 
 
 def _syncfs(descriptor: int) -> bool:
@@ -3579,18 +3588,20 @@ class Vault:
         when the room is needed (`make_room`)."""
         return self.capacity() - self.used() + self.attic_bytes()
 
-    def make_room(self, need: int) -> "Tuple[int, int]":
-        """Delete old versions, oldest first, until `need` bytes are free.  Returns (files, bytes) deleted."""
+    def make_room(self, need: int, keep: float = 0.0) -> "Tuple[int, int]":
+        """Delete old versions, oldest first, until `need` bytes are free.  Returns (files, bytes) of those that had not
+        been there for `keep` seconds yet."""
         files = size = 0
         while self.capacity() - self.used() < need:
-            page = self.rows("SELECT id, stored, size FROM attic WHERE done=1 ORDER BY since, id LIMIT 100")
+            page = self.rows("SELECT id, stored, size, since, why FROM attic WHERE done=1 ORDER BY since, id LIMIT 100")
             if not page:
                 break
-            for number, stored, each in page:
+            for number, stored, each, since, why in page:
                 if self.capacity() - self.used() >= need:
                     break
                 self._delete_old(number, stored)
-                files, size = files + 1, size + each
+                if why != "bad" and since > clock.now() - keep:
+                    files, size = files + 1, size + each
         return files, size
 
     def expire_attic(self, keep: float) -> None:
@@ -3689,6 +3700,7 @@ class Vault:
         for source, path in rows:
             self.delete(self.place_of(source, path), Grant(source, path))
         if rows:
+            self.tree.sync([self.place_of(source, path) for source, path in rows])
             with self.write() as db:
                 db.executemany("DELETE FROM dropping WHERE source=? AND path=?", rows)
 
@@ -3727,8 +3739,11 @@ class Vault:
                     (source, path, stored, info.st_size, mtime, digest, clock.now(), why)).lastrowid
                 names.append((number, path, stored))
         test_point("set-aside-planned")
+        touched: "List[bytes]" = []
         for _, path, stored in names:
             self.tree.rename(self.place_of(source, path), META_DIR + b"/" + stored)
+            touched += [META_DIR + b"/" + stored, self.place_of(source, path)]
+        self.tree.sync(touched)
         with self.write() as db:
             db.executemany("UPDATE attic SET done=1 WHERE id=?", [(number,) for number, _, _ in names])
 
@@ -3747,6 +3762,7 @@ class Vault:
                         db.execute("DELETE FROM attic WHERE id=?", (number,))
                     continue
                 self.tree.rename(place, META_DIR + b"/" + stored)
+                self.tree.sync([META_DIR + b"/" + stored, place])
             with self.write() as db:
                 db.execute("UPDATE attic SET done=1 WHERE id=?", (number,))
 
@@ -3871,6 +3887,15 @@ class Vault:
             with contextlib.suppress(OSError):
                 change()
 
+    def sync_places(self, source: str, paths: "Iterable[bytes]") -> None:
+        """Make durable that files are at their places, and the versions before them in the attic."""
+        names: "List[bytes]" = []
+        for path in paths:
+            names.append(self.place_of(source, path))
+            names += [META_DIR + b"/" + stored for (stored,) in self.rows(
+                "SELECT stored FROM attic WHERE source=? AND path=? AND done=0", source, path)]
+        self.tree.sync(names)
+
     def arrived(self, source: str, paths: "Iterable[bytes]") -> None:
         """Files are at their places and counted by the server: they are copies now."""
         now = clock.now()
@@ -3891,6 +3916,11 @@ class Vault:
     def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
         """(size, mtime, digest, tag) of a copy; None when we have none."""
         return self.one("SELECT size, mtime, digest, tag FROM held WHERE source=? AND path=?", source, path)
+
+    def is_known(self, source: str, path: bytes) -> bool:
+        """Whether a file may lie at the place of `path`: a copy, one that is about to be, or one that is to be deleted."""
+        return self.one("SELECT 1 FROM held WHERE source=? AND path=? UNION SELECT 1 FROM coming WHERE source=? AND path=? "
+                        "AND stage=1 UNION SELECT 1 FROM dropping WHERE source=? AND path=?", *(source, path) * 3) is not None
 
     def held_page(self, source: str, after: bytes, limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
         """(path, size, mtime, digest, tag) of copies, by path."""
@@ -3994,18 +4024,21 @@ class Vault:
                 log.warning("%s: %s: %s", self.name, shown(path), reason_of(error))
                 self.give_up(source, [path])
         self._finish_attic()
+        for (source,) in self.rows("SELECT DISTINCT source FROM coming WHERE stage=0"):
+            keep_parts(self.tree, self.incoming(source), lambda path: self.one(
+                "SELECT 1 FROM coming WHERE source=? AND path=?", source, path) is not None)
 
     def needs_rebuild(self) -> bool:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
         return self.meta("complete") is None
 
-    def rebuild(self, say: "Callable[[bytes], None]") -> "Tuple[int, int]":
-        """Enter every file that lies here into the database, with digests read from the files.  Returns (files entered,
-        files left alone because no catalog of their source names them).
+    def rebuild(self, configured: "Iterable[str]", say: "Callable[[bytes], None]") -> int:
+        """Enter the files that lie here into the database, with digests read from the files: those that a catalog of their
+        source names, and all of a `configured` source that has no catalog.  Returns how many.
 
         What each file is a copy of is for the servers to say: the next report confirms it, or not.
         """
-        count = foreign = 0
+        count = 0
         with self.write() as db:
             db.execute("DELETE FROM attic")
         for name in self.tree.list():
@@ -4013,26 +4046,24 @@ class Vault:
             if name == META_DIR or not _NAME.match(as_text(name)) or info is None or not stat.S_ISDIR(info.st_mode):
                 continue
             known = self._named_in_catalogs(as_text(name))
-            for rel in self.tree.walk_files(name):
-                path = rel[len(name) + 1:]
-                if known and not self.one("SELECT 1 FROM named WHERE path=?", path):
-                    info = self.tree.lstat(rel)
-                    foreign += info is not None and stat.S_ISREG(info.st_mode)
-                else:
-                    count += self._enter(as_text(name), path, rel, say)
+            if known or as_text(name) in configured:
+                for rel in self.tree.walk_files(name):
+                    path = rel[len(name) + 1:]
+                    if not known or self.one("SELECT 1 FROM named WHERE path=?", path):
+                        count += self._enter(as_text(name), path, rel, say)
         for kind in (b"attic", b"bad", b"moving"):
             for rel in list(self.tree.walk_files(META_DIR + b"/" + kind)):
                 self._enter_old(kind, rel)
-        return count, foreign
+        return count
 
     def _named_in_catalogs(self, source: str) -> bool:
         """Fill the table `named` with all files that the kept catalogs of a source name; False without a catalog."""
         with self.lock:
             self.db.execute("CREATE TEMP TABLE IF NOT EXISTS named(path BLOB PRIMARY KEY) WITHOUT ROWID")
             self.db.execute("DELETE FROM named")
-        directory = self.catalog_directory(source)
+        directory = os.path.join(self.meta_path, "catalog", source)
         try:
-            for found in list_catalogs(os.listdir(directory)):
+            for found in list_catalogs(os.listdir(directory) if os.path.isdir(directory) else ()):
                 for row in read_catalog(os.path.join(directory, found.name)):
                     if row.kind == "f":
                         self.db.execute("INSERT OR IGNORE INTO named VALUES(?)", (row.path,))
@@ -4236,7 +4267,7 @@ def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[Cata
                 count += 1
             stream.write(json.dumps(dict(header, end=count)).encode() + b"\n")
         raw.flush()
-        os.fsync(raw.fileno())
+        fsync(raw.fileno())
     if not count:
         os.unlink(temporary)
         return None
@@ -5293,6 +5324,11 @@ class Figures:
         with self.lock:
             self.actions += 1
 
+    def remark(self, line: str) -> None:
+        """Something that the user should know, and that is no failure."""
+        with self.lock:
+            self.lines.append(line)
+
     def complain(self, line: str) -> None:
         """Something that could not be done: a line for standard error, and exit status 1."""
         with self.lock:
@@ -5414,7 +5450,9 @@ class Pass:
         self.check_links = {name: link.again() for name, link in links.items()}
         self.name = vault.name
         self.stuck = False
+        self.own_standings: "List[Standing]" = []
         self._moved = 0
+        self._early = 0, 0
 
     # -- the whole pass --
 
@@ -5427,9 +5465,14 @@ class Pass:
                 self.place()
             for standing in list(self.standings.values()):
                 self.guarded(standing, self.fetch_catalog)
+            self.fetch_own_catalogs()
             self.clean_up()
             self.scrub()
             self.tell()
+            if self._early[0]:
+                self.figures.remark("%s: %s (%s) %s deleted before their time: their room was needed" % (
+                    self.name, count_of(self._early[0], "old version"), format_size(self._early[1]),
+                    "was" if self._early[0] == 1 else "were"))
         finally:
             for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
                 link.close()
@@ -5487,25 +5530,26 @@ class Pass:
         vault = self.vault
         vault.recover()
         if vault.needs_rebuild():
-            found, foreign = vault.rebuild(
-                lambda path: self.progress.say("%s: reading what lies here: %s" % (self.name, shown(path))))
+            found = vault.rebuild(self.config.sources, lambda path: self.progress.say(
+                "%s: reading what lies here: %s" % (self.name, shown(path))))
             if found:
                 self.figures.complain("%s: its database was lost; it was made again from %s" % (
                     self.name, count_of(found, "file")))
-            if foreign:
-                self.figures.complain("%s: %s in %s are not ours: left alone" % (
-                    self.name, count_of(foreign, "file"), vault.spec.path))
+                self.find_strangers()
             vault.set_meta("complete", 1)
         in_parallel(self._begin, sorted(self.links))
+        if self.own is not None:
+            with contextlib.suppress(Unreachable, Refused):
+                answer = self._introduce(self.own, self.host)
+                self.own_standings = [Standing(name, self.host, None, str(answer["books"]), facts)
+                                      for name, facts in sorted(answer["sources"].items()) if _is_name(name)]
 
     def _begin(self, host: str) -> None:
-        link, vault = self.links[host], self.vault
+        link = self.links[host]
         try:
             while link.call("look")["waiting"]:
                 self.progress.say("%s: %s is looking at its sources" % (self.name, host))
-            sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
-            answer = link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
-                               capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
+            answer = self._introduce(link, host)
         except Unreachable as error:
             self.figures.gone(error)
             return
@@ -5520,6 +5564,12 @@ class Pass:
                 self.standings[name] = Standing(name, host, self.config.sources.get(name), str(answer["books"]), facts)
             if facts["state"] != "ok":
                 self.figures.complain("%s is held: %s" % (name, held_advice(name, facts)))
+
+    def _introduce(self, link: Any, host: str) -> "Dict[str, Any]":
+        vault = self.vault
+        sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
+        return link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
+                         capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
 
     def offered(self) -> int:
         """The room that we offer: none in a backup that is leaving, or on a disk that cannot be written to."""
@@ -5542,8 +5592,8 @@ class Pass:
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
         vault.expire_attic(self.config.keep)
-        for standing in self.standings.values():
-            prune_catalogs(vault.catalog_directory(standing.name), self.config.keep)
+        for name in self.config.sources:
+            prune_catalogs(vault.catalog_directory(name), self.config.keep)
 
     def tell(self, want: "Optional[int]" = None) -> None:
         vault = self.vault
@@ -5591,7 +5641,7 @@ class Pass:
                           standing.name, standing.books)
         for start in range(0, len(rows), PAGE):
             page = rows[start:start + PAGE]
-            vault.tree.sync([vault.place_of(standing.name, row[0]) for row in page])
+            vault.sync_places(standing.name, [row[0] for row in page])
             self._count_in(standing, self.links[standing.host], [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
         with vault.write() as db:  # confirmed by books that are no more: held, and reported below
             others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
@@ -5674,7 +5724,6 @@ class Pass:
                 if held and tag in (None, held[3]):
                     paths.append(path)
             vault.set_aside(standing.name, paths, "deleted")
-            vault.tree.sync([])
             self._done(standing, TODO_RETIRE, [[row[0], None] for row in page])
             self.figures.acted()
 
@@ -5776,7 +5825,7 @@ class Pass:
         """Copy a batch, and have it checked while the next one is copied."""
         vault = self.vault
         need = sum(f.size for f in files)
-        vault.make_room(need)
+        self.make_room(need)
         files = self._that_fit(standing, files)
         if not files:
             return
@@ -5801,6 +5850,11 @@ class Pass:
         self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, outcome, updating)))
 
     _total = 0
+
+    def make_room(self, need: int) -> None:
+        """Let old versions go where copies of current files need their room; the user wanted to keep them, and is told."""
+        files, size = self.vault.make_room(need, self.config.keep)
+        self._early = self._early[0] + files, self._early[1] + size
 
     def _that_fit(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
         """The files for which there is room; the others are declined, so that another backup takes them."""
@@ -5888,7 +5942,7 @@ class Pass:
                 placed.append(f)
             except OSError as error:
                 refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
-        vault.tree.sync([vault.place_of(source, f.path) for f in placed])
+        vault.sync_places(source, [f.path for f in placed])
         test_point("in-place")
         self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digests[f.path])) for f in placed])
         if updating:
@@ -5982,9 +6036,9 @@ class Pass:
         need = -self.vault.free()
         if need <= 0:
             if self.vault.used() > self.vault.capacity():
-                self.vault.make_room(0)
+                self.make_room(0)
             return False
-        self.vault.make_room(0)
+        self.make_room(0)
         return self.drop(self.choose_drops(need)) > 0
 
     def choose_drops(self, need: int) -> "List[Tuple[Standing, bytes, int]]":
@@ -6103,18 +6157,24 @@ class Pass:
 
     # -- catalogs and scrub --
 
+    def fetch_own_catalogs(self) -> None:
+        """The catalogs of our own host's sources: nothing of them lies here, but any backup knows what there was."""
+        for standing in self.own_standings:
+            with contextlib.suppress(Unreachable, Refused):  # our own server is not needed for a pass
+                self.fetch_catalog(standing)
+
     def fetch_catalog(self, standing: Standing) -> None:
         """Fetch what is new in a source's catalog, keep it, and bring the skeleton in line."""
         vault, name = self.vault, standing.name
         directory = vault.catalog_directory(name)
-        gen = self._standing(standing)["gen"]
+        gen = standing.facts["gen"] if standing.host == self.host else self._standing(standing)["gen"]
         chain = catalog_chain(list_catalogs(os.listdir(directory)))
         newest = chain[-1].upto if chain else 0
         known_books = vault.meta("catalog:" + name)
         if known_books != standing.books:
             newest = 0
         elif newest == gen:
-            self._apply_skeleton(name, directory)
+            self._apply_skeleton(standing, directory)
             return
         sizes = [os.path.getsize(os.path.join(directory, f.name)) for f in chain]
         if len(sizes) > 60 or sizes and sum(sizes[1:]) > max(sizes[0], 1 << 20):
@@ -6122,9 +6182,12 @@ class Pass:
         header = {"catalog": 1, "source": name, "books": standing.books, "since": newest, "upto": newest, "time": 0}
         if write_catalog(directory, header, self._catalog_news(standing, header)):
             vault.set_meta("catalog:" + name, standing.books)
-            self._apply_skeleton(name, directory)
+            self._apply_skeleton(standing, directory)
 
-    def _apply_skeleton(self, name: str, directory: str) -> None:
+    def _apply_skeleton(self, standing: Standing, directory: str) -> None:
+        if standing.host == self.host:
+            return
+        name = standing.name
         done = self.vault.meta("skeleton:" + name) or 0
         chain = [f for f in catalog_chain(list_catalogs(os.listdir(directory))) if f.upto > done]
         for found in chain:
@@ -6134,7 +6197,7 @@ class Pass:
 
     def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[CatalogRow]":
         """Rows of everything since header["since"], in rounds until the server has nothing newer."""
-        link, since = self.links[standing.host], header["since"]
+        link, since = self.own if standing.host == self.host else self.links[standing.host], header["since"]
         while True:
             cursor, after, upto = [0, 0], "", 0
             while cursor[0] != -2:
@@ -6159,7 +6222,11 @@ class Pass:
         last = vault.meta("scrubbed")
         if last is None:
             vault.set_meta("scrubbed", now)
+            vault.set_meta("walked", now)
             return
+        if now - (vault.meta("walked") or 0) > self.config.scrub:
+            self.find_strangers()
+            vault.set_meta("walked", now)
         total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) FROM sums")[0]
         budget = total * max(0.0, now - last) / max(1.0, self.config.scrub)
         checked = self.verify(budget, now - self.config.scrub / 2, time.monotonic() + SCRUB_PASS_SECONDS)
@@ -6190,6 +6257,23 @@ class Pass:
             if len(page) < 200 or budget < 4096 or not read:
                 break
         return count
+
+    def find_strangers(self) -> None:
+        """Say which files below our copies are none: put there by hand, or left by something that was cut off.  They are
+        left alone.  Looks at every name, so not in every pass."""
+        vault, count, some = self.vault, 0, []
+        for source in sorted(set(self.config.sources) | set(vault.sources())):
+            for rel in vault.tree.walk_files(source.encode()):
+                path = rel[len(source) + 1:]
+                info = vault.tree.lstat(rel)
+                if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path):
+                    continue
+                count += 1
+                some += [shown(rel)] if count <= 3 else []
+        if count:
+            self.figures.complain("%s: %s in %s %s not ours, and left alone: %s%s" % (
+                self.name, count_of(count, "file"), vault.spec.path, "is" if count == 1 else "are", ", ".join(some),
+                ", ..." if count > 3 else ""))
 
     def _read_copy(self, source: str, path: bytes, digest: bytes, pace: Pace) -> str:
         """What is wrong with a copy: "" when it has its digest."""
@@ -6325,8 +6409,7 @@ class Client:
                     self.home.note_forget(name, [spec.name], forget=False)
                 (work or Pass.run)(one)
         except Busy as error:
-            with figures.lock:
-                figures.lines.append(str(error))
+            figures.remark(str(error))
         except sqlite3.Error as error:
             if is_damage(error) and again:
                 damage = error
@@ -7946,6 +8029,7 @@ def cmd_verify(args: argparse.Namespace, home: Home) -> int:
     def work(one: Pass) -> None:
         one.prepare()
         counts.append(one.verify(float("inf"), clock.now()))
+        one.find_strangers()
 
     for spec in config.backups_of(host):
         client.run_one(spec, figures, work)
