@@ -57,6 +57,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -616,15 +617,19 @@ class Tree:
                 return []
             raise
 
-    def walk_files(self, rel: bytes) -> "Iterator[bytes]":
-        """Every path below `rel` that is not a directory, depth first."""
+    def walk_files(self, rel: bytes, after: bytes = b"") -> "Iterator[bytes]":
+        """Every path below `rel` that is not a directory, depth first; only those that come behind `after`, a path below
+        `rel`, when it is given."""
+        first, _, rest = after.partition(b"/")
         for name in self.list(rel):
+            if name < first:
+                continue
             below = rel + b"/" + name if rel else name
             info = self.lstat(below)
             if info is not None and stat.S_ISDIR(info.st_mode):
-                for found in self.walk_files(below):
+                for found in self.walk_files(below, rest if name == first else b""):
                     yield found
-            elif info is not None:
+            elif info is not None and name > first:
                 yield below
 
     def clear_empty(self, rel: bytes, links: bool = False) -> None:
@@ -2570,8 +2575,9 @@ class Scan:
         except OSError as error:
             raise Held("gone", "%s cannot be read (%s): is its disk mounted?" % (self.source.path, reason_of(error)))
         if RESTORE_DIR in names and os.path.exists(os.path.join(self.root, RESTORE_DIR, RESTORE_MARK)):
-            raise Held("restore", "a restore into %s is not finished: run it again until it says that everything is back"
-                       % self.source.path)
+            raise Held("restore", "a restore into %s is not finished: run it again until it says that everything is back, or "
+                       "delete %s to go on without what is missing"
+                       % (self.source.path, os.path.join(self.source.path, RESTORE_DIR.decode())))
         self.device, self.fsid = info.st_dev, _fsid(self.root)
         self.root_info = info
 
@@ -3252,6 +3258,8 @@ class Pull:
     wire: int = 0
     how: str = "done"
     errors: "List[str]" = field(default_factory=list)
+    parts: "set[bytes]" = field(default_factory=set)
+    """Paths of files to which only the rest was added, unchecked (rsync checks by itself what it goes on with)."""
 
     @property
     def full_disk(self) -> bool:
@@ -3265,6 +3273,28 @@ class Pull:
             if name and name in line:
                 return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
         return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
+
+
+TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6,10}\Z", re.S)
+"""How rsync calls a file that is arriving: six characters behind it, Apple's ten."""
+
+
+def keep_parts(tree: Tree, top: bytes, expected: "Callable[[bytes], bool]") -> None:
+    """Put what a killed rsync left below `top` where the next one looks for parts of files.
+
+    A cut connection makes rsync do that by itself; kill -9 and power cuts leave .NAME.XXXXXX, which is never used again.
+    `expected`: whether a path below `top` is that of a file which is to arrive there.
+    """
+    for rel in list(tree.walk_files(top)):
+        above, _, name = rel.rpartition(b"/")
+        match = TEMPORARY_NAME.match(name)
+        if not match or above.endswith(b"/" + PART_SUFFIX_DIR) or expected(rel[len(top) + 1:]) \
+                or not expected((above + b"/" + match.group(1))[len(top) + 1:]):
+            continue
+        part = b"/".join((above, PART_SUFFIX_DIR, match.group(1)))
+        old, new = tree.lstat(part), tree.lstat(rel)
+        if new is not None and (old is None or old.st_size < new.st_size):
+            tree.rename(rel, part)
 
 
 def list_with_parents(paths: "Iterable[bytes]") -> bytes:
@@ -4154,6 +4184,25 @@ class Vault:
             self.tree.set_mtime(place, row.mtime)
 
 
+def files_here(tree: Tree, source: str, after: bytes = b"") -> "Iterator[Tuple[bytes, int, int]]":
+    """(path, size, mtime) of what lies in a backup's directory as copies of a source, without asking its database; behind
+    the path `after`, in the order of Tree.walk_files."""
+    top = source.encode()
+    for rel in tree.walk_files(top, after):
+        info = tree.lstat(rel)
+        if info is not None and stat.S_ISREG(info.st_mode):
+            yield rel[len(top) + 1:], info.st_size, info.st_mtime_ns
+
+
+def old_files_here(tree: Tree, source: str) -> "Iterator[Tuple[bytes, bytes, int, int]]":
+    """(path, name in the attic, size, mtime) of the old versions in a backup's directory, without asking its database."""
+    top = META_DIR + b"/attic/" + source.encode()
+    for rel in tree.walk_files(top):
+        info, path = tree.lstat(rel), rel[len(top) + 1:].partition(b"/")[2]
+        if path and info is not None and stat.S_ISREG(info.st_mode):
+            yield path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns
+
+
 def _stamp_time(stamp: bytes) -> float:
     import calendar
     try:
@@ -4873,7 +4922,7 @@ class Service:
             rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0)
             return {"rows": [[n, as_text(p), as_text(s), size, mtime, d.hex() if d else None] for n, p, s, size, mtime, d in rows]}
         rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
-        return {"rows": [[as_text(path), size, mtime, digest.hex()] for path, size, mtime, digest in rows]}
+        return {"rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
 
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Copies and older versions in the backups of this host, of files that match a pattern; FIND_LIMIT a backup."""
@@ -4909,7 +4958,8 @@ class Service:
         if row["state"] == "ok":
             return {"text": "source %s is not held: nothing to accept" % request["source"]}
         if row["cause"] in UNACCEPTABLE:
-            raise Refused("held", row["reason"] + "; this cannot be accepted: mount it, or remove its line")
+            raise Refused("held", row["reason"] + "; this cannot be accepted" + (
+                ": mount it, or remove its line" if row["cause"] == "gone" else ""))
         self.books.set_meta("accepted:" + request["source"], 1)  # these books need not ask again what backups report
         self.books.finish_scan(request["source"], accepted=1)
         self.scan(request["source"])
@@ -4986,9 +5036,25 @@ class VaultReader:
         return {"state": "ok", "used": held + other, "files": files, "capacity": room_limit(self.spec, held + other),
                 "sources": dict(self._query("SELECT source, files FROM sums WHERE files>0"))}
 
-    def held_page(self, source: str, after: bytes) -> "List[Tuple[bytes, int, int, bytes]]":
-        return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
-                           source, after, PAGE)
+    def _usable(self) -> bool:
+        """Whether the database can be read and is complete.  If not, the files are there all the same."""
+        with contextlib.suppress(Refused):
+            return bool(self._query("SELECT 1 FROM meta WHERE key='complete'"))
+        return False
+
+    def _tree(self) -> Tree:
+        try:
+            return Tree(self.spec.path)
+        except OSError as error:
+            raise Refused("unknown", "%s: %s: is its disk mounted?" % (self.spec.path, reason_of(error)))
+
+    def held_page(self, source: str, after: bytes) -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
+        """(path, size, mtime, digest) of copies, by path; no digests when they have to be looked for in the directory."""
+        if self._usable():
+            return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
+                               source, after, PAGE)
+        with self._tree() as tree:
+            return [row + (None,) for row in itertools.islice(files_here(tree, source, after), PAGE)]
 
     def find(self, pattern: str) -> "List[Tuple[str, bytes, int, int, Optional[float]]]":
         """(source, path, size, mtime, None for a copy or since when it is an old version), a few more than FIND_LIMIT."""
@@ -5003,8 +5069,13 @@ class VaultReader:
         return found
 
     def old_versions(self, source: str, after: int) -> "List[Tuple[Any, ...]]":
-        return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
-                           "AND why<>'bad' ORDER BY id LIMIT ?", source, after, PAGE)
+        """(number, path, name in the attic, size, mtime, digest or None) of old versions, by number."""
+        if self._usable():
+            return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
+                               "AND why<>'bad' ORDER BY id LIMIT ?", source, after, PAGE)
+        with self._tree() as tree:
+            found = enumerate(old_files_here(tree, source), 1)
+            return [(number,) + row + (None,) for number, row in itertools.islice(found, after, after + PAGE)]
 
 
 OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]], Tuple[str, ...], Tuple[str, ...]]]" = {
@@ -6430,19 +6501,25 @@ class Client:
 PLAN_SCHEMA = """
 -- What is to be restored.  state: 0 open | 1 in place | 2 being fetched | 3 a hard link to another path
 --                                | 4 in the way: another file is there | 5 missing
+-- asked: not only a directory above what is asked for.  rank: how many holders have it.
 CREATE TABLE want(
     path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
     grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1,
-    note TEXT) WITHOUT ROWID;
-CREATE INDEX want_state ON want(state) WHERE kind='f';
-CREATE TABLE have(path BLOB, holder INTEGER, stored BLOB, PRIMARY KEY(path, holder)) WITHOUT ROWID;
+    rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
+CREATE INDEX want_open ON want(rank, path) WHERE kind='f' AND state=0;
+CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL;
+
+-- Who has the wanted version, and where: place is empty for the file's own path, else its name in the attic, or with a `/`
+-- before it another path, where it was or is called so.  doubt: only the size says that it is this version.
+CREATE TABLE have(
+    path BLOB, holder INTEGER, place BLOB, doubt INTEGER, PRIMARY KEY(path, holder, doubt, place)) WITHOUT ROWID;
+
+-- What else the holders have, which may be a wanted file under another name.
 CREATE TABLE other(path BLOB, holder INTEGER, place BLOB, size INTEGER, mtime INTEGER, digest BLOB);
 CREATE INDEX other_path ON other(path);
 CREATE INDEX other_digest ON other(digest);
 CREATE INDEX other_size ON other(size, mtime);
 """
-"""have: who holds the wanted version (stored: its name in the attic, or with a `/` before it another path, where it
-was or is called so); other: what else the holders have, which may be a wanted file under another name."""
 
 DONE_SCHEMA = """
 CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
@@ -6452,6 +6529,15 @@ CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGE
 
 BATCH_SECONDS, FIRST_BATCH = 5.0, 8 << 20
 """A holder gets as much at once as it delivers in this time; before its rate is known, FIRST_BATCH bytes."""
+
+STEAL_AFTER = 2.0
+"""Seconds that a holder has for a batch before others look whether they would be faster."""
+
+INHERIT_FROM = 1 << 20
+"""A file of so many bytes is looked for in parts that another holder delivered."""
+
+FAILURES = 3
+"""Batches in a row of which nothing came, until a holder is given up."""
 
 
 def parse_time(word: str) -> float:
@@ -6464,9 +6550,13 @@ def parse_time(word: str) -> float:
         return now - parse_duration(word)
     for form, add in (("%Y-%m-%d", 86399), ("%Y-%m-%d %H:%M", 59), ("%Y-%m-%dT%H:%M", 59), ("%Y-%m-%d %H:%M:%S", 0),
                       ("%Y-%m-%dT%H:%M:%S", 0)):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return time.mktime(time.strptime(word, form)) + add
     raise UsageError("%r is not a time: write 2026-11-01, \"2026-11-01 14:00\", yesterday, or 3d for three days ago" % word)
+
+
+def format_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 class RemoteHolder:
@@ -6475,19 +6565,20 @@ class RemoteHolder:
     def __init__(self, link: Link, backup: str, catalogs: "List[CatalogFile]", limit: "Optional[int]") -> None:
         self.link, self.backup, self.catalogs, self.limit = link, backup, catalogs, limit
         self.name = "%s on %s" % (backup, link.host)
+        self.key = backup
 
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         """Local paths of catalog files, fetched into `scratch`."""
         self._pull("catalog", source, [f.name.encode() for f in files], os.fsencode(scratch))
         return [os.path.join(scratch, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, Optional[bytes], int, int, Optional[bytes]]]":
-        """(path, name in the attic or None, size, mtime, digest) of copies, and with `old` of older versions."""
+    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
+        """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with `old` of older versions."""
         after: Any = ""
         while True:
             rows = self.link.call("holdings", backup=self.backup, source=source, after=after)["rows"]
             for path, size, mtime, digest in rows:
-                yield check_relative(as_raw(path)), None, size, mtime, bytes.fromhex(digest)
+                yield check_relative(as_raw(path)), b"", size, mtime, bytes.fromhex(digest) if digest else None
             if len(rows) < PAGE:
                 break
             after = rows[-1][0]
@@ -6501,22 +6592,21 @@ class RemoteHolder:
                 break
             after = rows[-1][0]
 
-    def fetch(self, source: str, names: "List[Tuple[bytes, Optional[bytes]]]", into: bytes,
+    def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes,
               on_bytes: "Callable[[int], None]") -> Pull:
-        """Bring (path, where it is when not there) to `into`/path."""
+        """Bring (path, place, see PLAN_SCHEMA) to `into`/path."""
         outcome = Pull()
-        current = [path for path, stored in names if stored is None]
+        current = [path for path, place in names if not place]
         if current:
             outcome = self._pull("backup", source, current, into, on_bytes)
         for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
-            elsewhere = [(path, stored[len(prefix):]) for path, stored in names if stored and stored.startswith(prefix)]
+            elsewhere = [(path, place[len(prefix):]) for path, place in names if place and place.startswith(prefix)]
             if elsewhere:
                 outcome = self._pull(of, source, [place for _, place in elsewhere], into + b"/.elsewhere", on_bytes)
                 with Tree(into) as tree:
                     for path, place in elsewhere:
                         with contextlib.suppress(OSError):
-                            tree.link(b".elsewhere/" + place, path)
-                shutil.rmtree(into + b"/.elsewhere", ignore_errors=True)
+                            tree.rename(b".elsewhere/" + place, path)
         return outcome
 
     def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
@@ -6533,6 +6623,7 @@ class DirectoryHolder:
         if not os.path.isdir(os.path.join(path, META_DIR.decode())):
             raise UsageError("%s is not a backup's directory: it has no .cbackup" % path)
         self.path, self.name = path, path
+        self.key = "directory-" + hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
         self.backup = str(read_json(os.path.join(path, META_DIR.decode(), "identity")).get("backup") or path)
         try:
             names = os.listdir(os.path.join(path, META_DIR.decode(), "catalog", source))
@@ -6543,31 +6634,29 @@ class DirectoryHolder:
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, Optional[bytes], int, int, Optional[bytes]]]":
+    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
         """From the directory itself, not from the database: digests are checked when the files are read."""
         with Tree(self.path) as tree:
-            for rel in tree.walk_files(source.encode()):
-                info = tree.lstat(rel)
-                if info is not None and stat.S_ISREG(info.st_mode):
-                    yield rel[len(source.encode()) + 1:], None, info.st_size, info.st_mtime_ns, None
-            prefix = META_DIR + b"/attic/" + source.encode()
-            for rel in tree.walk_files(prefix) if old else ():
-                info = tree.lstat(rel)
-                path = rel[len(prefix) + 1:].partition(b"/")[2]
-                if path and info is not None and stat.S_ISREG(info.st_mode):
-                    yield path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns, None
+            for path, size, mtime in files_here(tree, source):
+                yield path, b"", size, mtime, None
+            for path, stored, size, mtime in old_files_here(tree, source) if old else ():
+                yield path, stored, size, mtime, None
 
-    def fetch(self, source: str, names: "List[Tuple[bytes, Optional[bytes]]]", into: bytes,
+    def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes,
               on_bytes: "Callable[[int], None]") -> Pull:
         outcome = Pull()
         os.makedirs(into, mode=0o700, exist_ok=True)
         with Tree(self.path) as tree, Tree(into) as target:
-            for path, stored in names:
-                rel = source.encode() + b"/" + path if not stored else \
-                    source.encode() + stored if stored.startswith(b"/") else META_DIR + b"/" + stored
+            for path, place in names:
+                rel = source.encode() + b"/" + path if not place else \
+                    source.encode() + place if place.startswith(b"/") else META_DIR + b"/" + place
+                above, _, name = path.rpartition(b"/")
+                part = b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
                 try:
-                    target.make_directory(path.rpartition(b"/")[0]) if b"/" in path else None
-                    self._copy(tree, rel, os.path.join(into, path), on_bytes)
+                    target.make_directory(part.rpartition(b"/")[0])
+                    if self._copy(tree, rel, os.path.join(into, part), on_bytes):
+                        outcome.parts.add(path)
+                    target.rename(part, path)
                 except OSError as error:
                     outcome.errors.append("%s: %s" % (shown(path), reason_of(error)))
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -6575,15 +6664,21 @@ class DirectoryHolder:
         return outcome
 
     @staticmethod
-    def _copy(tree: Tree, rel: bytes, into: bytes, on_bytes: "Callable[[int], None]") -> None:
+    def _copy(tree: Tree, rel: bytes, into: bytes, on_bytes: "Callable[[int], None]") -> bool:
+        """Copy a file, or the rest of one that was begun: true then, and only its digest tells whether it is one file."""
         reader = tree.open(rel)
         try:
-            with open(into, "wb") as writer:
+            with open(os.open(into, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b") as writer:
+                begun = writer.seek(0, os.SEEK_END)
+                if begun >= os.fstat(reader).st_size:
+                    writer.truncate(0)
+                    begun = 0
+                os.lseek(reader, writer.seek(begun), os.SEEK_SET)
                 while True:
                     block = os.read(reader, READ_BLOCK)
                     if not block:
                         writer.truncate()
-                        return
+                        return begun > 0
                     if block.count(0) == len(block):
                         writer.seek(len(block), os.SEEK_CUR)  # a hole stays one
                     else:
@@ -6594,26 +6689,33 @@ class DirectoryHolder:
 
 
 class Restore:
-    """Brings a source, or parts of it, back from whichever backups can be reached."""
+    """Brings a source, or parts of it, back from whichever backups can be reached.
+
+    The plan is a database in the working directory below the target; holders are known by their number in `holders`.
+    """
 
     def __init__(self, source: str, target: str, patterns: "List[str]", at: "Optional[float]", force: bool,
                  progress: Progress) -> None:
         self.source, self.target, self.at, self.force, self.progress = source, target, at, force, progress
         self.patterns = [os.fsencode(p).strip(b"/") for p in patterns]
         self.holders: "List[Any]" = []
-        self.down: "List[str]" = []
+        self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those that cannot be reached
         self.unmatched: "List[bytes]" = []
         self.notes: "Dict[str, int]" = {}
         self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes", "kept_files"), 0)
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.names = Names()
-        self._flying: "Dict[int, set[bytes]]" = {}
-        self._since: "Dict[int, float]" = {}
-        self._rates: "Dict[int, float]" = {}
         self.catalog_time = 0
+        # Of each holder: what is on its way (path -> size), since when, how much of it came; its rate; how far its turn is.
+        self._flying: "Dict[int, Dict[bytes, int]]" = {}
+        self._since: "Dict[int, float]" = {}
+        self._came: "Dict[int, int]" = {}
+        self._rates: "Dict[int, float]" = {}
+        self._turn: "Dict[int, Tuple[int, bytes]]" = {}
         self._fetched = 0
         self._total = 0
+        self._root_metadata: "Optional[Tuple[Any, ...]]" = None
 
     # -- what there should be --
 
@@ -6625,9 +6727,11 @@ class Restore:
                 vaults = link.call("vaults", source=self.source)["vaults"]
             except (Unreachable, Refused) as error:
                 with self.lock:
-                    self.down += ["%s on %s" % (b.name, host) for b in config.backups_of(host)]
+                    self.down.update((b.name, "%s on %s" % (b.name, host)) for b in config.backups_of(host))
                 log.info("%s", error)
                 return
+            finally:
+                link.close()
             for name, facts in sorted(vaults.items()):
                 spec = config.backups.get(name)
                 if spec and spec.host == host:
@@ -6671,9 +6775,12 @@ class Restore:
             except (CBackupError, OSError) as error:
                 self.db.execute("ROLLBACK")
                 log.warning("the catalog of %s: %s", holder.name, error)
-        where = "; not reachable: %s" % ", ".join(self.down) if self.down else ""
+        where = "; not reachable: %s" % ", ".join(sorted(self.down.values())) if self.down else ""
+        oldest = min((f.time for holder in self.holders for f in holder.catalogs if not f.since), default=0)
+        if self.at and oldest > self.at:
+            where = "; the oldest is of %s" % format_time(oldest) + where
         raise CBackupError("no backup that can be reached has a catalog of %s%s%s" % (
-            self.source, " of that time" if self.at else "", where))
+            self.source, " of %s" % format_time(self.at) if self.at else "", where))
 
     def _load_rows(self, rows: "Iterable[CatalogRow]") -> None:
         for row in rows:
@@ -6684,7 +6791,7 @@ class Restore:
                     "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest, "
                     "holders) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
-                     row.target, row.digest, ", ".join(row.holders)))
+                     row.target, row.digest, ",".join(row.holders)))
 
     def _select(self) -> None:
         """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
@@ -6707,14 +6814,6 @@ class Restore:
                     self.source, ", ".join(shown(p) for p in self.patterns)))
         files, size = self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE kind='f'")
         self.counts.update(files=files, bytes=size)
-        # Of hard links only the first path is fetched.
-        self.db.execute("UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND EXISTS(SELECT 1 FROM want w "
-                        "WHERE w.kind='f' AND w.link=want.link AND w.digest IS want.digest AND w.path<want.path)") \
-            if self._one("SELECT 1 FROM want WHERE link IS NOT NULL LIMIT 1") and self._index_links() else None
-
-    def _index_links(self) -> bool:
-        self.db.execute("CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL")
-        return True
 
     def _one(self, sql: str, *values: Any) -> Any:
         with self.lock:
@@ -6724,55 +6823,110 @@ class Restore:
         with self.lock:
             return self.db.execute(sql, values).fetchall()
 
+    def _each(self, columns: str, condition: str, deepest_first: bool = False) -> "Iterator[Any]":
+        """(path, columns...) of what is wanted and fulfils a condition, by path; the table may be changed meanwhile."""
+        after: "Tuple[Any, ...]" = ()
+        while True:
+            page = self._rows("SELECT path, %s FROM want WHERE %s %s ORDER BY path %s LIMIT 1000" % (
+                columns, condition, "AND path%s?" % "><"[deepest_first] if after else "", "DESC" if deepest_first else ""),
+                *after)
+            for row in page:
+                yield row
+            if len(page) < 1000:
+                return
+            after = page[-1][:1]
+
     # -- who has it --
 
     def ask_holders(self) -> None:
         """Learn which holder has which wanted file."""
-        for number, holder in enumerate(list(self.holders)):
+        for number, holder in enumerate(self.holders):
             self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
+            self.db.execute("BEGIN")
             try:
-                self.db.execute("BEGIN")
-                for path, stored, size, mtime, digest in holder.holdings(self.source, self.at is not None):
-                    row = self._one("SELECT size, mtime, digest FROM want WHERE path=? AND kind='f'", path)
-                    if row and (row[2] == digest if digest and row[2] else
-                                row[0] == size and (digest is None or row[1] == mtime)):
-                        self.db.execute("INSERT OR IGNORE INTO have VALUES(?,?,?)", (path, number, stored))
-                    else:
-                        self.db.execute("INSERT INTO other VALUES(?,?,?,?,?,?)",
-                                        (path, number, stored or b"/" + path, size, mtime, digest))
+                for path, place, size, mtime, digest in holder.holdings(self.source, self.at is not None):
+                    self._enter_holding(number, path, place, size, mtime, digest)
             except (Unreachable, Refused, ProtocolError, OSError) as error:
-                self.down.append(holder.name)
+                self.down[holder.backup] = holder.name
                 log.warning("%s: %s", holder.name, error)
             finally:
                 self.db.execute("COMMIT")
         # What nobody has under its path may have been renamed since: the same bytes under another name.
         for condition in ("o.digest=w.digest", "o.size=w.size AND o.mtime=w.mtime AND o.digest IS NULL"):
-            self.db.execute("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place FROM want w JOIN other o ON %s "
+            self.db.execute("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place, 0 FROM want w JOIN other o ON %s "
                             "WHERE w.kind='f' AND NOT EXISTS(SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
+        self._rank("kind='f'")
+
+    def _enter_holding(self, number: int, path: bytes, place: bytes, size: int, mtime: int, digest: "Optional[bytes]") -> None:
+        row = self._one("SELECT size, mtime, digest FROM want WHERE path=? AND kind='f'", path)
+        if row and (row[2] == digest if digest and row[2] else row[0] == size and (digest is None or row[1] == mtime)):
+            self.db.execute("INSERT OR IGNORE INTO have VALUES(?,?,?,?)",
+                            (path, number, place, int(digest is None and row[1] != mtime)))
+        else:
+            self.db.execute("INSERT INTO other VALUES(?,?,?,?,?,?)", (path, number, place or b"/" + path, size, mtime, digest))
+
+    def _rank(self, condition: str, *values: Any) -> None:
+        """Count anew how many holders have the files that fulfil a condition.  Everybody's turn begins anew with it."""
+        with self.lock:
+            self.db.execute("UPDATE want SET rank=(SELECT COUNT(DISTINCT holder) FROM have h WHERE h.path=want.path) WHERE "
+                            + condition, values)
+            self._turn.clear()
+
+    def _lead_links(self) -> None:
+        """Of hard links one path is fetched: one that somebody has, if not one of them is there already."""
+        self.db.execute(
+            "UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND state=0 AND EXISTS(SELECT 1 FROM want w WHERE "
+            "w.link=want.link AND w.kind='f' AND w.digest IS want.digest AND w.path<>want.path AND (w.state=1 OR "
+            "w.state=0 AND w.rank>0 AND (want.rank=0 OR w.path<want.path)))")
+
+    def _lead_other_links(self) -> bool:
+        """Where the path that was to be fetched did not come: another one of the same links.  False when there is none."""
+        changed = self.db.execute(
+            "UPDATE want SET state=0 WHERE kind='f' AND link IS NOT NULL AND state=3 AND rank>0 AND NOT EXISTS("
+            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND w.digest IS want.digest AND w.state=1)").rowcount
+        self._lead_links()
+        self._turn.clear()
+        return changed > 0
 
     # -- the target --
 
     def prepare_target(self) -> None:
         """Find what is there already: what has the right digest stays, what differs is in the way."""
-        after = b""
-        while True:
-            page = self._rows("SELECT path, size, digest, mode, uid, gid, user, grp, mtime FROM want WHERE kind='f' AND path>? "
-                              "ORDER BY path LIMIT 1000", after)
-            for path, size, digest, *metadata in page:
-                info = self.tree.lstat(path)
-                if info is None:
-                    continue
-                if stat.S_ISREG(info.st_mode) and info.st_size == size and self._is_right(path, info, digest):
-                    self._set_metadata(path, *metadata)
-                    self._set_state(path, 1)
-                    self.counts["kept_files"] += 1
-                elif self.force:
-                    self._move_aside(path)
-                else:
-                    self._set_state(path, 4)
-            if len(page) < 1000:
-                return
-            after = page[-1][0]
+        for path, asked in self._each("asked", "kind='d' AND path<>x''"):
+            info = self.tree.lstat(path)
+            if info is not None and not stat.S_ISDIR(info.st_mode) and (asked or self._leads_to(path)):
+                self._meet(path)
+        for path, size, digest, *metadata in self._each("size, digest, mode, uid, gid, user, grp, mtime", "kind='f'"):
+            info = self.tree.lstat(path)
+            if info is None:
+                continue
+            if stat.S_ISREG(info.st_mode) and info.st_size == size and self._is_right(path, info, digest):
+                self._set_metadata(path, *metadata)
+                self._set_state(path, 1)
+                self.counts["kept_files"] += 1
+            else:
+                self._meet(path)
+
+    def _meet(self, path: bytes) -> None:
+        """Something else is where a path belongs."""
+        if self.force:
+            self._move_aside(path)
+        else:
+            self._set_state(path, 4)
+
+    def count_target(self) -> "Tuple[int, int]":
+        """(files that are there with the right size and time, paths where something else is), for a dry run."""
+        there = differ = 0
+        if os.path.isdir(self.target):
+            with Tree(self.target) as tree:
+                for path, size, mtime in self._each("size, mtime", "kind='f'"):
+                    info = tree.lstat(path)
+                    if info is not None and (info.st_size, info.st_mtime_ns) == (size, mtime) and stat.S_ISREG(info.st_mode):
+                        there += 1
+                        self._set_state(path, 1)
+                    elif info is not None:
+                        differ += 1
+        return there, differ
 
     def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]") -> bool:
         known = self.done.execute("SELECT 1 FROM done WHERE path=? AND size=? AND mtime=? AND ino=? AND digest IS ?",
@@ -6797,98 +6951,137 @@ class Restore:
         with self.lock:
             self.db.execute("UPDATE want SET state=?, note=COALESCE(?, note) WHERE path=?", (state, note, path))
 
-    # -- fetching --
+    # -- the whole --
 
     def run(self, whole: bool) -> bool:
         """Restore into the target.  Returns whether everything that was asked for is there now."""
         self.started = clock.now()
         os.makedirs(self.target, exist_ok=True)
         work = os.path.join(self.target, RESTORE_DIR.decode())
-        os.makedirs(work, mode=0o700, exist_ok=True)
         if os.path.islink(work):
             raise CBackupError("%s is a symlink; remove it" % work)
+        os.makedirs(work, mode=0o700, exist_ok=True)
         with open(os.path.join(work, "lock"), "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise CBackupError("another restore is at work in %s" % self.target)
+            mark = os.path.join(work, RESTORE_MARK.decode())
             if whole:
-                atomic_write(os.path.join(work, RESTORE_MARK.decode()), b"")
+                atomic_write(mark, b"")
             self.open_plan(work)
             self.ask_holders()
             with Tree(self.target) as self.tree:
-                self.prepare_target()
-                self._fetch_all()
-                self._links_and_symlinks()
-                self._directories()
-                self._mark_missing()
-            complete = not self.unmatched and not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
+                complete = self._bring_back()
             self.done.close()
-        for number in range(len(self.holders)):
-            with Tree(work) as tree:
-                tree.clear_empty(b"files-%d" % number)
-        if complete or not whole:
-            shutil.rmtree(work, ignore_errors=True)
-        if self._root_metadata:
-            with contextlib.suppress(OSError):
-                os.chmod(self.target, self._root_metadata[0])
-                os.utime(self.target, ns=(self._root_metadata[1],) * 2)
+            os.sync()  # before the source is no longer held
+            if complete and whole or not os.path.exists(mark):
+                shutil.rmtree(work, ignore_errors=True)
+        self._finish_root()
         return complete
 
-    _root_metadata: "Optional[Tuple[int, int]]" = None
+    def _bring_back(self) -> bool:
+        self.prepare_target()
+        self._keep_parts()
+        self._lead_links()
+        self._fetch_all()
+        while self._lead_other_links():
+            self._fetch_all()
+        self._links()
+        self._symlinks()
+        self._directories()
+        with self.lock:
+            self.db.execute("UPDATE want SET state=5 WHERE kind='f' AND state IN (0, 2, 3)")
+        return not self.unmatched and not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
+
+    def _staging(self, number: int, path: bytes = b"") -> bytes:
+        """Where, below the target, a holder's files arrive.  By the holder's name: the next run may have others."""
+        return RESTORE_DIR + b"/files-" + os.fsencode(self.holders[number].key) + (b"/" + path if path else b"")
+
+    # -- fetching --
+
+    def _keep_parts(self) -> None:
+        """What an earlier run that was killed has left is used."""
+        for number in range(len(self.holders)):
+            keep_parts(self.tree, self._staging(number), lambda path: self._one(
+                "SELECT 1 FROM want WHERE path=? AND kind='f'", path) is not None)
 
     def _fetch_all(self) -> None:
         """All holders at once, each taking the next batch that it can deliver, until nobody can deliver more."""
-        self._total = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND state=0")[0]
-        while self._one("SELECT 1 FROM want w WHERE state=0 AND kind='f' AND EXISTS(SELECT 1 FROM have h "
-                        "WHERE h.path=w.path) LIMIT 1"):
+        self._total = self._fetched + self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND state=0")[0]
+        while self._one("SELECT 1 FROM want WHERE kind='f' AND state=0 AND rank>0 LIMIT 1"):
+            self._turn.clear()
             in_parallel(self._work_through, range(len(self.holders)))
         self.progress.clear()
 
     def _work_through(self, number: int) -> None:
         holder, failures = self.holders[number], 0
-        into = os.fsencode(os.path.join(self.work, "files-%d" % number))
-        while failures < 3:
+        into = os.fsencode(os.path.join(self.target, os.fsdecode(self._staging(number))))
+        while failures < FAILURES:
             batch = self._next_batch(number)
             if batch is None:
                 return
-            begun = time.monotonic()
             try:
-                outcome = holder.fetch(self.source, [(path, stored) for path, _, stored in batch], into,
+                outcome = holder.fetch(self.source, [(path, place) for path, _, place in batch], into,
                                        lambda count: self._count_bytes(number, count))
             except Cancelled:
                 outcome = Pull(how="cut")
-            except (Unreachable, Refused, OSError) as error:
+            except (CBackupError, OSError) as error:
                 outcome = Pull(code=1, how="cut", errors=[reason_of(error)])
-            arrived, size = self._take(number, batch, outcome)
-            self._rates[number] = size / max(0.01, time.monotonic() - begun)
-            failures = failures + 1 if outcome.errors and not arrived else 0
+            came = self._came[number]
+            self._rates[number] = came / max(0.01, time.monotonic() - self._since[number])
+            arrived = self._take(number, batch, outcome)
             if outcome.full_disk:
                 raise CBackupError("%s is full: %s" % (self.target, outcome.errors[0][:160]))
+            # A part of a large file is something, too: the next try goes on behind it.
+            failures = failures + 1 if outcome.errors and not arrived and came < INHERIT_FROM else 0
+            if failures:
+                log.info("%s: %s", holder.name, outcome.errors[-1])
+                time.sleep(failures - 1)
+        self._give_up_on(number)
+
+    def _give_up_on(self, number: int) -> None:
+        holder = self.holders[number]
         log.warning("%s no longer answers; going on with the others", holder.name)
         with self.lock:
             self.db.execute("DELETE FROM have WHERE holder=?", (number,))
-            if holder.name not in self.down:
-                self.down.append(holder.name)
+            self._rank("kind='f' AND state IN (0, 2, 3)")
+            self.down[holder.backup] = holder.name
 
     def _count_bytes(self, number: int, count: int) -> None:
         if not self._flying.get(number):
             raise Cancelled("others were faster")
+        self._came[number] += count
         self._fetched += count
         self.progress.update("restoring %s from %s" % (self.source, count_of(len(self.holders), "place")),
-                             self._fetched, max(self._total, self._fetched))
+                             self._fetched, max(self._total, self._fetched), ", %s of %s" % (
+                                 format(self.counts["restored_files"] + self.counts["kept_files"], ","),
+                                 count_of(self.counts["files"], "file")))
 
-    def _next_batch(self, number: int) -> "Optional[List[Tuple[bytes, int, Optional[bytes]]]]":
-        """Files for one holder, first those that few others have: as much as it delivers in BATCH_SECONDS, so that
-        all holders end at about the same time.  When all are taken, part of what a slow one has not delivered.
-        Waits while that may still become necessary; None: nothing is left for this holder."""
+    def _open_files(self, number: int) -> "List[Tuple[bytes, int, bytes]]":
+        """(path, size, place) of files that are still to be fetched and that this holder has: first those that few others
+        have, by path.  From where its turn is; behind what it has had everything is in hand."""
+        rank, after = self._turn.get(number, (1, b""))
+        while rank <= len(self.holders):
+            rows = self._rows(
+                "SELECT w.path, w.size, h.place FROM want w JOIN have h ON h.path=w.path AND h.holder=? WHERE w.kind='f' AND "
+                "w.state=0 AND w.rank=? AND w.path>? ORDER BY w.path, h.doubt, h.place LIMIT ?", number, rank, after, BATCH_FILES)
+            if rows:
+                self._turn[number] = (rank, after)
+                first = {row[0]: row for row in reversed(rows)}.values()  # place of each; and each place once
+                return list({row[2] or row[0]: row for row in first}.values())[::-1]
+            rank, after = rank + 1, b""
+        self._turn[number] = (rank, after)
+        return []
+
+    def _next_batch(self, number: int) -> "Optional[List[Tuple[bytes, int, bytes]]]":
+        """Files for one holder: as much as it delivers in BATCH_SECONDS, so that all holders end at about the same time.
+        When all are taken, part of what a slow one has not delivered.  Waits while that may still become necessary; None:
+        nothing is left for this holder."""
         with self.changed:
             while True:
-                rows = self._rows(
-                    "SELECT w.path, w.size, h.stored FROM have h JOIN want w ON w.path=h.path WHERE h.holder=? AND w.state=0 AND "
-                    "w.kind='f' ORDER BY (SELECT COUNT(*) FROM have o WHERE o.path=w.path), w.path LIMIT ?", number, BATCH_FILES)
-                rate = self._rates.get(number)
-                limit = min(BATCH_BYTES, max(1 << 20, int(rate * BATCH_SECONDS))) if rate else FIRST_BATCH
+                rows = self._open_files(number)
+                fresh = bool(rows)
                 if not rows:
                     rows, waiting = self._slow_ones(number)
                     if not rows and not waiting:
@@ -6896,70 +7089,106 @@ class Restore:
                 if rows:
                     break
                 self.changed.wait(0.5)
-            batch, size = [], 0
-            for row in rows:
-                if batch and size + row[1] > limit:
-                    break
-                batch.append(row)
-                size += row[1]
+            batch = self._first_of(rows, self._rates.get(number))
+            if fresh:
+                self._turn[number] = self._turn[number][0], batch[-1][0]
             self.db.execute("BEGIN")
             self.db.executemany("UPDATE want SET state=2 WHERE path=?", [row[:1] for row in batch])
             self.db.execute("COMMIT")
-            self._flying[number] = {row[0] for row in batch}
-            self._since[number] = time.monotonic()
+            self._inherit(number, batch)
+            self._flying[number] = {path: size for path, size, _ in batch}
+            self._since[number], self._came[number] = time.monotonic(), 0
             return batch
 
-    def _slow_ones(self, number: int) -> "Tuple[List[Tuple[bytes, int, Optional[bytes]]], bool]":
-        """(files that another holder has been fetching for long and that this one has, whether there may be such later):
+    @staticmethod
+    def _first_of(rows: "List[Tuple[bytes, int, bytes]]", rate: "Optional[float]") -> "List[Tuple[bytes, int, bytes]]":
+        limit = min(BATCH_BYTES, max(1 << 20, int(rate * BATCH_SECONDS))) if rate else FIRST_BATCH
+        batch, size = [], 0
+        for row in rows:
+            if batch and size + row[1] > limit:
+                break
+            batch.append(row)
+            size += row[1]
+        return batch
+
+    def _slow_ones(self, number: int) -> "Tuple[List[Tuple[bytes, int, bytes]], bool]":
+        """(files that another holder is fetching and that this one would deliver sooner, whether there may be such later):
         the later half of its list, which it comes to last."""
-        waiting = False
+        waiting, now = False, time.monotonic()
         for other, paths in self._flying.items():
             if other == number or not paths:
                 continue
-            rows = [row for row in (self._one("SELECT w.path, w.size, h.stored FROM have h JOIN want w ON w.path=h.path "
-                                              "WHERE h.holder=? AND w.path=? AND w.state=2", number, path)
-                                    for path in sorted(paths)) if row]
+            rows = [row for row in (self._one(
+                "SELECT w.path, w.size, h.place FROM have h JOIN want w ON w.path=h.path WHERE h.holder=? AND w.path=? AND "
+                "w.state=2 ORDER BY h.doubt, h.place LIMIT 1", number, path) for path in sorted(paths)) if row]
             waiting = waiting or bool(rows)
-            if rows and time.monotonic() - self._since[other] > BATCH_SECONDS:
-                return rows[len(rows) // 2:], True
+            rows, elapsed = rows[len(rows) // 2:], now - self._since[other]
+            pace = self._came[other] / max(0.01, elapsed)
+            left = max(0, sum(paths.values()) - self._came[other])
+            mine = sum(size for _, size, _ in rows) / max(1.0, self._rates.get(number) or pace)
+            if rows and elapsed > STEAL_AFTER and left > 0 and mine < left / max(1.0, pace):
+                return rows, True
         return [], waiting
 
-    def _forget(self, number: int, paths: "Iterable[bytes]") -> None:
-        """This holder does not deliver these files after all."""
-        with self.lock:
-            self.db.executemany("DELETE FROM have WHERE path=? AND holder=?", [(path, number) for path in paths])
+    def _inherit(self, number: int, batch: "List[Tuple[bytes, int, bytes]]") -> None:
+        """Take over the parts of large files that came from a holder which does not go on with them."""
+        for path, size, _ in batch if len(self.holders) > 1 else ():
+            above, _, name = path.rpartition(b"/")
+            part = b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
+            if size < INHERIT_FROM or self.tree.lstat(self._staging(number, part)) is not None:
+                continue
+            for other in range(len(self.holders)):
+                if other != number and path not in self._flying.get(other, ()) \
+                        and self.tree.lstat(self._staging(other, part)) is not None:
+                    with contextlib.suppress(OSError):
+                        self.tree.rename(self._staging(other, part), self._staging(number, part))
+                    break
 
-    def _take(self, number: int, batch: "List[Tuple[bytes, int, Optional[bytes]]]", outcome: Pull) -> "Tuple[int, int]":
-        """Check and put into place what arrived of a batch; the rest is open again.  Returns (files, bytes) that arrived."""
-        staging = RESTORE_DIR + b"/files-%d/" % number
+    def _take(self, number: int, batch: "List[Tuple[bytes, int, bytes]]", outcome: Pull) -> int:
+        """Check and put into place what arrived of a batch; the rest is open again.  Returns how many files arrived."""
         again: "List[bytes]" = []
-        without: "List[bytes]" = []
-        files = total = 0
-        for path, size, _ in batch:
+        without: "List[Tuple[bytes, bytes]]" = []
+        arrived = 0
+        for path, size, place in batch:
+            staged = self._staging(number, path)
             try:
-                verdict = self._digest_matches(staging + path, size, path)
+                verdict = self._digest_matches(staged, size, path)
                 if verdict:
-                    self._put(staging + path, path)
-                    files, total = files + 1, total + size
+                    self._put(staged, path)
+                    arrived += 1
                     continue
+                if verdict is False:
+                    self.tree.unlink(staged)  # or rsync would take it for what it wants the next time
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise CBackupError("%s: %s" % (self.target, reason_of(error)))
                 self._set_state(path, 4, reason_of(error))
                 continue
             again.append(path)
-            if verdict is False:
+            if verdict is False and path in outcome.parts:
+                continue  # the part was of another version: now from the beginning
+            if verdict is False and not place.startswith(b"attic/"):
                 log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
+                self._set_state(path, 2, "the copy of %s is damaged" % self.holders[number].name)
             if verdict is False or outcome.how == "done":
-                without.append(path)
+                without.append((path, place))
+        self._open_again(number, again, without)
+        return arrived
+
+    def _open_again(self, number: int, again: "List[bytes]", without: "List[Tuple[bytes, bytes]]") -> None:
+        """What did not arrive is for everybody; `without`: this holder does not deliver it from that place after all."""
         with self.changed:
-            mine = self._flying.pop(number, set())
+            mine = self._flying.pop(number, {})
             self.db.execute("BEGIN")
             self.db.executemany("UPDATE want SET state=0 WHERE path=? AND state=2", [(path,) for path in again if path in mine])
+            self.db.executemany("DELETE FROM have WHERE path=? AND holder=? AND place=?",
+                                [(path, number, place) for path, place in without])
+            for path, _ in without:
+                self._rank("path=?", path)
             self.db.execute("COMMIT")
-            self._forget(number, without)
+            if again:
+                self._turn.clear()
             self.changed.notify_all()
-        return files, total
 
     def _digest_matches(self, staged: bytes, size: int, path: bytes) -> "Optional[bool]":
         """None: it did not arrive.  A file without a digest in the catalog was never confirmed: size has to do."""
@@ -6989,7 +7218,7 @@ class Restore:
                 if not self.force:
                     raise OSError(errno.EEXIST, "something else is there")
                 self._move_aside(path)
-            self.tree.rename(staged, path)
+            self._into_place(staged, path)
             info = self.tree.lstat(path)
             if info is None:
                 raise OSError(errno.ENOENT, "it vanished from the target")
@@ -6999,7 +7228,19 @@ class Restore:
             self.counts["restored_files"] += 1
             self.counts["restored_bytes"] += info.st_size
             for paths in self._flying.values():
-                paths.discard(path)
+                paths.pop(path, None)
+
+    def _into_place(self, staged: bytes, path: bytes) -> None:
+        """An earlier run may have made a directory read-only already: it is opened, and closed again at the end."""
+        try:
+            self.tree.rename(staged, path)
+        except PermissionError:
+            above = path.rpartition(b"/")[0]
+            info = self.tree.lstat(above) if above else None
+            if info is None or info.st_mode & 0o700 == 0o700:
+                raise
+            self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
+            self.tree.rename(staged, path)
 
     def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int) -> None:
         """Owner, mode and time, where they are others: what is right already is not touched."""
@@ -7025,96 +7266,150 @@ class Restore:
 
     # -- after the files --
 
-    def _links_and_symlinks(self) -> None:
-        for path, link, digest in self._rows("SELECT path, link, digest FROM want WHERE kind='f' AND state=3 ORDER BY path"):
-            first = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND state=1 AND path<? ORDER BY path LIMIT 1",
-                              link, digest, path)
-            if first:
-                try:
-                    if self.tree.lstat(path) is None:
-                        self.tree.link(first[0], path)
-                        self.counts["restored_files"] += 1
-                    self._set_state(path, 1)
-                except OSError as error:
-                    self._set_state(path, 4, reason_of(error))
-        after: "Optional[bytes]" = None
-        while True:
-            page = self._rows("SELECT path, target, mtime, uid, gid, user, grp FROM want WHERE kind='l' AND (? IS NULL OR path>?) "
-                              "ORDER BY path LIMIT 1000", after, after)
-            for path, target, mtime, uid, gid, user, group in page:
-                self._lay_symlink(path, target, mtime, (uid, gid, user, group))
-            if len(page) < 1000:
-                return
-            after = page[-1][0]
+    def _links(self) -> None:
+        """Hard links: to whichever of their paths is there."""
+        for path, link, digest in self._each("link, digest", "kind='f' AND link IS NOT NULL AND state IN (0, 3)"):
+            first = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND kind='f' AND state=1 ORDER BY path LIMIT 1",
+                              link, digest)
+            if not first:
+                continue
+            try:
+                self.tree.link(first[0], path)
+                self.counts["restored_files"] += 1
+                self._set_state(path, 1)
+            except OSError as error:
+                self._set_state(path, 4, reason_of(error))
 
-    def _lay_symlink(self, path: bytes, target: bytes, mtime: int, owner: "Tuple[int, int, str, str]") -> None:
-        try:
-            info = self.tree.lstat(path)
-            if info is not None and stat.S_ISLNK(info.st_mode) and self.tree.readlink(path) == target:
-                return self._set_state(path, 1)
-            if info is not None:
-                if not self.force:
-                    return self._set_state(path, 4, "something else is there")
-                self._move_aside(path)
-            self.tree.symlink(target, path)
-            self._set_owner(path, *owner)
-            with contextlib.suppress(OSError, NotImplementedError):
-                self.tree.set_mtime(path, mtime)
-            self._set_state(path, 1)
-        except OSError as error:
-            self._set_state(path, 4, reason_of(error))
+    def _symlinks(self) -> None:
+        for path, target, mtime, *owner in self._each("target, mtime, uid, gid, user, grp", "kind='l'"):
+            try:
+                info = self.tree.lstat(path)
+                if info is None or not stat.S_ISLNK(info.st_mode) or self.tree.readlink(path) != target:
+                    if info is not None and not self.force:
+                        self._set_state(path, 4, "something else is there")
+                        continue
+                    if info is not None:
+                        self._move_aside(path)
+                    self.tree.symlink(target, path)
+                    self._set_owner(path, *owner)
+                    with contextlib.suppress(OSError, NotImplementedError):
+                        self.tree.set_mtime(path, mtime)
+                self._set_state(path, 1)
+            except OSError as error:
+                self._set_state(path, 4, reason_of(error))
 
     def _directories(self) -> None:
         """Make the directories that are asked for, then set the metadata of all, the deepest first."""
-        for (path,) in self._rows("SELECT path FROM want WHERE kind='d' AND asked=1 AND path<>x'' ORDER BY path"):
+        for path, _ in self._each("state", "kind='d' AND asked=1 AND path<>x'' AND state<>4"):
             try:
                 self.tree.make_directory(path)
             except OSError as error:
                 self._set_state(path, 4, reason_of(error))
-        for path, mode, mtime, uid, gid, user, group, asked in self._rows(
-                "SELECT path, mode, mtime, uid, gid, user, grp, asked FROM want WHERE kind='d' AND state<>4 ORDER BY path DESC"):
-            if not asked and (path == b"" or not self._is_parent(path)):
+        for path, asked, *metadata in self._each("asked, mode, uid, gid, user, grp, mtime", "kind='d' AND state<>4", True):
+            if not asked and (path == b"" or not self._leads_to(path, 1)):
                 continue
             try:
                 if path == b"":
-                    self._root_metadata = (mode, mtime)
-                    continue
-                if self.tree.lstat(path) is None:
-                    continue
-                self._set_metadata(path, mode, uid, gid, user, group, mtime)
+                    self._root_metadata = tuple(metadata)
+                elif self.tree.lstat(path) is not None:
+                    self._set_metadata(path, *metadata)
             except OSError as error:
                 self._note("metadata of directories could not be set (%s)" % reason_of(error))
 
-    def _is_parent(self, path: bytes) -> bool:
-        return bool(self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' AND state=1 LIMIT 1",
-                              path + b"/", path + b"0"))
+    def _leads_to(self, path: bytes, *state: int) -> bool:
+        """Whether a directory is above something that is wanted, or that is in this state."""
+        return self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' %s LIMIT 1" % ("AND state=?" if state else ""),
+                         path + b"/", path + b"0", *state) is not None
 
-    def _mark_missing(self) -> None:
-        with self.lock:
-            self.db.execute("UPDATE want SET state=5 WHERE kind='f' AND state IN (0, 2, 3)")
+    def _finish_root(self) -> None:
+        """The target's own metadata, when nothing is written there any more."""
+        if self._root_metadata:
+            mode, uid, gid, user, group, mtime = self._root_metadata
+            with contextlib.suppress(OSError):
+                if os.geteuid() == 0:
+                    os.chown(self.target, self.names.uid(user, uid), self.names.gid(group, gid))
+                os.chmod(self.target, mode)
+                os.utime(self.target, ns=(mtime, mtime))
 
-    def missing(self, limit: int) -> "Iterator[Tuple[bytes, str]]":
+    # -- what is missing --
+
+    def missing(self) -> "Iterator[Tuple[bytes, str]]":
         """(path, reason) of what could not be restored."""
         for pattern in self.unmatched:
             yield pattern, "nothing in %s is called so, or matches it" % self.source
-        down = "; not reachable: %s" % ", ".join(sorted(self.down)) if self.down else ""
-        for path, state, note, holders in self._rows("SELECT path, state, note, holders FROM want WHERE state IN (4, 5) "
-                                                     "AND asked=1 ORDER BY path LIMIT ?", limit):
-            if holders and state == 5:
-                yield path, "its last known holders were %s%s" % (holders, down)
-            elif state == 4:
-                yield path, note or "a different file is there; --force moves it aside"
-            elif self._one("SELECT 1 FROM other WHERE path=?", path):
-                names = sorted(self.holders[n].name for n, in self._rows("SELECT holder FROM other WHERE path=?", path))
-                yield path, "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
-            else:
-                yield path, "no backup that can be reached has it%s" % down
+        for path, state, note, holders in self._each("state, note, holders", "state IN (4, 5) AND asked=1"):
+            yield path, self._why_missing(path, note, holders) if state == 5 else \
+                note or "a different file is there; --force moves it aside"
+
+    def _why_missing(self, path: bytes, note: "Optional[str]", holders: str) -> str:
+        down = "; not reachable: %s" % ", ".join(sorted(self.down.values())) if self.down else ""
+        if holders:
+            up = {holder.backup: holder.name for holder in self.holders}
+            known = ["%s (not reachable)" % self.down[name] if name in self.down else "%s (%s)" % (
+                up.get(name, name), "it has no good copy now" if name in up else "no longer in the configuration")
+                for name in holders.split(",")]
+            return "its last known holders: %s%s" % (", ".join(known), "; " + note if note else "")
+        if self._one("SELECT 1 FROM other WHERE path=?", path):
+            names = sorted(self.holders[n].name for n, in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path))
+            return "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
+        return "no backup is known to have had it%s" % down
 
     def in_the_way(self) -> int:
         return self._one("SELECT COUNT(*) FROM want WHERE state=4 AND asked=1")[0]
 
     def missing_count(self) -> int:
         return self._one("SELECT COUNT(*) FROM want WHERE state=5 AND asked=1")[0]
+
+    # -- a dry run --
+
+    def dry_run(self, scratch: str) -> "Dict[str, Any]":
+        """What `run` would do, without writing anything but in `scratch`: files that are there already by size and time, that
+        are in the way, that nobody has; what each holder would deliver at its measured rate (bytes a second), and for how
+        long (seconds)."""
+        self.open_plan(scratch)
+        self.ask_holders()
+        there, differ = self.count_target()
+        self._lead_links()
+        self.measure()
+        share = self.forecast()
+        return {"kept_files": there, "refused_files": differ,
+                "missing_files": self._one("SELECT COUNT(*) FROM want WHERE kind='f' AND state=0 AND rank=0")[0],
+                "seconds": round(max([seconds for _, _, seconds in share.values()], default=0.0), 1),
+                "holders": {self.holders[n].name: {"files": files, "bytes": size, "rate": int(self._rates[n])}
+                            for n, (files, size, _) in sorted(share.items())}}
+
+    def measure(self) -> None:
+        """The rate of each holder, all at once as in a restore: a first batch is fetched, and thrown away."""
+        def try_out(number: int) -> None:
+            with self.lock:
+                rows = self._open_files(number)
+            batch, into = self._first_of(rows, None), os.fsencode(os.path.join(self.work, "files-%d" % number))
+            if not batch:
+                return
+            came, begun = [0], time.monotonic()
+
+            def on_bytes(count: int) -> None:
+                came[0] += count
+            try:
+                self.holders[number].fetch(self.source, [(path, place) for path, _, place in batch], into, on_bytes)
+                self._rates[number] = max(1, came[0]) / max(0.001, time.monotonic() - begun)
+            except (CBackupError, OSError) as error:
+                log.info("%s: %s", self.holders[number].name, reason_of(error))
+                self._give_up_on(number)
+            shutil.rmtree(into, ignore_errors=True)
+        in_parallel(try_out, range(len(self.holders)))
+
+    def forecast(self) -> "Dict[int, Tuple[int, int, float]]":
+        """holder -> (files, bytes, seconds): each file from the holder that is ready with it first, as `_next_batch` has it."""
+        share = {number: (0, 0, 0.0) for number in self._rates}
+        for _, size, holders in self._each("size, (SELECT group_concat(DISTINCT holder) FROM have h WHERE h.path=want.path)",
+                                           "kind='f' AND state=0 AND rank>0"):
+            able = [int(n) for n in holders.split(",") if int(n) in share]
+            if able:
+                best = min(able, key=lambda n: share[n][2] + size / self._rates[n])
+                files, total, seconds = share[best]
+                share[best] = files + 1, total + size, seconds + size / self._rates[best]
+        return share
 
 
 # ==== 15. Status and demo =============================================================================
@@ -7881,14 +8176,29 @@ def add_restore_parser(commands: Any) -> None:
     parser.set_defaults(run=cmd_restore)
 
 
-def cmd_restore(args: argparse.Namespace, home: Home) -> int:
-    config = home.config() if not args.directories or os.path.exists(home.config_path) else parse_config("")
-    if args.source not in config.sources and not (args.directories and args.to and _is_name(args.source)):
+def config_for_restore(args: argparse.Namespace, home: Home) -> Config:
+    """The configuration; with --from one that is missing or wrong is no obstacle."""
+    try:
+        config = home.config()
+    except CBackupError as error:
+        if not args.directories:
+            raise
+        if os.path.exists(home.config_path):
+            log.warning("%s; going on without it", str(error).splitlines()[0])
+        config = parse_config("")
+    if args.source not in config.sources and args.directories and not args.to:
+        raise UsageError("where to?  Say --to DIR: no configuration here says where %s was" % args.source)
+    if args.source not in config.sources and not (args.directories and _is_name(args.source)):
         raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
+    return config
+
+
+def cmd_restore(args: argparse.Namespace, home: Home) -> int:
+    config = config_for_restore(args, home)
     target = args.to or config.sources[args.source].path
     at = parse_time(args.at) if args.at else None
     restore = Restore(args.source, os.path.abspath(target), args.paths, at, args.force, Progress(args.quiet))
-    restore.holders += [DirectoryHolder(path, args.source) for path in args.directories]
+    restore.holders += [DirectoryHolder(path, args.source) for path in dict.fromkeys(args.directories)]
     if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
         find_rsync()
         restore.find_holders(config, tls_context(home, server_side=False))
@@ -7907,37 +8217,46 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
 
 
 def print_dry_run(restore: Restore, as_json: bool) -> int:
-    """What would come from where; nothing is written but in a temporary directory."""
+    """What would come from where, how much, and how long it would take."""
     with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
-        restore.open_plan(scratch)
-        restore.ask_holders()
-        rows = [(holder.name,) + tuple(restore._one(
-            "SELECT COUNT(*), COALESCE(SUM(w.size), 0) FROM have h JOIN want w ON w.path=h.path WHERE h.holder=?", number))
-            for number, holder in enumerate(restore.holders)]
-        nowhere = restore._one("SELECT COUNT(*) FROM want w WHERE kind='f' AND state=0 "
-                               "AND NOT EXISTS(SELECT 1 FROM have h WHERE h.path=w.path)")[0]
+        plan = restore.dry_run(scratch)
+    code = EXIT_INCOMPLETE if plan["missing_files"] else EXIT_DONE
     if as_json:
-        print(json.dumps(dict(restore.counts, holders={n: {"files": f, "bytes": b} for n, f, b in rows}, missing_files=nowhere)))
-    else:
-        print("%s, %s, as of %s" % (count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
-                                    time.strftime("%Y-%m-%d %H:%M", time.localtime(restore.catalog_time))))
-        for name, files, size in rows:
-            print("    %s has %s, %s" % (name, count_of(files, "file"), format_size(size)))
-        if nowhere:
-            print("    nobody that can be reached has %s" % count_of(nowhere, "file"))
-    return EXIT_INCOMPLETE if nowhere else EXIT_DONE
+        print(json.dumps(dict(restore.counts, catalog_time=restore.catalog_time, **plan)))
+        return code
+    print("%s, %s, as of %s" % (count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
+                                format_time(restore.catalog_time)))
+    if plan["kept_files"]:
+        print("    %s there already, by size and time" % count_of(plan["kept_files"], "file"))
+    if plan["refused_files"]:
+        print("    %s in the place of which there is something else; --force moves it aside" % count_of(
+            plan["refused_files"], "file"))
+    for name, share in plan["holders"].items():
+        print("    %s from %s: %s, at %s/s" % (count_of(share["files"], "file"), name, format_size(share["bytes"]),
+                                              format_size(share["rate"])))
+    if plan["missing_files"]:
+        print("    %s that nobody has who can be reached" % count_of(plan["missing_files"], "file"))
+    if restore.down:
+        print("    not reachable: %s" % ", ".join(sorted(restore.down.values())))
+    print("it would take about %s" % format_seconds(max(1.0, plan["seconds"])))
+    return code
+
+
+SHOWN_MISSING = 1000
+"""Missing files that are named one by one without --json, which names all of them."""
 
 
 def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     missing, in_the_way = restore.missing_count(), restore.in_the_way()
-    for path, why in restore.missing(100000 if as_json else 1000):
-        if not as_json:
-            print("cbackup: %s: %s" % (shown(path), why), file=sys.stderr)
     if as_json:
         print(json.dumps(dict(restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way,
                               catalog_time=restore.catalog_time, missing=[
-                                  {"path": as_text(path), "reason": why} for path, why in restore.missing(100000)])))
+                                  {"path": as_text(path), "reason": why} for path, why in restore.missing()])))
         return
+    for path, why in itertools.islice(restore.missing(), SHOWN_MISSING):
+        print("cbackup: %s: %s" % (shown(path), why), file=sys.stderr)
+    if missing + in_the_way > SHOWN_MISSING:
+        print("cbackup: and %d more; --json names them all" % (missing + in_the_way - SHOWN_MISSING), file=sys.stderr)
     for text, count in restore.notes.items():
         print("cbackup: %s, %d times" % (text, count), file=sys.stderr)
     back = "everything is back" if complete else "NOT everything is back: %s" % ", ".join(
@@ -7946,7 +8265,7 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
                           restore.unmatched and "%s matched nothing" % count_of(len(restore.unmatched), "argument")) if part)
     print("%s: %s (%s restored, %s; %s were there already), as of %s" % (
         restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
-        format(restore.counts["kept_files"], ","), time.strftime("%Y-%m-%d %H:%M", time.localtime(restore.catalog_time))))
+        format(restore.counts["kept_files"], ","), format_time(restore.catalog_time)))
 
 
 def add_find_parser(commands: Any) -> None:
