@@ -620,17 +620,20 @@ class Tree:
     def walk_files(self, rel: bytes, after: bytes = b"") -> "Iterator[bytes]":
         """Every path below `rel` that is not a directory, depth first; only those that come behind `after`, a path below
         `rel`, when it is given."""
-        first, _, rest = after.partition(b"/")
-        for name in self.list(rel):
-            if name < first:
-                continue
-            below = rel + b"/" + name if rel else name
-            info = self.lstat(below)
-            if info is not None and stat.S_ISDIR(info.st_mode):
-                for found in self.walk_files(below, rest if name == first else b""):
-                    yield found
-            elif info is not None and name > first:
-                yield below
+        stack = [(rel, iter(self.list(rel)), after)]
+        while stack:
+            above, names, behind = stack[-1]
+            first, _, rest = behind.partition(b"/")
+            for name in names:
+                below = above + b"/" + name if above else name
+                info = self.lstat(below) if name >= first else None
+                if info is not None and stat.S_ISDIR(info.st_mode):
+                    stack.append((below, iter(self.list(below)), rest if name == first else b""))
+                    break
+                if info is not None and name > first:
+                    yield below
+            else:
+                stack.pop()
 
     def clear_empty(self, rel: bytes, links: bool = False) -> None:
         """Remove the directory `rel` and the directories in it, as far as they are empty; with `links`, the symlinks
@@ -679,6 +682,12 @@ class Tree:
             with contextlib.suppress(*gone), self._parent(above + b"/x" if above else b"x") as (descriptor, _):
                 fsync(descriptor, drive=False)
         fsync(self._root)
+
+
+    def sync_all(self) -> None:
+        """Make everything on the tree's file system durable."""
+        if not _syncfs(self._root):
+            os.sync()
 
 
 def _syncfs(descriptor: int) -> bool:
@@ -3266,12 +3275,22 @@ class Pull:
         return any("No space left" in line or "Disc quota" in line or "Read-only file system" in line
                    for line in self.errors)
 
+    def said_of(self, name: bytes) -> "Optional[str]":
+        """The first line of rsync's that has this (end of a) name in it; it writes odd bytes as \\#ooo."""
+        for line in self.errors:
+            if name and name in re.sub(rb"\\#([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]), os.fsencode(line)):
+                return line
+        return None
+
+    def blames(self, path: bytes) -> bool:
+        """Whether a file is missing because of itself: an rsync that gave up in the middle of its list (11) names it."""
+        return self.code != 11 or self.said_of(b"/" + path + b'"') is not None
+
     def why(self, path: bytes) -> str:
         """What rsync said of one file, or its last words."""
-        name = os.path.basename(path).decode("utf-8", "replace")
-        for line in self.errors:
-            if name and name in line:
-                return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
+        line = self.said_of(os.path.basename(path))
+        if line:
+            return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
         return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
 
 
@@ -4049,7 +4068,10 @@ class Vault:
             self.settle_moves(source, last=False)
         for source, path in self.rows("SELECT source, path FROM coming WHERE stage=1 ORDER BY source, path"):
             try:
-                self.put_in_place(source, path)
+                if self._still_whole(source, path):
+                    self.put_in_place(source, path)
+                else:
+                    self.give_up(source, [path])
             except OSError as error:
                 log.warning("%s: %s: %s", self.name, shown(path), reason_of(error))
                 self.give_up(source, [path])
@@ -4057,6 +4079,20 @@ class Vault:
         for (source,) in self.rows("SELECT DISTINCT source FROM coming WHERE stage=0"):
             keep_parts(self.tree, self.incoming(source), lambda path: self.one(
                 "SELECT 1 FROM coming WHERE source=? AND path=?", source, path) is not None)
+
+    def _still_whole(self, source: str, path: bytes) -> bool:
+        """Whether what was confirmed is still what lies here: when the power failed before it was durable, its bytes may be
+        gone.  What is not, at its place, is set aside."""
+        digest = self.one("SELECT digest FROM coming WHERE source=? AND path=?", source, path)[0]
+        staged = self.tree.lstat(self.incoming(source, path)) is not None
+        descriptor = self.tree.open(self.incoming(source, path) if staged else self.place_of(source, path))
+        try:
+            whole = bool(digest_descriptor(descriptor)[0] == digest)
+        finally:
+            os.close(descriptor)
+        if not whole and not staged:
+            self.set_aside(source, [path], "bad")
+        return whole
 
     def needs_rebuild(self) -> bool:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
@@ -4249,8 +4285,8 @@ class CatalogRow:
             return cls(path)
         _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row
         if kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
-                or not all(isinstance(n, int) for n in (size, mtime, mode, uid, gid)) \
-                or size < 0 or not 0 <= mode <= 0o7777 or link is not None and not isinstance(link, int) \
+                or not all(type(n) is int and -1 << 63 <= n < 1 << 63 for n in (size, mtime, mode, uid, gid, link or 0)) \
+                or size < 0 or not 0 <= mode <= 0o7777 or not 0 <= min(uid, gid) <= max(uid, gid) < 1 << 32 \
                 or extra is not None and not isinstance(extra, str) \
                 or not isinstance(holders, list) or not all(isinstance(name, str) for name in holders):
             raise ProtocolError("a catalog row with wrong values for %s" % shown(path))
@@ -4264,7 +4300,15 @@ class CatalogRow:
                 raise ProtocolError("a catalog row with a wrong digest for %s" % shown(path))
         elif kind == "l":
             target = as_raw(extra or "")
-        return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest, tuple(holders))
+            if not target or b"\0" in target:
+                raise ProtocolError("a catalog row with a wrong symlink for %s" % shown(path))
+        # A name that no machine can have is as good as none: there is the number.
+        user, group = (name if _ACCOUNT.match(name) else "" for name in (user, group))
+        return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
+                   tuple(name for name in holders if _is_name(name)))
+
+
+_ACCOUNT = re.compile(r"[^\0\ud800-\udfff]{1,255}\Z")
 
 
 @dataclass(frozen=True)
@@ -4276,12 +4320,13 @@ class CatalogFile:
     upto: int
     time: int
 
-    PATTERN = re.compile(r"(\d{12})-(\d{12})-(\d+)\.gz\Z")
+    PATTERN = re.compile(r"([0-9]{12})-([0-9]{12})-([0-9]{1,12})\.gz\Z")
 
     @classmethod
     def parse(cls, name: str) -> "Optional[CatalogFile]":
         match = cls.PATTERN.match(name)
-        return cls(name, *(int(part) for part in match.groups())) if match else None
+        found = cls(name, *(int(part) for part in match.groups())) if match else None
+        return found if found and found.since < found.upto else None  # else a chain of them would have no end
 
 
 def list_catalogs(names: "Iterable[str]") -> "List[CatalogFile]":
@@ -4305,6 +4350,15 @@ def catalog_chain(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "
     return []
 
 
+def catalog_chains(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "Iterator[List[CatalogFile]]":
+    """The chain of the newest catalog, then those of older ones, for the case that it is damaged."""
+    chain = catalog_chain(files, at)
+    while chain:
+        yield chain
+        files = [f for f in files if f.upto < chain[-1].upto]
+        chain = catalog_chain(files, at)
+
+
 def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[CatalogRow]") -> "Optional[CatalogFile]":
     """Write one catalog file, durably; `header` has source, books and since; `upto` and `time` may be filled in
     while `rows` is consumed.  Returns None, and leaves nothing, when there was no row."""
@@ -4326,19 +4380,25 @@ def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[Cata
     return CatalogFile.parse(name)
 
 
+CATALOG_LINE = 1 << 20
+"""Longest line of a catalog, bytes: a small file must not unfold into all of the memory."""
+
+
 def read_catalog(path: str) -> "Iterator[CatalogRow]":
     """The rows of a catalog file, checked.  Raises CBackupError when it is damaged or cut off."""
     count, ended = 0, False
     try:
-        with gzip.open(path, "rb") as stream:
-            for line in stream:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, gzip.GzipFile(fileobj=raw) as stream:
+            if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+                raise ValueError("it is no file")
+            for line in iter(lambda: stream.readline(CATALOG_LINE), b""):
                 value = json.loads(line)
                 if isinstance(value, dict):
                     ended = value.get("end") == count
                     continue
                 count += 1
                 yield CatalogRow.from_json(value)
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise CBackupError("%s is damaged: %s" % (path, reason_of(error)))
     if not ended:
         raise CBackupError("%s is cut off" % path)
@@ -5956,14 +6016,16 @@ class Pass:
     def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
         """Digest what arrived, have it confirmed, put it into place, have it counted."""
         vault, link = self.vault, self.check_links[standing.host]
-        rows, arrived, refused = [], [], []
+        rows, arrived, missed = [], [], []
         for f in files:
             row = self._evidence(vault.incoming(standing.name, f.path), f)
             if row is not None:
                 rows.append(row)
                 arrived.append(f)
             elif outcome.how == "done" and not outcome.full_disk:
-                refused.append((f, self._why_missing(standing, f, outcome)))
+                missed.append(f)
+        blamed = [f for f in missed if outcome.blames(f.path)] or missed
+        refused = [(f, self._why_missing(standing, f, outcome)) for f in blamed]
         test_point("digested")
         good, digests = [], {}
         if rows:
@@ -5982,6 +6044,10 @@ class Pass:
             self.figures.acted()
         if failed:
             self.decline(standing, link, failed)
+        if len(blamed) < len(missed):  # not its fault: to be claimed again
+            again = [f.path for f in missed if f not in blamed]
+            vault.give_up(standing.name, again, keep_parts=True)
+            link.call("release", backup=self.name, source=standing.name, paths=list(map(as_text, again)), all=False)
         if outcome.full_disk:
             self.stuck = True
             self.figures.complain("%s: %s is full or cannot be written: %s" % (
@@ -6760,7 +6826,7 @@ class Restore:
 
     def _load_catalog(self) -> None:
         choices = [(chain[-1].upto, chain[-1].time, number, chain) for number, holder in enumerate(self.holders)
-                   for chain in [catalog_chain(holder.catalogs, self.at)] if chain]
+                   for chain in catalog_chains(holder.catalogs, self.at)]
         for _, when, number, chain in sorted(choices, key=lambda c: c[:3], reverse=True):
             holder = self.holders[number]
             scratch = os.path.join(self.work, "catalog-%d" % number)
@@ -6784,6 +6850,8 @@ class Restore:
 
     def _load_rows(self, rows: "Iterable[CatalogRow]") -> None:
         for row in rows:
+            if (row.path + b"/").startswith(RESTORE_DIR + b"/"):
+                continue  # no source has that, and what is laid there would be in the hands of a later run
             if row.kind is None:
                 self.db.execute("DELETE FROM want WHERE path=?", (row.path,))
             else:
@@ -6893,11 +6961,11 @@ class Restore:
     def prepare_target(self) -> None:
         """Find what is there already: what has the right digest stays, what differs is in the way."""
         for path, asked in self._each("asked", "kind='d' AND path<>x''"):
-            info = self.tree.lstat(path)
+            info = self._what_is_at(path)
             if info is not None and not stat.S_ISDIR(info.st_mode) and (asked or self._leads_to(path)):
                 self._meet(path)
         for path, size, digest, *metadata in self._each("size, digest, mode, uid, gid, user, grp, mtime", "kind='f'"):
-            info = self.tree.lstat(path)
+            info = self._what_is_at(path)
             if info is None:
                 continue
             if stat.S_ISREG(info.st_mode) and info.st_size == size and self._is_right(path, info, digest):
@@ -6906,6 +6974,14 @@ class Restore:
                 self.counts["kept_files"] += 1
             else:
                 self._meet(path)
+
+    def _what_is_at(self, path: bytes) -> "Optional[os.stat_result]":
+        """lstat; a path that cannot be there, such as one with a name too long for this file system, has its reason noted."""
+        try:
+            return self.tree.lstat(path)
+        except OSError as error:
+            self._set_state(path, 4, reason_of(error))
+            return None
 
     def _meet(self, path: bytes) -> None:
         """Something else is where a path belongs."""
@@ -6961,6 +7037,11 @@ class Restore:
         if os.path.islink(work):
             raise CBackupError("%s is a symlink; remove it" % work)
         os.makedirs(work, mode=0o700, exist_ok=True)
+        with Tree(work) as tree:
+            for rel in tree.walk_files(b""):
+                info = tree.lstat(rel)
+                if info is not None and (not stat.S_ISREG(info.st_mode) or info.st_nlink > 1):
+                    raise CBackupError("%s/%s is none of cbackup's files; remove %s" % (work, shown(rel), work))
         with open(os.path.join(work, "lock"), "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -6974,7 +7055,6 @@ class Restore:
             with Tree(self.target) as self.tree:
                 complete = self._bring_back()
             self.done.close()
-            os.sync()  # before the source is no longer held
             if complete and whole or not os.path.exists(mark):
                 shutil.rmtree(work, ignore_errors=True)
         self._finish_root()
@@ -6990,6 +7070,7 @@ class Restore:
         self._links()
         self._symlinks()
         self._directories()
+        self.tree.sync_all()  # before the source is no longer held
         with self.lock:
             self.db.execute("UPDATE want SET state=5 WHERE kind='f' AND state IN (0, 2, 3)")
         return not self.unmatched and not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
@@ -7247,9 +7328,12 @@ class Restore:
         info = self.tree.lstat(rel)
         if info is None or (info.st_uid, info.st_gid) != (self.names.uid(user, uid), self.names.gid(group, gid)):
             self._set_owner(rel, uid, gid, user, group)
-        self.tree.chmod(rel, mode)
-        if info is None or info.st_mtime_ns != mtime:
-            self.tree.set_mtime(rel, mtime)
+        try:
+            self.tree.chmod(rel, mode)
+            if info is None or info.st_mtime_ns != mtime:
+                self.tree.set_mtime(rel, mtime)
+        except OSError as error:
+            self._note("modes or times could not be set (%s)" % reason_of(error))
 
     def _set_owner(self, rel: bytes, uid: int, gid: int, user: str, group: str) -> None:
         """As root: owner by name, when this machine knows it, else by number."""
@@ -7291,8 +7375,12 @@ class Restore:
                     if info is not None:
                         self._move_aside(path)
                     self.tree.symlink(target, path)
+                    info = None
+                uid, gid, user, group = owner
+                if info is None or (info.st_uid, info.st_gid) != (self.names.uid(user, uid), self.names.gid(group, gid)):
                     self._set_owner(path, *owner)
-                    with contextlib.suppress(OSError, NotImplementedError):
+                with contextlib.suppress(OSError, NotImplementedError):
+                    if info is None or info.st_mtime_ns != mtime:
                         self.tree.set_mtime(path, mtime)
                 self._set_state(path, 1)
             except OSError as error:
