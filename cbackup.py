@@ -242,8 +242,8 @@ class Busy(CBackupError):
 
 # ==== 4. Small helpers ================================================================================
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)\Z", re.I)
-_DURATION = re.compile(r"(\d+)([smhdw])\Z")
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMGT]?)\Z", re.I)
+_DURATION = re.compile(r"([0-9]{1,9})([smhdw])\Z")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -1375,7 +1375,7 @@ CREATE TABLE backups(
     heard REAL, heard_date REAL, period REAL);
 
 -- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer waited for
---        | r retired at the source.  checked: the version whose contents were confirmed, before `placed`.
+--        | r to be retired: gone at the source, or others have the present version.  checked: the version whose contents were confirmed, before `placed`.
 -- path: where the backup has it when that is not the entry's path.  tag, held_size, held_mtime: what it has.
 CREATE TABLE copies(
     file INTEGER, backup INTEGER, source INTEGER, state TEXT, checked INTEGER, path BLOB, tag INTEGER,
@@ -1774,6 +1774,8 @@ class Books:
                         db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=?",
                                    (number, backup))
                 self.regroup(row[0] for row in due)
+                for number, _, _ in due:
+                    self._retire_outdated(number)
                 for number, name in lost:
                     log.warning("backup %s has not been heard of for %s: its copies no longer count",
                                 name, format_seconds(lost_after))
@@ -2194,6 +2196,7 @@ class Books:
                     db.execute("INSERT OR REPLACE INTO declines VALUES(?,?,?,?,?)",
                                (row[0], backup, version, self.up() + DECLINE_FOR, reason[:200]))
                 self.regroup([row[0]])
+                self._retire_outdated(row[0])
 
     def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
         """Facts of a file's present version, for a confirmation; None when there is no such file."""
@@ -2238,8 +2241,17 @@ class Books:
                 db.execute("DELETE FROM declines WHERE file=? AND backup=?", (row[0], backup))
                 self._holders_changed(row[0])
                 self.regroup([row[0]])
+                self._retire_outdated(row[0])
                 counted.append(path)
         return counted
+
+    def _retire_outdated(self, number: int) -> None:
+        """Older versions for which nobody waits any more go to the attic when enough other hosts have the present one: their
+        backups had no room for it, or were away for long."""
+        if self.one("SELECT 1 FROM copies WHERE file=? AND state='o'", number) and self.one(
+                "SELECT 1 FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON s.id=e.source WHERE e.id=? "
+                "AND g.k>=s.replicas", number):
+            self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'", (TODO_RETIRE, number))
 
     def _holders_changed(self, number: int) -> None:
         """The catalog names the holders of each file: the entry belongs into the next generation."""
@@ -2781,15 +2793,15 @@ class Scan:
 
     def _rows(self, condition: str) -> "Iterator[Dict[str, Any]]":
         """Rows of `found`, in chunks, by path: a directory comes before what is in it."""
-        after: "Optional[bytes]" = None
+        after: "Tuple[Any, ...]" = ()
         while True:
-            page = self.books.rows("SELECT %s FROM found WHERE %s AND (? IS NULL OR path>?) ORDER BY path LIMIT ?"
-                                   % (", ".join(FOUND_COLUMNS), condition), after, after, APPLY_CHUNK)
+            page = self.books.rows("SELECT %s FROM found WHERE %s %s ORDER BY path LIMIT ?" % (
+                ", ".join(FOUND_COLUMNS), condition, "AND path>?" if after else ""), *after + (APPLY_CHUNK,))
             for row in page:
                 yield dict(zip(FOUND_COLUMNS, row))
             if len(page) < APPLY_CHUNK:
                 return
-            after = page[-1][0]
+            after = page[-1][:1]
 
     def _parent_id(self, row: "Dict[str, Any]") -> int:
         if row["path"] == b"":
@@ -5957,7 +5969,7 @@ class Pass:
         vault = self.vault
         need = sum(f.size for f in files)
         self.make_room(need)
-        files = self._that_fit(standing, files)
+        files = self._that_fit(standing, files, updating)
         if not files:
             return
         vault.expect(standing.name, standing.books, files)
@@ -5987,9 +5999,10 @@ class Pass:
         files, size = self.vault.make_room(need, self.config.keep)
         self._early = self._early[0] + files, self._early[1] + size
 
-    def _that_fit(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
-        """The files for which there is room; the others are declined, so that another backup takes them."""
-        vault = self.vault
+    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool) -> "List[Wanted]":
+        """The files for which there is room.  The others are given back: the room went while they were claimed, and what is
+        claimed next would not fit either.  Where there is an older version here, others are asked to take the new one."""
+        vault, link = self.vault, self.links[standing.host]
         expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
         room, kept, refused = vault.capacity() - vault.used(), [], []
         for f in files:
@@ -5999,8 +6012,12 @@ class Pass:
             else:
                 room -= need
                 kept.append(f)
-        if refused:
-            self.decline(standing, self.links[standing.host], [(f, "no room") for f in refused], failed=False)
+        if refused and updating:
+            self.decline(standing, link, [(f, "no room") for f in refused], failed=False)
+        elif refused:
+            self.stuck = True
+            vault.give_up(standing.name, [f.path for f in refused], keep_parts=True)
+            link.call("release", backup=self.name, source=standing.name, paths=[as_text(f.path) for f in refused], all=False)
         return kept
 
     def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
@@ -6594,7 +6611,8 @@ CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGE
 
 
 BATCH_SECONDS, FIRST_BATCH = 5.0, 8 << 20
-"""A holder gets as much at once as it delivers in this time; before its rate is known, FIRST_BATCH bytes."""
+"""A holder gets at most as much at once as it delivers in this time; before its rate is known, FIRST_BATCH bytes.  And at
+most half of its share of what is left, so that all end at about the same time."""
 
 STEAL_AFTER = 2.0
 """Seconds that a holder has for a batch before others look whether they would be faster."""
@@ -6779,6 +6797,7 @@ class Restore:
         self._came: "Dict[int, int]" = {}
         self._rates: "Dict[int, float]" = {}
         self._turn: "Dict[int, Tuple[int, bytes]]" = {}
+        self._left = 0  # bytes that no holder has taken upon itself
         self._fetched = 0
         self._total = 0
         self._root_metadata: "Optional[Tuple[Any, ...]]" = None
@@ -7032,7 +7051,33 @@ class Restore:
     def run(self, whole: bool) -> bool:
         """Restore into the target.  Returns whether everything that was asked for is there now."""
         self.started = clock.now()
+        fresh = not os.path.isdir(self.target)
         os.makedirs(self.target, exist_ok=True)
+        work = self._open_work()
+        mark = os.path.join(work, RESTORE_MARK.decode())
+        with self._locked(work):
+            try:
+                self.open_plan(work)
+                self.ask_holders()
+            except CBackupError:
+                if not os.path.exists(mark):  # nothing has been done, and nothing is held because of it
+                    shutil.rmtree(work, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        os.rmdir(self.target) if fresh else None
+                raise
+            if whole:
+                atomic_write(mark, b"")
+            with Tree(self.target) as self.tree:
+                complete = self._bring_back()
+            self.done.close()
+            if complete and whole or not os.path.exists(mark):
+                shutil.rmtree(work, ignore_errors=True)
+        self._finish_root()
+        return complete
+
+    def _open_work(self) -> str:
+        """The path of the working directory.  Raises CBackupError when something is in it that was not made by a restore: it
+        could lead elsewhere."""
         work = os.path.join(self.target, RESTORE_DIR.decode())
         if os.path.islink(work):
             raise CBackupError("%s is a symlink; remove it" % work)
@@ -7042,23 +7087,16 @@ class Restore:
                 info = tree.lstat(rel)
                 if info is not None and (not stat.S_ISREG(info.st_mode) or info.st_nlink > 1):
                     raise CBackupError("%s/%s is none of cbackup's files; remove %s" % (work, shown(rel), work))
+        return work
+
+    @contextlib.contextmanager
+    def _locked(self, work: str) -> "Iterator[None]":
         with open(os.path.join(work, "lock"), "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise CBackupError("another restore is at work in %s" % self.target)
-            mark = os.path.join(work, RESTORE_MARK.decode())
-            if whole:
-                atomic_write(mark, b"")
-            self.open_plan(work)
-            self.ask_holders()
-            with Tree(self.target) as self.tree:
-                complete = self._bring_back()
-            self.done.close()
-            if complete and whole or not os.path.exists(mark):
-                shutil.rmtree(work, ignore_errors=True)
-        self._finish_root()
-        return complete
+            yield
 
     def _bring_back(self) -> bool:
         self.prepare_target()
@@ -7089,7 +7127,8 @@ class Restore:
 
     def _fetch_all(self) -> None:
         """All holders at once, each taking the next batch that it can deliver, until nobody can deliver more."""
-        self._total = self._fetched + self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND state=0")[0]
+        self._left = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND state=0 AND rank>0")[0]
+        self._total = self._fetched + self._left
         while self._one("SELECT 1 FROM want WHERE kind='f' AND state=0 AND rank>0 LIMIT 1"):
             self._turn.clear()
             in_parallel(self._work_through, range(len(self.holders)))
@@ -7170,9 +7209,10 @@ class Restore:
                 if rows:
                     break
                 self.changed.wait(0.5)
-            batch = self._first_of(rows, self._rates.get(number))
+            batch = self._first_of(rows, number)
             if fresh:
                 self._turn[number] = self._turn[number][0], batch[-1][0]
+                self._left -= sum(size for _, size, _ in batch)
             self.db.execute("BEGIN")
             self.db.executemany("UPDATE want SET state=2 WHERE path=?", [row[:1] for row in batch])
             self.db.execute("COMMIT")
@@ -7181,9 +7221,12 @@ class Restore:
             self._since[number], self._came[number] = time.monotonic(), 0
             return batch
 
-    @staticmethod
-    def _first_of(rows: "List[Tuple[bytes, int, bytes]]", rate: "Optional[float]") -> "List[Tuple[bytes, int, bytes]]":
-        limit = min(BATCH_BYTES, max(1 << 20, int(rate * BATCH_SECONDS))) if rate else FIRST_BATCH
+    def _first_of(self, rows: "List[Tuple[bytes, int, bytes]]", number: int) -> "List[Tuple[bytes, int, bytes]]":
+        """As many of these files as a holder gets at once."""
+        rate, able = self._rates.get(number), max(1, len(self.holders))
+        share = rate / sum(self._rates.values()) if rate and len(self._rates) > 1 else 1 / able
+        limit = min(BATCH_BYTES, int(rate * BATCH_SECONDS) if rate else FIRST_BATCH, int(self._left * share / 2))
+        limit = max(limit, 1 << 20, int((rate or 0) / 2))  # a batch costs something, too
         batch, size = [], 0
         for row in rows:
             if batch and size + row[1] > limit:
@@ -7262,6 +7305,7 @@ class Restore:
             mine = self._flying.pop(number, {})
             self.db.execute("BEGIN")
             self.db.executemany("UPDATE want SET state=0 WHERE path=? AND state=2", [(path,) for path in again if path in mine])
+            self._left += sum(mine[path] for path in again if path in mine)
             self.db.executemany("DELETE FROM have WHERE path=? AND holder=? AND place=?",
                                 [(path, number, place) for path, place in without])
             for path, _ in without:
@@ -7458,6 +7502,7 @@ class Restore:
         self.ask_holders()
         there, differ = self.count_target()
         self._lead_links()
+        self._left = self.counts["bytes"]
         self.measure()
         share = self.forecast()
         return {"kept_files": there, "refused_files": differ,
@@ -7471,16 +7516,19 @@ class Restore:
         def try_out(number: int) -> None:
             with self.lock:
                 rows = self._open_files(number)
-            batch, into = self._first_of(rows, None), os.fsencode(os.path.join(self.work, "files-%d" % number))
+            batch, into = self._first_of(rows, number), os.fsencode(os.path.join(self.work, "files-%d" % number))
             if not batch:
                 return
-            came, begun = [0], time.monotonic()
+            came = [(time.monotonic(), 0)]  # (when, bytes until then)
 
             def on_bytes(count: int) -> None:
-                came[0] += count
+                if count:
+                    came.append((time.monotonic(), came[-1][1] + count))
             try:
                 self.holders[number].fetch(self.source, [(path, place) for path, _, place in batch], into, on_bytes)
-                self._rates[number] = max(1, came[0]) / max(0.001, time.monotonic() - begun)
+                # Without the time until the first tenth is there: a connection is made once, not for every 8 MB.
+                begun, before = next(point for point in came if 10 * point[1] >= came[-1][1])
+                self._rates[number] = max(1, came[-1][1] - before) / max(0.01, came[-1][0] - begun)
             except (CBackupError, OSError) as error:
                 log.info("%s: %s", self.holders[number].name, reason_of(error))
                 self._give_up_on(number)
@@ -8284,7 +8332,7 @@ def config_for_restore(args: argparse.Namespace, home: Home) -> Config:
 def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     config = config_for_restore(args, home)
     target = args.to or config.sources[args.source].path
-    at = parse_time(args.at) if args.at else None
+    at = None if args.at is None else parse_time(args.at)
     restore = Restore(args.source, os.path.abspath(target), args.paths, at, args.force, Progress(args.quiet))
     restore.holders += [DirectoryHolder(path, args.source) for path in dict.fromkeys(args.directories)]
     if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
@@ -8320,8 +8368,9 @@ def print_dry_run(restore: Restore, as_json: bool) -> int:
         print("    %s in the place of which there is something else; --force moves it aside" % count_of(
             plan["refused_files"], "file"))
     for name, share in plan["holders"].items():
-        print("    %s from %s: %s, at %s/s" % (count_of(share["files"], "file"), name, format_size(share["bytes"]),
-                                              format_size(share["rate"])))
+        if share["files"]:
+            print("    %s from %s: %s, at %s/s" % (count_of(share["files"], "file"), name, format_size(share["bytes"]),
+                                                  format_size(share["rate"])))
     if plan["missing_files"]:
         print("    %s that nobody has who can be reached" % count_of(plan["missing_files"], "file"))
     if restore.down:

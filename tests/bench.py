@@ -1,7 +1,14 @@
 """Measurements that are not part of the tests; run from the project's top.
 
     python3 -m tests.bench claims [--hosts 50] [--files 200000] [--replicas 2]
+    python3 -m tests.bench transfer [--files 20000] [--large 1G]
+    python3 -m tests.bench idle [--files 100000]
+    python3 -m tests.bench restore [--rate 4M] [--size 64M]
 
+`transfer`: a first pass and a restore of many small files and of a large one, over the time of a plain local rsync of the
+same files in the same run.
+`idle`: what a pass with nothing to do costs with few and with many files, and the memory of client and server.
+`restore`: how much faster three backups behind limited lines are than one of them; three times would be perfect.
 `claims`: what a batch costs the server (milliseconds of CPU for the question what is missing, the claim, and the
 confirmation) while the clients of many hosts fill their backups with many files, from the first batch to the last.
 Every client claims in turn and keeps what it claimed until its next turn, as if all of them were copying.
@@ -10,12 +17,16 @@ Every client claims in turn and keeps what it claimed until its next turn, as if
 import argparse
 import os
 import random
+import re
+import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 
 import cbackup
+from tests.harness import Cluster, make_tree, some_bytes, write_file
 
 CHECK = 64      # bytes of a made-up digest, in hex
 
@@ -122,6 +133,85 @@ def measured(bench):
     return "%5.1f%%  %9d" % (share, groups) + "".join("  %9.1f %9.1f %9.1f" % tuple(found[n:n + 3]) for n in (0, 3))
 
 
+# ---- real clusters ----------------------------------------------------------------------------------------------
+
+def timed(function):
+    """(what it returns, seconds)"""
+    begun = time.monotonic()
+    return function(), time.monotonic() - begun
+
+
+def must(result):
+    """The Result of a command that has done everything."""
+    if result.rc != 0:
+        raise SystemExit("failed: %s" % result)
+    return result
+
+
+def make_files(top, count, size, large):
+    """`count` files of `size` bytes, 500 a directory, and one of `large` bytes when that is not 0."""
+    content = some_bytes(size, "bench")
+    for number in range(count):
+        folder = os.path.join(top, "d%04d" % (number // 500))
+        if number % 500 == 0:
+            os.makedirs(folder)
+        write_file(os.path.join(folder, "f%03d" % (number % 500)), b"%08d" % number + content[8:])
+    if large:
+        block = some_bytes(1 << 20, "large")
+        with open(os.path.join(top, "large"), "wb") as file:
+            for number in range(large >> 20):
+                file.write(b"%08d" % number + block[8:])
+
+
+def bench_transfer(args):
+    print("%-22s %10s %10s %10s   %s" % ("", "rsync", "pass", "restore", "pass and restore over rsync"))
+    large = cbackup.parse_size(args.large)
+    for name, count, size in (("%d files of 4 KiB" % args.files, args.files, 4096), ("one file of " + args.large, 0, 0)):
+        with Cluster("s", "a", replicas=1) as cluster:
+            source = cluster.source("docs", "s")
+            make_files(source, count, size, 0 if count else large)
+            cluster.backup("b", "a", "100G")
+            cluster.start()
+            must(cluster.run("a", "status"))
+            _, plain = timed(lambda: subprocess.check_call(["rsync", "-a", source + "/", cluster.path("plain")]))
+            _, once = timed(lambda: must(cluster.run("a", "client", timeout=1800)))
+            _, back = timed(lambda: must(cluster.run("a", "restore", "docs", "--to", cluster.path("back"), timeout=1800)))
+            print("%-22s %9.1fs %9.1fs %9.1fs   %.1f and %.1f" % (name, plain, once, back, once / plain, back / plain), flush=True)
+
+
+def bench_idle(args):
+    print("%10s %12s %16s %16s" % ("files", "idle pass", "client's memory", "server's memory"))
+    for count in (100, args.files):
+        with Cluster("s", "a", replicas=1) as cluster:
+            make_files(cluster.source("docs", "s"), count, 100, 0)
+            cluster.backup("b", "a", "100G")
+            cluster.start()
+            must(cluster.run("a", "client", timeout=1800))
+            must(cluster.run("a", "client", timeout=1800))
+            seconds = min(timed(lambda: must(cluster.run("a", "client")))[1] for _ in range(5))
+            with open("/proc/%d/status" % cluster.servers["s"].pid) as file:
+                server = int(re.search(r"VmHWM:\s+(\d+)", file.read()).group(1))
+            client = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            print("%10d %11.2fs %12d MiB %12d MiB" % (count, seconds, client >> 10, server >> 10), flush=True)
+
+
+def bench_restore(args):
+    with Cluster("s", "a", "b", "c", replicas=3) as cluster:
+        source = cluster.source("docs", "s")
+        make_tree(source, {"d%d/f%03d" % (n % 7, n): cbackup.parse_size(args.size) // 200 for n in range(200)})
+        for host in "abc":
+            cluster.backup("b" + host, host, "100G")
+        cluster.start()
+        cluster.settle()
+        for name, backup in cluster.backups.items():
+            cluster.backups[name] = backup._replace(options=dict(backup.options, bwlimit=args.rate))
+        _, three = timed(lambda: must(cluster.restore("a", "docs", to=cluster.path("three"), timeout=1800)))
+        cluster.kill("b", "c")
+        _, one = timed(lambda: must(cluster.restore("a", "docs", to=cluster.path("one"), timeout=1800)))
+        print("%s at %s/s a backup: from one in %.1f s, from three in %.1f s: %.2f times as fast" % (
+            args.size, args.rate, one, three, one / three))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measurements of cbackup.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -130,6 +220,17 @@ def main():
     claims.add_argument("--files", type=int, default=200000)
     claims.add_argument("--replicas", type=int, default=2)
     claims.set_defaults(run=bench_claims)
+    transfer = commands.add_parser("transfer", help="a first pass and a restore, over a plain rsync")
+    transfer.add_argument("--files", type=int, default=20000)
+    transfer.add_argument("--large", default="1G")
+    transfer.set_defaults(run=bench_transfer)
+    idle = commands.add_parser("idle", help="a pass with nothing to do")
+    idle.add_argument("--files", type=int, default=100000)
+    idle.set_defaults(run=bench_idle)
+    restore = commands.add_parser("restore", help="from three backups at once, over from one")
+    restore.add_argument("--rate", default="4M", help="of each backup, bytes a second")
+    restore.add_argument("--size", default="64M")
+    restore.set_defaults(run=bench_restore)
     args = parser.parse_args()
     return args.run(args)
 
