@@ -2917,11 +2917,13 @@ def read_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]", pace:
             return "changed"
         expected = facts["digest"]
         disputed = facts["suspect"] or expected is not None and expected != given["digest"]
-        if disputed or facts["size"] <= WHOLE_BELOW or not given["offsets"]:
+        if disputed or facts["size"] <= WHOLE_BELOW or not given["offsets"] and expected is None:
             own = digest_descriptor(descriptor, pace)[0]
             verdict = "ok" if own == given["digest"] else "bad"
             if expected is not None and own != expected:
                 verdict = "rotten"
+        elif not given["offsets"]:
+            verdict = "ok"
         else:
             pace.spent(SAMPLES * SAMPLE_BYTES)
             verdict = "ok" if digest_samples(descriptor, given["offsets"]) == given["samples"] else "bad"
@@ -3727,7 +3729,10 @@ class Vault:
         try:
             self.tree.unlink(rel)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            info = self.tree.lstat(rel)
+            if info is not None and stat.S_ISDIR(info.st_mode):  # in `incoming`: at its source it became one
+                self.tree.clear_empty(rel)
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
         if own and not rel.startswith(META_DIR + b"/incoming/"):
             self._prune(rel)  # not in `incoming`, where an rsync may be about to use the directory
@@ -4125,6 +4130,7 @@ class Vault:
                 continue
             known = self._named_in_catalogs(as_text(name))
             if known or as_text(name) in configured:
+                self.set_meta("rebuilt:" + as_text(name), 1)
                 for rel in self.tree.walk_files(name):
                     path = rel[len(name) + 1:]
                     if not known or self.one("SELECT 1 FROM named WHERE path=?", path):
@@ -5592,7 +5598,7 @@ class Pass:
         self.pipeline = Pipeline()
         self.check_links = {name: link.again() for name, link in links.items()}
         self.name = vault.name
-        self.stuck = False
+        self.stuck = self.misplaced = False
         self.own_standings: "List[Standing]" = []
         self._moved = 0
         self._early = 0, 0
@@ -5681,6 +5687,9 @@ class Pass:
                 self.find_strangers()
             vault.set_meta("complete", 1)
         in_parallel(self._begin, sorted(self.links))
+        if self.misplaced:  # so one server says: nothing is done for the others either
+            for standing in self.standings.values():
+                standing.out = True
         if self.own is not None:
             with contextlib.suppress(Unreachable, Refused):
                 answer = self._introduce(self.own, self.host)
@@ -5697,6 +5706,7 @@ class Pass:
             self.figures.gone(error)
             return
         except Refused as error:
+            self.misplaced = self.misplaced or error.reason == "identity"
             self.figures.complain("%s: %s" % (self.name, error))
             return
         for name, facts in sorted(answer["sources"].items()):
@@ -5760,6 +5770,8 @@ class Pass:
             if standing.usable:
                 self.do_todo(standing)
         if standing.usable:
+            if self.vault.meta("rebuilt:" + standing.name):
+                self.vault.set_meta("rebuilt:" + standing.name, 0)
             if standing.facts["recovering"]:
                 self.links[standing.host].call("caught_up", backup=self.name, source=standing.name)
             self.resume(standing)
@@ -5916,12 +5928,14 @@ class Pass:
         """Have the server confirm copies that we hold already (it lost its books, or suspects a change).  Returns those
         that are not copies of the present version and must be fetched."""
         vault, link = self.vault, self.links[standing.host]
+        # Digests that were made from what lies here prove nothing: samples are not enough to make one the catalog's.
+        rebuilt = bool(vault.meta("rebuilt:" + standing.name))
         wrong: "List[Wanted]" = []
         for start in range(0, len(files), BATCH_FILES):
             part, rows = [], []
             for f in files[start:start + BATCH_FILES]:
                 held = vault.held(standing.name, f.path)
-                row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
+                row = self._evidence(vault.place_of(standing.name, f.path), f, held[2], not rebuilt) if held else None
                 if row is None:
                     wrong.append(f)
                 else:
@@ -5941,9 +5955,11 @@ class Pass:
             self.figures.acted()
         return wrong
 
-    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None) -> "Optional[List[Any]]":
+    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None, samples: bool = True,
+                  ) -> "Optional[List[Any]]":
         """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest]; the
-        digest is read from the file unless given.  None when it is no regular file of that size."""
+        digest is read from the file unless given.  Without `samples` the server has to know the digest or to read its own
+        file in full.  None when it is no regular file of that size."""
         try:
             descriptor = self.vault.tree.open(rel)
         except OSError:
@@ -5951,8 +5967,8 @@ class Pass:
         try:
             if os.fstat(descriptor).st_size != f.size:
                 return None
-            offsets = choose_samples(f.size)
-            if digest is None or not offsets:
+            offsets = choose_samples(f.size) if samples else []
+            if digest is None or samples and not offsets:
                 digest = digest_descriptor(descriptor)[0]
             return [as_text(f.path), f.version, digest.hex(), offsets,
                     digest_samples(descriptor, offsets).hex() if offsets else ""]
@@ -5967,9 +5983,10 @@ class Pass:
     def fetch(self, standing: Standing, files: "List[Wanted]", updating: bool = False) -> None:
         """Copy a batch, and have it checked while the next one is copied."""
         vault = self.vault
+        files = self._that_fit(standing, files, updating, vault.free())  # no old version goes for what does not fit even so
         need = sum(f.size for f in files)
         self.make_room(need)
-        files = self._that_fit(standing, files, updating)
+        files = self._that_fit(standing, files, updating, vault.capacity() - vault.used())
         if not files:
             return
         vault.expect(standing.name, standing.books, files)
@@ -5983,8 +6000,10 @@ class Pass:
             self._moved += count
             self.progress.update("%s: %s" % (self.name, standing.name), self._moved, max(total, self._total))
 
+        # What an earlier pass has left here may have the right size and time and be other bytes.
+        always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None for f in files)
         try:
-            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, updating, on_bytes)
+            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always, on_bytes)
         except Refused:
             vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
             raise
@@ -5999,12 +6018,12 @@ class Pass:
         files, size = self.vault.make_room(need, self.config.keep)
         self._early = self._early[0] + files, self._early[1] + size
 
-    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool) -> "List[Wanted]":
-        """The files for which there is room.  The others are given back: the room went while they were claimed, and what is
+    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool, room: int) -> "List[Wanted]":
+        """The files for which there is `room`.  The others are given back: the room went while they were claimed, and what is
         claimed next would not fit either.  Where there is an older version here, others are asked to take the new one."""
         vault, link = self.vault, self.links[standing.host]
         expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
-        room, kept, refused = vault.capacity() - vault.used(), [], []
+        kept, refused = [], []
         for f in files:
             need = f.size - expected.get(f.path, 0)
             if need > max(0, room):
@@ -6081,8 +6100,8 @@ class Pass:
         if info is not None:
             return "changed"
         why = outcome.why(f.path)
-        vanished = "vanished" in why or "No such file" in why or "non-regular" in why or not outcome.errors
-        return "changed" if vanished else why
+        another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
+        return "changed" if another or not outcome.errors else why
 
     def _place(self, standing: Standing, link: Any, good: "List[Wanted]", digests: "Dict[bytes, bytes]",
                refused: "List[Tuple[Wanted, str]]", updating: bool) -> None:
@@ -6485,11 +6504,15 @@ class Client:
         """The backup's directory, when it is the one that was used before (state/backups.json remembers)."""
         with self.home.lock("backups.lock"):
             known = read_json(self.home.state("backups.json"))
-            vault = Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name)
-            if known.get(spec.name) != vault.identity:
-                known[spec.name] = vault.identity
+            return Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name)
+
+    def remember(self, vault: Vault) -> None:
+        """Its directory is the one that the servers know, or they know of none."""
+        with self.home.lock("backups.lock"):
+            known = read_json(self.home.state("backups.json"))
+            if known.get(vault.name) != vault.identity:
+                known[vault.name] = vault.identity
                 atomic_write(self.home.state("backups.json"), json.dumps(known).encode())
-        return vault
 
     def exchange_config(self) -> None:
         """Take a newer configuration from the servers of all hosts, give them a newer one of ours: also those of hosts
@@ -6562,6 +6585,8 @@ class Client:
                     vault.forget_source(name)
                     self.home.note_forget(name, [spec.name], forget=False)
                 (work or Pass.run)(one)
+                if one.standings and not one.misplaced:
+                    self.remember(vault)
         except Busy as error:
             figures.remark(str(error))
         except sqlite3.Error as error:

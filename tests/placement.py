@@ -107,7 +107,7 @@ class TrialPass(cbackup.Pass):
     def fetch(self, standing, files, updating=False):
         vault = self.vault
         vault.make_room(sum(f.size for f in files))
-        files = self._that_fit(standing, files, updating)
+        files = self._that_fit(standing, files, updating, vault.capacity() - vault.used())
         if not files:
             return
         vault.expect(standing.name, standing.books, files)
