@@ -236,6 +236,10 @@ class Cancelled(CBackupError):
     """A transfer that is no longer needed: others have delivered its files."""
 
 
+class DamagedCatalog(CBackupError):
+    """A catalog on disk that is not, or no longer, one."""
+
+
 class Busy(CBackupError):
     """Somebody else holds the lock: not an error for a client started by cron."""
 
@@ -2492,11 +2496,21 @@ class Books:
                         source["id"], source["replicas"])[0]
 
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
-        """(path, size, why) of files that are short of copies, the largest first."""
-        return self.rows(
-            "SELECT e.path, e.size, COALESCE(e.blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
-            "FROM entries e JOIN groups g ON g.id=e.grp WHERE g.source=? AND g.k<? ORDER BY e.size DESC LIMIT ?",
-            source, replicas, limit)
+        """(path, size, why) of files that are short of copies, the largest first: what fits nowhere is among them."""
+        largest: "Dict[str, int]" = {}
+        for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND "
+                                        "host<>? AND capacity IS NOT NULL", self.host):
+            largest[host] = max(capacity, largest.get(host, 0))
+        found = []
+        for path, size, why in self.rows(
+                "SELECT e.path, e.size, COALESCE(e.blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
+                "FROM entries e JOIN groups g ON g.id=e.grp WHERE g.source=? AND g.k<? ORDER BY e.size DESC LIMIT ?",
+                source, replicas, limit):
+            able = sum(capacity >= size for capacity in largest.values())
+            if not why and largest and able < replicas:
+                why = "it fits into no backup" if not able else "it fits into the backups of only %s" % count_of(able, "host")
+            found.append((path, size, why))
+        return found
 
 
 # ==== 8. The scanner, and what the server reads of its own files ======================================
@@ -4189,6 +4203,22 @@ class Vault:
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
+    def merge_catalogs(self, source: str, books: str, chain: "List[CatalogFile]") -> None:
+        """Make one file of all the news in a chain, so that no catalog consists of too many.  Raises CBackupError when one
+        of them is damaged."""
+        directory = self.catalog_directory(source)
+        with self.lock:
+            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS merged(path BLOB PRIMARY KEY, line TEXT) WITHOUT ROWID")
+            self.db.execute("DELETE FROM merged")
+            for found in chain[1:]:
+                self.db.executemany("INSERT OR REPLACE INTO merged VALUES(?,?)", (
+                    (row.path, json.dumps(row.to_json())) for row in read_catalog(os.path.join(directory, found.name))))
+            header = {"catalog": 1, "source": source, "books": books, "since": chain[0].upto, "upto": chain[-1].upto,
+                      "time": chain[-1].time}
+            write_catalog(directory, header, (CatalogRow.from_json(json.loads(line)) for (line,) in self.db.execute(
+                "SELECT line FROM merged ORDER BY path")))
+            self.db.execute("DELETE FROM merged")
+
     def keep_text(self, name: str, text: str) -> None:
         """Keep a text under .cbackup/: the configuration, so that a disk alone is enough for a fresh machine."""
         path, data = os.path.join(self.meta_path, name), text.encode()
@@ -4352,18 +4382,27 @@ def list_catalogs(names: "Iterable[str]") -> "List[CatalogFile]":
     return sorted((found for found in map(CatalogFile.parse, names) if found), key=lambda f: (-f.upto, f.since))
 
 
+def by_end(files: "List[CatalogFile]") -> "Dict[int, CatalogFile]":
+    """Generation -> the file that leads to it, of several the one that reaches back the furthest.  files: list_catalogs."""
+    return {f.upto: f for f in reversed(files)}
+
+
+def chain_to(ends: "Dict[int, CatalogFile]", last: CatalogFile) -> "List[CatalogFile]":
+    """The files to read, oldest first, for the catalog that ends with `last`; [] when one is missing.  ends: by_end."""
+    chain = [last]
+    while chain[-1].since:
+        if chain[-1].since not in ends:
+            return []
+        chain.append(ends[chain[-1].since])
+    return chain[::-1]
+
+
 def catalog_chain(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "List[CatalogFile]":
     """The files to read, oldest first, for the newest catalog (not newer than `at`); [] when there is none."""
+    ends = by_end(files)
     for last in files:
-        if at is not None and last.time > at:
-            continue
-        chain = [last]
-        while chain[0].since:
-            before = [f for f in files if f.upto == chain[0].since]
-            if not before:
-                break
-            chain.insert(0, before[0])
-        if not chain[0].since:
+        chain = chain_to(ends, last) if at is None or last.time <= at else []
+        if chain:
             return chain
     return []
 
@@ -4380,7 +4419,7 @@ def catalog_chains(files: "List[CatalogFile]", at: "Optional[float]" = None) -> 
 def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[CatalogRow]") -> "Optional[CatalogFile]":
     """Write one catalog file, durably; `header` has source, books and since; `upto` and `time` may be filled in
     while `rows` is consumed.  Returns None, and leaves nothing, when there was no row."""
-    temporary, count = os.path.join(directory, "new.%d" % os.getpid()), 0
+    temporary, count = os.path.join(directory, "new"), 0
     with open(temporary, "wb") as raw:
         with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, filename="", mtime=0) as stream:
             for row in rows:
@@ -4398,12 +4437,15 @@ def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[Cata
     return CatalogFile.parse(name)
 
 
+CATALOG_FILES = 60
+"""News that a catalog consists of until they are made one file."""
+
 CATALOG_LINE = 1 << 20
 """Longest line of a catalog, bytes: a small file must not unfold into all of the memory."""
 
 
 def read_catalog(path: str) -> "Iterator[CatalogRow]":
-    """The rows of a catalog file, checked.  Raises CBackupError when it is damaged or cut off."""
+    """The rows of a catalog file, checked.  Raises DamagedCatalog when it is damaged or cut off."""
     count, ended = 0, False
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, gzip.GzipFile(fileobj=raw) as stream:
@@ -4417,21 +4459,25 @@ def read_catalog(path: str) -> "Iterator[CatalogRow]":
                 count += 1
                 yield CatalogRow.from_json(value)
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
-        raise CBackupError("%s is damaged: %s" % (path, reason_of(error)))
+        raise DamagedCatalog("%s is damaged: %s" % (path, reason_of(error)))
+    except ProtocolError as error:
+        raise DamagedCatalog("%s is damaged: it has %s" % (path, error))
     if not ended:
-        raise CBackupError("%s is cut off" % path)
+        raise DamagedCatalog("%s is cut off" % path)
 
 
 def prune_catalogs(directory: str, keep: float) -> None:
     """Delete catalog files that no time within `keep` seconds needs."""
     files = list_catalogs(os.listdir(directory))
-    limit = clock.now() - keep
-    full = [f for f in files if not f.since and f.time <= limit]
-    if full:
-        for found in files:
-            if found.upto < full[0].upto:
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(directory, found.name))
+    limit, ends = clock.now() - keep, by_end(files)
+    needed = {f for f in files if f.time > limit}
+    for last in list(needed):
+        needed.update(chain_to(ends, last))
+    needed.update(catalog_chain(files, limit))
+    for found in files:
+        if found not in needed:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, found.name))
 
 
 # ==== 12. The server ==================================================================================
@@ -5745,8 +5791,6 @@ class Pass:
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
         vault.expire_attic(self.config.keep)
-        for name in self.config.sources:
-            prune_catalogs(vault.catalog_directory(name), self.config.keep)
 
     def tell(self, want: "Optional[int]" = None) -> None:
         vault = self.vault
@@ -6341,26 +6385,32 @@ class Pass:
         vault, name = self.vault, standing.name
         directory = vault.catalog_directory(name)
         gen = standing.facts["gen"] if standing.host == self.host else self._standing(standing)["gen"]
-        chain = catalog_chain(list_catalogs(os.listdir(directory)))
-        newest = chain[-1].upto if chain else 0
-        known_books = vault.meta("catalog:" + name)
-        if known_books != standing.books:
-            newest = 0
-        elif newest == gen:
-            self._apply_skeleton(standing, directory)
-            return
-        sizes = [os.path.getsize(os.path.join(directory, f.name)) for f in chain]
-        if len(sizes) > 60 or sizes and sum(sizes[1:]) > max(sizes[0], 1 << 20):
-            newest = 0
-        header = {"catalog": 1, "source": name, "books": standing.books, "since": newest, "upto": newest, "time": 0}
-        if write_catalog(directory, header, self._catalog_news(standing, header)):
-            vault.set_meta("catalog:" + name, standing.books)
-            self._apply_skeleton(standing, directory)
+        try:
+            since = self._catalog_kept(standing, directory)
+            header = {"catalog": 1, "source": name, "books": standing.books, "since": since, "upto": since, "time": 0}
+            if since != gen and write_catalog(directory, header, self._catalog_news(standing, header)):
+                vault.set_meta("catalog:" + name, standing.books)
+                prune_catalogs(directory, self.config.keep)
+            if standing.host != self.host:
+                self._apply_skeleton(name, directory)
+        except DamagedCatalog as error:
+            log.warning("%s: %s; the next pass fetches all of it", self.name, error)
+            vault.set_meta("catalog:" + name, None)
 
-    def _apply_skeleton(self, standing: Standing, directory: str) -> None:
-        if standing.host == self.host:
-            return
-        name = standing.name
+    def _catalog_kept(self, standing: Standing, directory: str) -> int:
+        """The generation from which on news are to be fetched; 0: everything, because too much has changed since the last
+        whole catalog, or it is of other books."""
+        if self.vault.meta("catalog:" + standing.name) != standing.books:
+            return 0
+        chain = catalog_chain(list_catalogs(os.listdir(directory)))
+        sizes = [os.path.getsize(os.path.join(directory, f.name)) for f in chain]
+        if not chain or sum(sizes[1:]) > max(sizes[0], 1 << 20):
+            return 0
+        if len(chain) > CATALOG_FILES:
+            self.vault.merge_catalogs(standing.name, standing.books, chain)
+        return chain[-1].upto
+
+    def _apply_skeleton(self, name: str, directory: str) -> None:
         done = self.vault.meta("skeleton:" + name) or 0
         chain = [f for f in catalog_chain(list_catalogs(os.listdir(directory))) if f.upto > done]
         for found in chain:
@@ -6398,7 +6448,7 @@ class Pass:
             vault.set_meta("walked", now)
             return
         if now - (vault.meta("walked") or 0) > self.config.scrub:
-            self.find_strangers()
+            self.look_around()
             vault.set_meta("walked", now)
         total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) FROM sums")[0]
         budget = total * max(0.0, now - last) / max(1.0, self.config.scrub)
@@ -6430,6 +6480,21 @@ class Pass:
             if len(page) < 200 or budget < 4096 or not read:
                 break
         return count
+
+    def look_around(self) -> None:
+        """What belongs to checking, besides the copies: files that are not ours, and the catalogs."""
+        self.find_strangers()
+        for name in sorted(self.config.sources):
+            directory = os.path.join(self.vault.meta_path, "catalog", name)
+            for found in list_catalogs(os.listdir(directory) if os.path.isdir(directory) else ()):
+                try:
+                    for _ in read_catalog(os.path.join(directory, found.name)):
+                        pass
+                except DamagedCatalog as error:
+                    self.figures.complain("%s: %s; deleted, the next pass fetches all of it again" % (self.name, error))
+                    self.vault.set_meta("catalog:" + name, None)
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(directory, found.name))
 
     def find_strangers(self) -> None:
         """Say which files below our copies are none: put there by hand, or left by something that was cut off.  They are
@@ -8510,7 +8575,7 @@ def cmd_verify(args: argparse.Namespace, home: Home) -> int:
     def work(one: Pass) -> None:
         one.prepare()
         counts.append(one.verify(float("inf"), clock.now()))
-        one.find_strangers()
+        one.look_around()
 
     for spec in config.backups_of(host):
         client.run_one(spec, figures, work)

@@ -1,0 +1,97 @@
+"""The catalogs that a backup keeps: files of news that make up lists, merged, pruned, and fetched again when they rot."""
+
+import os
+import time
+import unittest
+
+import cbackup
+from tests.harness import Case, make_tree, write_file
+
+
+class CatalogFilesTest(Case):
+    """Files of news, without a cluster: what a list consists of stays the same whatever is done to its files."""
+
+    def setUp(self):
+        self.base = self.directory()
+        self.vault = cbackup.Vault(cbackup.Backup("b", "a", os.path.join(self.base, "backup"), size=1 << 20), "cluster")
+        self.addCleanup(self.vault.close)
+        self.kept = self.vault.catalog_directory("docs")
+
+    def write(self, since, upto, when, *rows):
+        header = {"catalog": 1, "source": "docs", "books": "b", "since": since, "upto": upto, "time": when}
+        cbackup.write_catalog(self.kept, header, rows)
+
+    def row(self, name, size):
+        return cbackup.CatalogRow(name, "f", size=size, mode=0o644)
+
+    def sizes(self, at=None):
+        """{path: size} of the newest list, or of that at a time"""
+        found = {}
+        for part in cbackup.catalog_chain(cbackup.list_catalogs(os.listdir(self.kept)), at):
+            for row in cbackup.read_catalog(os.path.join(self.kept, part.name)):
+                found[row.path] = row.size
+                if row.kind is None:
+                    del found[row.path]
+        return found
+
+    def fill(self, count=70, start=1000):
+        self.write(0, 1, start, *[self.row(b"f%02d" % number, number) for number in range(count + 1)])
+        for number in range(1, count):
+            self.write(number, number + 1, start + number, self.row(b"f%02d" % number, 1000 + number),
+                       cbackup.CatalogRow(b"f%02d" % (number + 1)))
+
+    def test_a_list_of_many_news_is_made_one_of_two_files_and_says_the_same_at_any_time(self):
+        self.fill()
+        before = {at: self.sizes(at) for at in (None, 1000, 1020, 1069)}
+        chain = cbackup.catalog_chain(cbackup.list_catalogs(os.listdir(self.kept)))
+        self.assertEqual(70, len(chain))
+        self.vault.merge_catalogs("docs", "b", chain)
+        self.assertEqual(2, len(cbackup.catalog_chain(cbackup.list_catalogs(os.listdir(self.kept)))))
+        self.assertEqual(before, {at: self.sizes(at) for at in before})
+        self.write(70, 71, 1070, self.row(b"new", 5))
+        self.assertEqual(before[None], {name: size for name, size in self.sizes().items() if name != b"new"})
+
+    def test_what_no_kept_time_needs_is_deleted_and_nothing_else(self):
+        now = int(time.time())
+        self.fill(start=now - 69)
+        chain = cbackup.catalog_chain(cbackup.list_catalogs(os.listdir(self.kept)))
+        self.vault.merge_catalogs("docs", "b", chain)
+        before = {at: self.sizes(now - at) for at in (0, 5, 10)}
+        cbackup.prune_catalogs(self.kept, 10000)
+        self.assertEqual(71, len(os.listdir(self.kept)))
+        self.write(0, 71, now, self.row(b"whole", 1))       # a whole list; but 10 seconds back the others are needed
+        cbackup.prune_catalogs(self.kept, 10)
+        self.assertEqual({b"whole": 1}, self.sizes())
+        self.assertEqual(before[10], self.sizes(now - 10))
+        self.assertEqual(before[5], self.sizes(now - 5))
+        cbackup.prune_catalogs(self.kept, -1)
+        self.assertEqual(1, len(os.listdir(self.kept)))
+        self.assertEqual({b"whole": 1}, self.sizes())
+
+
+class DamagedTest(Case):
+    """A catalog that rots in a backup stops no pass, is found by the checking, and is fetched again."""
+
+    def test_a_damaged_catalog_is_found_and_fetched_again(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"f%d" % number: 100 for number in range(5)})
+        cluster.backup("b1", "a", "9M")
+        cluster.start()
+        cluster.settle()
+        kept = os.path.join(cluster.backups["b1"].path, ".cbackup", "catalog", "docs")
+        for name in os.listdir(kept):
+            write_file(os.path.join(kept, name), b"rot")
+        make_tree(source, {"new": 100})
+        self.assertRc(0, cluster.client("a"))
+        verified = cluster.run("a", "verify")
+        self.assertRc(1, verified)
+        self.assertOneError(verified, "b1", "catalog", "damaged")
+        self.assertRc(0, cluster.client("a"))
+        self.assertRc(0, cluster.run("a", "verify"))
+        cluster.kill("s")
+        self.assertRc(0, cluster.restore("a", "docs", to=cluster.path("to")))
+        self.assertSameTree(source, cluster.path("to"))
+
+
+if __name__ == "__main__":
+    unittest.main()
