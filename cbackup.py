@@ -1442,7 +1442,10 @@ def open_database(path: str, schema: str, version: int, journal: str) -> "sqlite
         connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode=%s" % journal)
-            connection.execute("PRAGMA synchronous=FULL")
+            # Durable when a commit returns: with a deleted journal that takes EXTRA, and on macOS more than fsync(2).
+            connection.execute("PRAGMA synchronous=EXTRA")
+            connection.execute("PRAGMA fullfsync=1")
+            connection.execute("PRAGMA checkpoint_fullfsync=1")
             found = connection.execute("PRAGMA user_version").fetchone()[0]
             if found == 0:
                 connection.executescript("BEGIN IMMEDIATE;" + schema + "PRAGMA user_version=%d;COMMIT;" % version)
@@ -4052,6 +4055,8 @@ class Vault:
                         self.set_aside(source, [new], "deleted")
                     self.clear_the_way(place)
                     self.tree.rename(between, place)
+                elif row is None or self._digest_of(place) != row[2]:  # not renamed by an earlier process
+                    raise FileNotFoundError(errno.ENOENT, "it is not here")
                 done.append((cursor, old, new, row))
             except OSError as error:
                 log.info("%s: %s cannot be moved to %s: %s", self.name, shown(old), shown(new), reason_of(error))
@@ -4073,6 +4078,7 @@ class Vault:
         info = self.tree.lstat(self._between(number))
         if info is not None:
             self.tree.rename(self._between(number), META_DIR + b"/" + stored)
+            self.tree.sync([META_DIR + b"/" + stored, self._between(number)])  # its number is given again
         with self.write() as db:
             row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, old)
             if info is not None:
@@ -4116,14 +4122,17 @@ class Vault:
         gone.  What is not, at its place, is set aside."""
         digest = self.one("SELECT digest FROM coming WHERE source=? AND path=?", source, path)[0]
         staged = self.tree.lstat(self.incoming(source, path)) is not None
-        descriptor = self.tree.open(self.incoming(source, path) if staged else self.place_of(source, path))
-        try:
-            whole = bool(digest_descriptor(descriptor)[0] == digest)
-        finally:
-            os.close(descriptor)
+        whole = bool(self._digest_of(self.incoming(source, path) if staged else self.place_of(source, path)) == digest)
         if not whole and not staged:
             self.set_aside(source, [path], "bad")
         return whole
+
+    def _digest_of(self, rel: bytes) -> bytes:
+        descriptor = self.tree.open(rel)
+        try:
+            return digest_descriptor(descriptor)[0]
+        finally:
+            os.close(descriptor)
 
     def needs_rebuild(self) -> bool:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
@@ -5844,6 +5853,7 @@ class Pass:
             self._count_in(standing, self.links[standing.host], [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
         with vault.write() as db:  # confirmed by books that are no more: held, and reported below
             others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
+            vault.sync_places(standing.name, others)
             vault.arrived(standing.name, others)
             db.execute("DELETE FROM coming WHERE source=? AND books<>?", (standing.name, standing.books))
 
@@ -6707,6 +6717,9 @@ most half of its share of what is left, so that all end at about the same time."
 STEAL_AFTER = 2.0
 """Seconds that a holder has for a batch before others look whether they would be faster."""
 
+SILENT_AFTER = 10.0
+"""Seconds without a byte, after which a holder's work is for the others, whatever its rate was."""
+
 INHERIT_FROM = 1 << 20
 """A file of so many bytes is looked for in parts that another holder delivered."""
 
@@ -6884,6 +6897,7 @@ class Restore:
         # Of each holder: what is on its way (path -> size), since when, how much of it came; its rate; how far its turn is.
         self._flying: "Dict[int, Dict[bytes, int]]" = {}
         self._since: "Dict[int, float]" = {}
+        self._heard: "Dict[int, float]" = {}
         self._came: "Dict[int, int]" = {}
         self._rates: "Dict[int, float]" = {}
         self._turn: "Dict[int, Tuple[int, bytes]]" = {}
@@ -7159,8 +7173,9 @@ class Restore:
                 atomic_write(mark, b"")
             with Tree(self.target) as self.tree:
                 complete = self._bring_back()
+                parts = any(True for top in self._all_staging() for _ in self.tree.walk_files(top))
             self.done.close()
-            if complete and whole or not os.path.exists(mark):
+            if complete and whole or not os.path.exists(mark) and (complete or not parts):
                 shutil.rmtree(work, ignore_errors=True)
         self._finish_root()
         return complete
@@ -7211,9 +7226,13 @@ class Restore:
 
     def _keep_parts(self) -> None:
         """What an earlier run that was killed has left is used."""
-        for number in range(len(self.holders)):
-            keep_parts(self.tree, self._staging(number), lambda path: self._one(
+        for top in self._all_staging():
+            keep_parts(self.tree, top, lambda path: self._one(
                 "SELECT 1 FROM want WHERE path=? AND kind='f'", path) is not None)
+
+    def _all_staging(self) -> "List[bytes]":
+        """Where files of holders are, or were in an earlier run, which may have had others."""
+        return [RESTORE_DIR + b"/" + name for name in self.tree.list(RESTORE_DIR) if name.startswith(b"files-")]
 
     def _fetch_all(self) -> None:
         """All holders at once, each taking the next batch that it can deliver, until nobody can deliver more."""
@@ -7262,6 +7281,8 @@ class Restore:
         if not self._flying.get(number):
             raise Cancelled("others were faster")
         self._came[number] += count
+        if count:
+            self._heard[number] = time.monotonic()
         self._fetched += count
         self.progress.update("restoring %s from %s" % (self.source, count_of(len(self.holders), "place")),
                              self._fetched, max(self._total, self._fetched), ", %s of %s" % (
@@ -7308,7 +7329,8 @@ class Restore:
             self.db.execute("COMMIT")
             self._inherit(number, batch)
             self._flying[number] = {path: size for path, size, _ in batch}
-            self._since[number], self._came[number] = time.monotonic(), 0
+            self._since[number] = self._heard[number] = time.monotonic()
+            self._came[number] = 0
             return batch
 
     def _first_of(self, rows: "List[Tuple[bytes, int, bytes]]", number: int) -> "List[Tuple[bytes, int, bytes]]":
@@ -7340,22 +7362,23 @@ class Restore:
             pace = self._came[other] / max(0.01, elapsed)
             left = max(0, sum(paths.values()) - self._came[other])
             mine = sum(size for _, size, _ in rows) / max(1.0, self._rates.get(number) or pace)
-            if rows and elapsed > STEAL_AFTER and left > 0 and mine < left / max(1.0, pace):
+            silent = now - self._heard[other] > SILENT_AFTER
+            if rows and elapsed > STEAL_AFTER and (silent or left > 0 and mine < left / max(1.0, pace)):
                 return rows, True
         return [], waiting
 
     def _inherit(self, number: int, batch: "List[Tuple[bytes, int, bytes]]") -> None:
         """Take over the parts of large files that came from a holder which does not go on with them."""
-        for path, size, _ in batch if len(self.holders) > 1 else ():
+        numbers = {self._staging(other): other for other in range(len(self.holders))}
+        for path, size, _ in batch:
             above, _, name = path.rpartition(b"/")
             part = b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
             if size < INHERIT_FROM or self.tree.lstat(self._staging(number, part)) is not None:
                 continue
-            for other in range(len(self.holders)):
-                if other != number and path not in self._flying.get(other, ()) \
-                        and self.tree.lstat(self._staging(other, part)) is not None:
+            for top in self._all_staging():
+                if path not in self._flying.get(numbers.get(top, -1), ()) and self.tree.lstat(top + b"/" + part) is not None:
                     with contextlib.suppress(OSError):
-                        self.tree.rename(self._staging(other, part), self._staging(number, part))
+                        self.tree.rename(top + b"/" + part, self._staging(number, part))
                     break
 
     def _take(self, number: int, batch: "List[Tuple[bytes, int, bytes]]", outcome: Pull) -> int:
