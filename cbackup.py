@@ -1375,11 +1375,12 @@ CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, PRIMARY KEY(sou
 -- The last words of each backup.  heard: when, in seconds of this server's running time.
 CREATE TABLE backups(
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, host TEXT, configured INTEGER DEFAULT 1, lost INTEGER DEFAULT 0,
-    leaving INTEGER DEFAULT 0, identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER, files INTEGER,
-    heard REAL, heard_date REAL, period REAL);
+    leaving INTEGER DEFAULT 0, identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER,
+    files INTEGER, heard REAL, heard_date REAL, period REAL);
 
 -- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer waited for
---        | r to be retired: gone at the source, or others have the present version.  checked: the version whose contents were confirmed, before `placed`.
+--        | r to be retired: gone at the source, or others have the present version.
+-- checked: the version whose contents were confirmed, before `placed`.
 -- path: where the backup has it when that is not the entry's path.  tag, held_size, held_mtime: what it has.
 CREATE TABLE copies(
     file INTEGER, backup INTEGER, source INTEGER, state TEXT, checked INTEGER, path BLOB, tag INTEGER,
@@ -1769,7 +1770,8 @@ class Books:
         """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
         now = self.up()
         with self.lock:
-            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id FROM backups) AND expires<=?", now)
+            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id FROM backups) AND expires<=?",
+                            now)
             lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
             if not due and not lost:
                 return
@@ -1796,7 +1798,8 @@ class Books:
         for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND state='ok'"):
             for group in self.groups(source, "n>?", replicas):
                 for backup, copy in group.members.items():
-                    if copy and len({self.host_of(b) for b in group.members if b != backup and b not in group.leaving}) >= replicas:
+                    if copy and len({self.host_of(b) for b in group.members if b != backup and b not in group.leaving}
+                                    ) >= replicas:
                         spare[backup] = spare.get(backup, 0) + group.bytes
         now = self.up()
         return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want, "used": used,
@@ -2078,7 +2081,8 @@ class Books:
     def droppable(self, backup: int, source: "Dict[str, Any]", need: int) -> "List[Tuple[bytes, int]]":
         """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
         the largest smaller ones, up to `need`."""
-        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"], "*%d[+~]*" % backup)
+        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"],
+                                                     "*%d[+~]*" % backup)
                    if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
         return self._around(numbers, need, 1 << 62, backup)
 
@@ -2142,7 +2146,8 @@ class Books:
         the smallest one of at least `gap` bytes, and the largest smaller ones up to `gap`; none over `free`."""
         host = self.host_of(backup)
         inside = self.host_of(relieved) == host
-        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"], "*%d[+~]*" % relieved)
+        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"],
+                                                     "*%d[+~]*" % relieved)
                    if group.members.get(relieved) and not group.blocked
                    and (backup not in group.members if inside else host not in group.hosts)]
         return self._around(numbers, gap, free, backup, filling=True)
@@ -2484,7 +2489,8 @@ class Books:
             for host in staying if len(staying) <= source["replicas"] else ():
                 files, size = out["without"].get(host, (0, 0))
                 out["without"][host] = [files + group.files, size + group.bytes]
-        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY size DESC LIMIT 1", source["id"])
+        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY size DESC LIMIT 1",
+                           source["id"])
         out["largest"] = [largest[0], as_text(largest[1])] if largest else [0, ""]
         return out
 
@@ -3309,7 +3315,8 @@ class Pull:
     def said_of(self, name: bytes) -> "Optional[str]":
         """The first line of rsync's that has this (end of a) name in it; it writes odd bytes as \\#ooo."""
         for line in self.errors:
-            if name and name in re.sub(rb"\\#([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]), os.fsencode(line)):
+            plain = re.sub(rb"\\#([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]), os.fsencode(line))
+            if name and name in plain:
                 return line
         return None
 
@@ -4518,7 +4525,8 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict),
     "all": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
-    "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since", "upto")})
+    "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since",
+    "upto")})
 FIELDS.update({"free": _is_number})
 """What each field of a request has to look like; lists are checked row by row where they are used."""
 
@@ -5053,7 +5061,8 @@ class Service:
         reader, after = VaultReader(spec), request["after"]
         if request.get("kind") == 2:
             rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0)
-            return {"rows": [[n, as_text(p), as_text(s), size, mtime, d.hex() if d else None] for n, p, s, size, mtime, d in rows]}
+            return {"rows": [[number, as_text(path), as_text(stored), size, mtime, digest.hex() if digest else None]
+                             for number, path, stored, size, mtime, digest in rows]}
         rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
         return {"rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
 
@@ -5551,7 +5560,7 @@ class Figures:
         self.complain(str(error))
 
     def as_json(self) -> "Dict[str, Any]":
-        return dict(self.counts, unreachable=sorted(self.unreachable), 
+        return dict(self.counts, unreachable=sorted(self.unreachable),
                     settled=not (self.actions or self.short or self.broken))
 
 
@@ -5860,7 +5869,8 @@ class Pass:
     def _pages(self, standing: Standing, kind: int) -> "Iterator[List[List[Any]]]":
         after = 0
         while True:
-            rows = self.links[standing.host].call("todo", backup=self.name, source=standing.name, kind=kind, after=after)["rows"]
+            rows = self.links[standing.host].call(
+                "todo", backup=self.name, source=standing.name, kind=kind, after=after)["rows"]
             if rows:
                 yield rows
             if len(rows) < PAGE:
@@ -7296,7 +7306,8 @@ class Restore:
         while rank <= len(self.holders):
             rows = self._rows(
                 "SELECT w.path, w.size, h.place FROM want w JOIN have h ON h.path=w.path AND h.holder=? WHERE w.kind='f' AND "
-                "w.state=0 AND w.rank=? AND w.path>? ORDER BY w.path, h.doubt, h.place LIMIT ?", number, rank, after, BATCH_FILES)
+                "w.state=0 AND w.rank=? AND w.path>? ORDER BY w.path, h.doubt, h.place LIMIT ?",
+                number, rank, after, BATCH_FILES)
             if rows:
                 self._turn[number] = (rank, after)
                 first = {row[0]: row for row in reversed(rows)}.values()  # place of each; and each place once
@@ -7510,8 +7521,8 @@ class Restore:
     def _links(self) -> None:
         """Hard links: to whichever of their paths is there."""
         for path, link, digest in self._each("link, digest", "kind='f' AND link IS NOT NULL AND state IN (0, 3)"):
-            first = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND kind='f' AND state=1 ORDER BY path LIMIT 1",
-                              link, digest)
+            first = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND kind='f' AND state=1 "
+                              "ORDER BY path LIMIT 1", link, digest)
             if not first:
                 continue
             try:
@@ -7563,8 +7574,8 @@ class Restore:
 
     def _leads_to(self, path: bytes, *state: int) -> bool:
         """Whether a directory is above something that is wanted, or that is in this state."""
-        return self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' %s LIMIT 1" % ("AND state=?" if state else ""),
-                         path + b"/", path + b"0", *state) is not None
+        return self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' %s LIMIT 1" % (
+            "AND state=?" if state else ""), path + b"/", path + b"0", *state) is not None
 
     def _finish_root(self) -> None:
         """The target's own metadata, when nothing is written there any more."""
@@ -7694,9 +7705,10 @@ def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
     answers.update((host, {"error": why}) for host, why in down.items())
     sources = {name: dict(_source_status(spec, answers[spec.host]), impossible=config.too_few_hosts(spec))
                for name, spec in sorted(config.sources.items())}
-    backups = {name: _backup_status(spec, answers, {s.host for s in config.sources.values()}) for name, spec in sorted(config.backups.items())}
-    return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources, "backups": backups,
-            "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
+    source_hosts = {s.host for s in config.sources.values()}
+    backups = {name: _backup_status(spec, answers, source_hosts) for name, spec in sorted(config.backups.items())}
+    return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources,
+            "backups": backups, "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
             "conflicts": home.conflicts(), "warnings": [
                 line for host in sorted(hosts) for line in shared_disks(answers[host].get("mine", {}), host)]}
 
@@ -7756,7 +7768,8 @@ def print_status(status: "Dict[str, Any]") -> None:
         elif s["files"]:
             print("    all safe")
         if s["problems"].get("count"):
-            print("    could not be read: %s, for example %s" % (count_of(s["problems"]["count"], "path"), s["problems"]["some"][0]))
+            print("    could not be read: %s, for example %s" % (
+                count_of(s["problems"]["count"], "path"), s["problems"]["some"][0]))
     for name, b in status["backups"].items():
         seen = "never heard of" if b["last_seen"] is None else "heard of %s ago" % format_seconds(b["last_seen"])
         figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
@@ -7767,8 +7780,9 @@ def print_status(status: "Dict[str, Any]") -> None:
                 print("    has %s of %s, which is no longer configured; `cbackup.pyz forget %s` deletes them" % (
                     count_of(files, "file"), source, source))
         if b.get("leaving"):
-            print("    leaving: %s" % ("it can be unplugged now" if b["duties"] == 0 else "%s still needed here" % (
-                count_of(b["duties"], "copy" if b["duties"] == 1 else "copie") if b["duties"] is not None else "it is not known what is")))
+            duties = b["duties"]
+            needed = "it is not known what is" if duties is None else count_of(duties, "copy" if duties == 1 else "copie")
+            print("    leaving: %s" % ("it can be unplugged now" if duties == 0 else "%s still needed here" % needed))
     for line in status["warnings"]:
         print(line)
     for name in status["conflicts"]:
@@ -7886,7 +7900,8 @@ def _planned_source(spec: Source, config: Config, answers: "Dict[str, Dict[str, 
     if not found or not found["scanned"]:
         return out
     out.update(files=found["files"], bytes=found["bytes"], needed_bytes=spec.replicas * found["bytes"],
-               largest_bytes=found["largest"][0], largest_path=found["largest"][1], bare=found["bare"], without=found["without"])
+               largest_bytes=found["largest"][0], largest_path=found["largest"][1], bare=found["bare"],
+               without=found["without"])
     others = {b["host"] for b in backups.values() if b["host"] != spec.host and not b["leaving"]}
     able = {b["host"] for b in backups.values() if b["host"] in others and not b["leaving"] and b["capacity"] is not None
             and b["capacity"] >= out["largest_bytes"]}
@@ -7895,7 +7910,8 @@ def _planned_source(spec: Source, config: Config, answers: "Dict[str, Dict[str, 
         out["problems"].append(config.too_few_hosts(spec))
     elif len(able) < spec.replicas:
         out["problems"].append("the largest file, %s with %s, is larger than the backups: they can hold it on only %s"
-                               % (shown(as_raw(out["largest_path"])), format_size(out["largest_bytes"]), count_of(len(able), "host")))
+                               % (shown(as_raw(out["largest_path"])), format_size(out["largest_bytes"]),
+                                   count_of(len(able), "host")))
     return out
 
 
@@ -7910,7 +7926,8 @@ def _planned_loss(host: str, sources: "Dict[str, Dict[str, Any]]", rooms: "Dict[
     return {"lost_files": sum(s["bare"][0] for s in here), "lost_bytes": sum(s["bare"][1] for s in here),
             "short_files": sum(s["without"].get(host, (0, 0))[0] for s in others),
             "short_bytes": sum(s["without"].get(host, (0, 0))[1] for s in others),
-            "room": missing == 0, "room_missing_bytes": missing, "sources": sorted(n for n, s in sources.items() if s["host"] == host)}
+            "room": missing == 0, "room_missing_bytes": missing,
+            "sources": sorted(name for name, s in sources.items() if s["host"] == host)}
 
 
 def print_plan(plan: "Dict[str, Any]") -> None:
@@ -7929,7 +7946,8 @@ def print_plan(plan: "Dict[str, Any]") -> None:
             print("    DOES NOT FIT: %s" % line)
     for name, b in plan["backups"].items():
         print("%s  (%s:%s)  %s%s%s" % (
-            name, b["host"], b["path"], "offers " + format_size(b["capacity"]) if b["capacity"] is not None else "offers what is not known",
+            name, b["host"], b["path"],
+            "offers what is not known" if b["capacity"] is None else "offers " + format_size(b["capacity"]),
             "" if b["used"] is None else ", %s used" % format_size(b["used"]),
             ", but it is leaving" if b["leaving"] else "" if b["state"] == "ok" else ", its server does not answer"))
     print("\n" + plan_verdict(plan))
@@ -7955,13 +7973,15 @@ def plan_verdict(plan: "Dict[str, Any]") -> str:
 def plan_loss_text(loss: "Dict[str, Any]") -> str:
     parts = []
     if loss["lost_files"]:
-        parts.append("%s of it (%s) have no copy yet and would be LOST" % (count_of(loss["lost_files"], "file"), format_size(loss["lost_bytes"])))
+        parts.append("%s of it (%s) have no copy yet and would be LOST" % (
+            count_of(loss["lost_files"], "file"), format_size(loss["lost_bytes"])))
     elif loss["sources"]:
         parts.append("nothing of %s would be lost" % ", ".join(loss["sources"]))
     else:
         parts.append("nothing would be lost")
     if loss["short_files"]:
-        parts.append("%s (%s) of others would be short of a copy" % (count_of(loss["short_files"], "file"), format_size(loss["short_bytes"])))
+        parts.append("%s (%s) of others would be short of a copy" % (
+            count_of(loss["short_files"], "file"), format_size(loss["short_bytes"])))
     parts.append("the others have the room to make its copies again" if loss["room"] else
                  "the others do NOT have the room for all copies: %s are missing" % format_size(loss["room_missing_bytes"]))
     return "; ".join(parts)
@@ -8033,7 +8053,8 @@ class Demo:
         lines = ["[cluster]", "name = demo", "replicas = 2", "scan_min = 0s", "[hosts]"]
         lines += ["%s = 127.0.0.1:%d" % pair for pair in zip(("desk", "pi1", "pi2", "pi3"), ports)]
         lines += ["[sources]", "demo = desk:%s" % shlex.quote(self.source), "[backups]"]
-        lines += ["disk%d = pi%d:%s size=%d" % (n, n, shlex.quote(os.path.join(self.base, "disk%d" % n)), each) for n in (1, 2, 3)]
+        lines += ["disk%d = pi%d:%s size=%d" % (n, n, shlex.quote(os.path.join(self.base, "disk%d" % n)), each)
+                  for n in (1, 2, 3)]
         key = os.path.join(self.base, "cluster.pem")
         make_cluster_key(key)
         for name in ("desk", "pi1", "pi2", "pi3", "new"):
@@ -8086,10 +8107,12 @@ class Demo:
         begun = time.monotonic()
         target = os.path.join(self.base, "restored")
         restored = self.command("new", "restore", "demo", "--to", target)
-        print("restore took %s on a machine that has only cbackup.conf and cluster.pem" % format_seconds(time.monotonic() - begun))
+        print("restore took %s on a machine that has only cbackup.conf and cluster.pem" % format_seconds(
+            time.monotonic() - begun))
         wrong = self._differences(target)
         if restored.returncode or check.returncode or wrong:
-            print("FAILED: %s differ, for example %s" % (count_of(len(wrong), "path"), shown(sorted(wrong)[0]) if wrong else "none"))
+            print("FAILED: %s differ, for example %s" % (
+                count_of(len(wrong), "path"), shown(sorted(wrong)[0]) if wrong else "none"))
             return EXIT_INCOMPLETE
         print("compare %s restored: contents, modes, times and symlinks are those of the source" % count_of(self.files, "file"))
         return EXIT_DONE
@@ -8405,7 +8428,8 @@ def add_plan_parser(commands: Any) -> None:
 def cmd_plan(args: argparse.Namespace, home: Home) -> int:
     plan = collect_plan(home, home.config())
     if args.json:
-        print(json.dumps(dict(plan, sources={name: {key: s[key] for key in PLAN_SOURCE_KEYS} for name, s in plan["sources"].items()})))
+        sources = {name: {key: s[key] for key in PLAN_SOURCE_KEYS} for name, s in plan["sources"].items()}
+        print(json.dumps(dict(plan, sources=sources)))
     else:
         print_plan(plan)
     return EXIT_DONE if plan["fits"] else EXIT_INCOMPLETE
@@ -8537,7 +8561,8 @@ def cmd_find(args: argparse.Namespace, home: Home) -> int:
         print(json.dumps({"unreachable": sorted(down), "files": [
             {"source": source, "path": path, "versions": [
                 {"backup": backup, "size": size, "until": None if since == float("inf") else since}
-                for since, size, backup in sorted(versions, reverse=True)]} for (source, path), versions in sorted(files.items())]}))
+                for since, size, backup in sorted(versions, reverse=True)]}
+            for (source, path), versions in sorted(files.items())]}))
     else:
         for (source, path), versions in sorted(files.items()):
             print("%s/%s" % (source, shown(as_raw(path))))
@@ -8652,9 +8677,9 @@ def build_parser() -> Parser:
     volume.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: everything")
     volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
-    for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser, add_client_parser, add_status_parser,
-                add_plan_parser, add_restore_parser,
-                add_find_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
+    for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser,
+                add_client_parser, add_status_parser, add_plan_parser, add_restore_parser, add_find_parser,
+                add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
         add(commands)
     return parser
 
@@ -8693,7 +8718,8 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     except Exception as error:
         if verbose:
             raise
-        print("cbackup: a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error), file=sys.stderr)
+        print("cbackup: a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error),
+              file=sys.stderr)
         return EXIT_INCOMPLETE
 
 
