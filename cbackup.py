@@ -3967,15 +3967,19 @@ class Vault:
         return bool(known)
 
     def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int) -> None:
-        """Mode, times and, as root, owner.  What the file system cannot do is no error: the catalog has it."""
-        if os.geteuid() == 0:
+        """Mode, times and, as root, owner, where they are others.  What the file system cannot do is no error: the catalog
+        has it."""
+        info = self.tree.lstat(rel)
+        if os.geteuid() != 0:
+            mode |= 0o400  # we must be able to read it back
+        elif info is None or (info.st_uid, info.st_gid) != (uid, gid):
             with contextlib.suppress(OSError):
                 self.tree.chown(rel, uid, gid)
-        else:
-            mode |= 0o400  # we must be able to read it back
-        for change in (lambda: self.tree.chmod(rel, mode), lambda: self.tree.set_mtime(rel, mtime)):
+        with contextlib.suppress(OSError):
+            self.tree.chmod(rel, mode)
+        if info is None or info.st_mtime_ns != mtime:
             with contextlib.suppress(OSError):
-                change()
+                self.tree.set_mtime(rel, mtime)
 
     def sync_places(self, source: str, paths: "Iterable[bytes]") -> None:
         """Make durable that files are at their places, and the versions before them in the attic."""
