@@ -480,6 +480,26 @@ class Pace:
                 time.sleep(self._due - now)
 
 
+def new_digest() -> Any:
+    """BLAKE2b-256: in every Python since 3.6, and the fastest good digest on processors without SHA
+    instructions (a Raspberry Pi)."""
+    return hashlib.blake2b(digest_size=32)
+
+
+def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None) -> "Tuple[bytes, int]":
+    """(digest, bytes read) of an open file from its start."""
+    digest, total = new_digest(), 0
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while True:
+        block = os.read(descriptor, READ_BLOCK)
+        if not block:
+            return digest.digest(), total
+        digest.update(block)
+        total += len(block)
+        if pace:
+            pace.spent(len(block))
+
+
 class Tree:
     """A directory whose inside is reached without ever following a symlink: the one place for such paths.
 
@@ -578,6 +598,14 @@ class Tree:
             os.close(found)
             raise OSError(errno.EINVAL, "not a regular file")
         return found
+
+    def digest(self, rel: bytes, pace: "Optional[Pace]" = None) -> "Tuple[bytes, int]":
+        """(digest, bytes) of a regular file.  Raises OSError."""
+        descriptor = self.open(rel)
+        try:
+            return digest_descriptor(descriptor, pace)
+        finally:
+            os.close(descriptor)
 
     def make_directory(self, rel: bytes) -> None:
         with self._parent(rel + b"/x", make=True):
@@ -721,29 +749,6 @@ def require_python_parts() -> None:
 
 
 # ==== 5. Digests and data types =======================================================================
-
-
-def new_digest() -> Any:
-    """BLAKE2b-256: in every Python since 3.6, and the fastest good digest on processors without SHA
-    instructions (a Raspberry Pi)."""
-    return hashlib.blake2b(digest_size=32)
-
-
-def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None,
-                      stop: "Optional[threading.Event]" = None) -> "Tuple[bytes, int]":
-    """(digest, bytes read) of an open file from its start.  Raises CBackupError when `stop` is set."""
-    digest, total = new_digest(), 0
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    while True:
-        block = os.read(descriptor, READ_BLOCK)
-        if not block:
-            return digest.digest(), total
-        digest.update(block)
-        total += len(block)
-        if pace:
-            pace.spent(len(block))
-        if stop is not None and stop.is_set():
-            raise CBackupError("interrupted")
 
 
 def choose_samples(size: int) -> "List[int]":
@@ -4066,7 +4071,7 @@ class Vault:
                         self.set_aside(source, [new], "deleted")
                     self.clear_the_way(place)
                     self.tree.rename(between, place)
-                elif row is None or self._digest_of(place) != row[2]:  # not renamed by an earlier process
+                elif row is None or self.tree.digest(place)[0] != row[2]:  # not renamed by an earlier process
                     raise FileNotFoundError(errno.ENOENT, "it is not here")
                 done.append((cursor, old, new, row))
             except OSError as error:
@@ -4133,17 +4138,11 @@ class Vault:
         gone.  What is not, at its place, is set aside."""
         digest = self.one("SELECT digest FROM coming WHERE source=? AND path=?", source, path)[0]
         staged = self.tree.lstat(self.incoming(source, path)) is not None
-        whole = bool(self._digest_of(self.incoming(source, path) if staged else self.place_of(source, path)) == digest)
+        whole = bool(self.tree.digest(
+            self.incoming(source, path) if staged else self.place_of(source, path))[0] == digest)
         if not whole and not staged:
             self.set_aside(source, [path], "bad")
         return whole
-
-    def _digest_of(self, rel: bytes) -> bytes:
-        descriptor = self.tree.open(rel)
-        try:
-            return digest_descriptor(descriptor)[0]
-        finally:
-            os.close(descriptor)
 
     def needs_rebuild(self) -> bool:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
@@ -6540,15 +6539,9 @@ class Pass:
     def _read_copy(self, source: str, path: bytes, digest: bytes, pace: Pace) -> str:
         """What is wrong with a copy: "" when it has its digest."""
         try:
-            descriptor = self.vault.tree.open(self.vault.place_of(source, path))
+            return "" if self.vault.tree.digest(self.vault.place_of(source, path), pace)[0] == digest else "damaged"
         except OSError as error:
             return "gone" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else reason_of(error)
-        try:
-            return "" if digest_descriptor(descriptor, pace)[0] == digest else "damaged"
-        except OSError as error:
-            return reason_of(error)
-        finally:
-            os.close(descriptor)
 
     def lose(self, source: str, path: bytes, why: str) -> None:
         """A copy that is not one: tell the server first, then set it aside.  A server that cannot be told hears of it
@@ -7131,9 +7124,9 @@ class Restore:
         """(files that are there with the right size and time, paths where something else is), for a dry run."""
         there = differ = 0
         if os.path.isdir(self.target):
-            with Tree(self.target) as tree:
+            with Tree(self.target) as self.tree:
                 for path, size, mtime in self._each("size, mtime", "kind='f'"):
-                    info = tree.lstat(path)
+                    info = self._what_is_at(path)
                     if info is not None and (info.st_size, info.st_mtime_ns) == (size, mtime) and stat.S_ISREG(info.st_mode):
                         there += 1
                         self._set_state(path, 1)
@@ -7147,14 +7140,9 @@ class Restore:
         if known or digest is None:
             return bool(known)
         self.progress.say("checking what is there: %s" % shown(path))
-        try:
-            descriptor = self.tree.open(path)
-        except OSError:
-            return False
-        try:
-            return digest_descriptor(descriptor)[0] == digest
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # what cannot be read is not right
+            return bool(self.tree.digest(path)[0] == digest)
+        return False
 
     def _move_aside(self, path: bytes) -> None:
         aside = b".cbackup-before-" + time.strftime("%Y%m%dT%H%M%S", time.localtime(self.started)).encode()
@@ -7421,7 +7409,9 @@ class Restore:
                 continue  # the part was of another version: now from the beginning
             if verdict is False and not place.startswith(b"attic/"):
                 log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
-                self._set_state(path, 2, "the copy of %s is damaged" % self.holders[number].name)
+                with self.lock:
+                    self.db.execute("UPDATE want SET note=? WHERE path=?", (
+                        "the copy of %s is damaged" % self.holders[number].name, path))
             if verdict is False or outcome.how == "done":
                 without.append((path, place))
         self._open_again(number, again, without)
@@ -7446,13 +7436,9 @@ class Restore:
     def _digest_matches(self, staged: bytes, size: int, path: bytes) -> "Optional[bool]":
         """None: it did not arrive.  A file without a digest in the catalog was never confirmed: size has to do."""
         try:
-            descriptor = self.tree.open(staged)
+            found, count = self.tree.digest(staged)
         except OSError:
             return None
-        try:
-            found, count = digest_descriptor(descriptor)
-        finally:
-            os.close(descriptor)
         digest = self._one("SELECT digest FROM want WHERE path=?", path)[0]
         return count == size and (digest is None or found == digest)
 
