@@ -3371,12 +3371,12 @@ def list_with_parents(paths: "Iterable[bytes]") -> bytes:
 
 
 def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes, bwlimit: "Optional[int]" = None,
-         always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
+         always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None, most: "Optional[int]" = None) -> Pull:
     """Fetch files over a connection from `Link.stream` into the directory `destination`.
 
     paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size and mtime are the
-    same.  Whatever happens, look at the destination afterwards: rsync's exit status says little (a file that
-    changed while it was sent arrives torn, with status 0).
+    same.  most: a file of more bytes is left out.  Whatever happens, look at the destination afterwards: rsync's exit
+    status says little (a file that changed while it was sent arrives torn, with status 0).
     """
     rsync = find_rsync()
     ours, theirs = socket.socketpair()
@@ -3398,6 +3398,8 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
             command.append("--bwlimit=%d" % max(1, bwlimit // 1024))
         if always:
             command.append("-I")
+        if most is not None:
+            command.append("--max-size=%d" % most)
         try:
             with open(out, "wb") as out_stream, open(err, "wb") as err_stream:
                 process = subprocess.Popen(
@@ -6786,28 +6788,28 @@ class RemoteHolder:
                 break
             after = rows[-1][0]
 
-    def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes,
+    def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
               on_bytes: "Callable[[int], None]") -> Pull:
-        """Bring (path, place, see PLAN_SCHEMA) to `into`/path."""
+        """Bring (path, place, see PLAN_SCHEMA) to `into`/path; nothing that has grown beyond `most` bytes."""
         outcome = Pull()
         current = [path for path, place in names if not place]
         if current:
-            outcome = self._pull("backup", source, current, into, on_bytes)
+            outcome = self._pull("backup", source, current, into, most, on_bytes)
         for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
             elsewhere = [(path, place[len(prefix):]) for path, place in names if place and place.startswith(prefix)]
             if elsewhere:
-                outcome = self._pull(of, source, [place for _, place in elsewhere], into + b"/.elsewhere", on_bytes)
+                outcome = self._pull(of, source, [place for _, place in elsewhere], into + b"/.elsewhere", most, on_bytes)
                 with Tree(into) as tree:
                     for path, place in elsewhere:
                         with contextlib.suppress(OSError):
                             tree.rename(b".elsewhere/" + place, path)
         return outcome
 
-    def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
+    def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes, most: "Optional[int]" = None,
               on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
         os.makedirs(into, mode=0o700, exist_ok=True)
         connection = self.link.again().stream(of=of, name=self.backup, source=source)
-        return pull(connection, paths, into, self.limit, on_bytes=on_bytes)
+        return pull(connection, paths, into, self.limit, on_bytes=on_bytes, most=most)
 
 
 class DirectoryHolder:
@@ -6836,7 +6838,7 @@ class DirectoryHolder:
             for path, stored, size, mtime in old_files_here(tree, source) if old else ():
                 yield path, stored, size, mtime, None
 
-    def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes,
+    def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
               on_bytes: "Callable[[int], None]") -> Pull:
         outcome = Pull()
         os.makedirs(into, mode=0o700, exist_ok=True)
@@ -6847,6 +6849,9 @@ class DirectoryHolder:
                 above, _, name = path.rpartition(b"/")
                 part = b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
                 try:
+                    info = tree.lstat(rel)
+                    if info is not None and info.st_size > most:
+                        raise OSError(errno.EFBIG, "it has grown")
                     target.make_directory(part.rpartition(b"/")[0])
                     if self._copy(tree, rel, os.path.join(into, part), on_bytes):
                         outcome.parts.add(path)
@@ -7254,7 +7259,7 @@ class Restore:
                 return
             try:
                 outcome = holder.fetch(self.source, [(path, place) for path, _, place in batch], into,
-                                       lambda count: self._count_bytes(number, count))
+                                       max(size for _, size, _ in batch), lambda count: self._count_bytes(number, count))
             except Cancelled:
                 outcome = Pull(how="cut")
             except (CBackupError, OSError) as error:
@@ -7639,7 +7644,8 @@ class Restore:
                 if count:
                     came.append((time.monotonic(), came[-1][1] + count))
             try:
-                self.holders[number].fetch(self.source, [(path, place) for path, _, place in batch], into, on_bytes)
+                self.holders[number].fetch(self.source, [(path, place) for path, _, place in batch], into,
+                                           max(size for _, size, _ in batch), on_bytes)
                 # Without the time until the first tenth is there: a connection is made once, not for every 8 MB.
                 begun, before = next(point for point in came if 10 * point[1] >= came[-1][1])
                 self._rates[number] = max(1, came[-1][1] - before) / max(0.01, came[-1][0] - begun)
