@@ -380,20 +380,20 @@ class Cluster:
     def __init__(self, *hosts, file=None, **keys):
         self.base = os.path.realpath(tempfile.mkdtemp(prefix="cbackup-test-"))
         self.file = file
-        self.hosts = list(hosts)
+        self.hosts = []
         self.keys = dict({"name": "test", "replicas": 2, "scan": "1h", "scan_min": "0s"}, **keys)
         self.sources = {}
         self.backups = {}
         self.servers = {}
+        self.prefix = {}        # host: words that stand before each of its commands
         self._clock = os.path.join(self.base, "clock")
         self.now = 0
         self._written = None
-        ports = {host: free_port() for host in hosts}
-        self.ports = {host: port for host, (port, _) in ports.items()}
-        self._holders = [holder for _, holder in ports.values()]
+        self.ports = {}
+        self._holders = []
         write_file(self._clock, "0\n")
         for host in hosts:
-            self.make_home(host, host)
+            self.add_host(host)
 
     def __enter__(self):
         return self
@@ -437,6 +437,14 @@ class Cluster:
 
     def home(self, host):
         return self.path(host, "home")
+
+    def add_host(self, host):
+        """A host that was not there from the start; nothing when it is there."""
+        if host not in self.ports:
+            self.hosts.append(host)
+            self.ports[host], holder = free_port()
+            self._holders.append(holder)
+            self.make_home(host, host)
 
     def make_home(self, name, host=None):
         """BASE/NAME/home with cluster.pem (and a `host` file), as on a machine that has just been set up."""
@@ -506,7 +514,7 @@ class Cluster:
         self.write_config()
         words = ("--home", self.home(host)) + arguments
         command = quick_program(*words) if self.file is None else program(*words, file=self.file)
-        return Process(command, self.environment(host, **more), self.path(host))
+        return Process(self.prefix.get(host, []) + command, self.environment(host, **more), self.path(host))
 
     def run(self, host, *arguments, timeout=COMMAND_TIMEOUT, **more):
         """Runs any command on a host to its end; returns the Result."""

@@ -6,12 +6,14 @@ would take, in simulated time, and confirms with a made-up digest; links call `S
 each runs in a thread of its own, exactly one at a time, and lets the others go on while its transfer lasts. With the
 same seed everything happens again in the same way.
 
-    python3 -m tests.placement [--seeds 16] [--first 1] [--scenario NAME ...]
+    python3 -m tests.placement [--seeds 16] [--first 1] [--scenario NAME ...] [--real]
 
-prints a table: how many of the seeds settled, the rounds until nothing moved any more (in a round every live backup
-makes one pass), the waste (bytes copied over the bytes that were missing, less one; median and worst), what ten further
-rounds copied or dropped, and, where there is less room than needed, the share of the room that is in use and the useless
-bytes (second copies in a source while a file that would fit has none).
+prints a table: by how much the room is above the least that is feasible, at the end and for the seed with the least; how
+many of the seeds settled; the rounds until nothing moved any more (in a round every live backup makes one pass); the waste
+(bytes copied over the bytes that were missing, less one; median and worst); how many seeds copied or dropped anything in
+ten further rounds; and, where there is less room than needed, the share of the room that is in use and the useless bytes
+(second copies in a source while a file that would fit has none). `--real`: the same scenarios with real clients and
+servers, see tests.placement_real.
 """
 
 import argparse
@@ -183,24 +185,87 @@ class Strand(threading.Thread):
 
 
 class World:
-    """A cluster in this process. Add sources and backups, `begin`, then let rounds go by; use as a context."""
+    """What a scenario acts on: a cluster in which rounds of passes go by, and the count of what they do.
 
-    def __init__(self, seed, directory):
-        self.random, self.base = random.Random(seed), directory
-        self.clock = TrialClock()
-        self.sources, self.backups, self.services, self.vaults, self.rates = {}, {}, {}, {}, {}
-        self.config, self.down, self.rare = None, set(), {}
+    Sizes are those of the simulation, however large the files really are. `TrialWorld` is a cluster in this process,
+    `tests.placement_real.RealWorld` one of real clients and servers. Theirs are begin, add_files, delete_files, plant,
+    round, groups, missing and spare.
+    """
+
+    clock = None        # by what the cluster's time is set
+    settled = False     # whether all clients of the last round said that nothing is left to do
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.sources, self.backups, self.services, self.vaults = {}, {}, {}, {}
+        self.config, self.down, self.rare = cbackup.Config(text=""), set(), {}
         self.copied = self.dropped = self.needed = self.rounds = self.useless = 0
         self.serial = itertools.count()
-
-    # -- the cluster
 
     def source(self, name, host, replicas):
         self.sources[name] = cbackup.Source(name, host, "/nowhere/" + name, replicas)
 
     def backup(self, name, host, size):
-        path = os.path.join(self.base, name)
-        self.backups[name] = cbackup.Backup(name, host, path, size=int(size))
+        self.backups[name] = cbackup.Backup(name, host, self.place_of(name), size=int(size))
+
+    def rooms(self):
+        """host -> bytes that its backups offer, of the backups that are up."""
+        rooms = {}
+        for name, vault in self.vaults.items():
+            if name not in self.down:
+                rooms[vault.spec.host] = rooms.get(vault.spec.host, 0) + vault.capacity()
+        return rooms
+
+    def slack(self):
+        """By which share the room is above the least that is feasible for the files there are; negative: it is below."""
+        wanted = [(source.host, source.replicas, sum(group.bytes for group in self.groups(name)))
+                  for name, source in self.sources.items()]
+        rooms = self.rooms()
+        least = scaled(wanted, rooms, 0)
+        return sum(rooms.values()) / sum(least.values()) - 1 if least else -1.0
+
+    def least(self):
+        """Bytes that have to be copied from here on, whatever the rules: what is missing, and what has to move for it."""
+        groups = [(source.host, source.replicas, group.bytes, group.copy_hosts)
+                  for name, source in self.sources.items() for group in self.groups(name)]
+        return least_cost(groups, self.rooms())[1]
+
+    def settle(self, limit=30, quiet=2, count=True):
+        """Rounds until `quiet` rounds in a row did nothing. Returns the number of the last one in which something was."""
+        if count:
+            self.needed += self.least()
+        last = still = 0
+        for number in range(1, limit + 1):
+            if self.round():
+                last, still = number, 0
+            else:
+                still += 1
+            if still >= quiet or self.settled:
+                break
+        self.rounds = max(self.rounds, last)
+        return last
+
+    def used_share(self):
+        """The share of the room in use, of hosts that could use it."""
+        capacity = sum(vault.capacity() for vault in self.vaults.values())
+        return sum(vault.used() for vault in self.vaults.values()) / capacity
+
+    def useless_share(self):
+        """Bytes of second copies made while a file of the source that would have fit had none, per byte of the sources."""
+        return self.useless / sum(group.bytes for name in self.sources for group in self.groups(name))
+
+
+class TrialWorld(World):
+    """A cluster in this process, in simulated time."""
+
+    def __init__(self, seed, directory):
+        super().__init__(seed)
+        self.base, self.clock, self.rates = directory, TrialClock(), {}
+
+    # -- the cluster
+
+    def place_of(self, backup):
+        return os.path.join(self.base, backup)
 
     def begin(self):
         """Take over what was added or changed since the last time, as a changed configuration would."""
@@ -296,47 +361,21 @@ class World:
         """Bytes of confirmed copies that are missing."""
         return sum(self.figures(name)["missing_bytes"] for name in self.sources)
 
-    def least(self):
-        """Bytes that have to be copied from here on, whatever the rules: what is missing, and what has to move for it."""
-        groups = []
-        for name, source in self.sources.items():
-            books, row, found = self.groups(name)
-            groups += [(source.host, row["replicas"], group.bytes, group.copy_hosts) for group in found]
-        rooms = {}
-        for name, vault in self.vaults.items():
-            if name not in self.down:
-                rooms[vault.spec.host] = rooms.get(vault.spec.host, 0) + vault.capacity()
-        return least_cost(groups, rooms)[1]
-
     def figures(self, source):
         books, row = self.books_of(source)
         return books.figures(row)
 
-    def settle(self, limit=30, quiet=2, count=True):
-        """Rounds until `quiet` rounds in a row did nothing. Returns the number of the last one in which something was."""
-        if count:
-            self.needed += self.least()
-        last = still = 0
-        for number in range(1, limit + 1):
-            if self.round():
-                last, still = number, 0
-            else:
-                still += 1
-                if still >= quiet:
-                    break
-        self.rounds = max(self.rounds, last)
-        return last
-
-    # -- what came of it
-
     def groups(self, source):
         books, row = self.books_of(source)
-        return books, row, books.groups(row["id"])
+        return books.groups(row["id"])
 
-    def used_share(self):
-        """The share of the room in use, of hosts that could use it."""
-        capacity = sum(vault.capacity() for vault in self.vaults.values())
-        return sum(vault.used() for vault in self.vaults.values()) / capacity
+    def spare(self):
+        """backup -> bytes of its copies of overserved files."""
+        spare = {}
+        for service in self.services.values():
+            for words in service.books.last_words():
+                spare[words["name"]] = spare.get(words["name"], 0) + words["droppable"]
+        return spare
 
 
 class Outcome:
@@ -347,8 +386,9 @@ class Outcome:
         self.rounds = world.rounds
         self.waste = world.copied / world.needed - 1 if world.needed else 0.0
         self.used = world.used_share()
-        self.useless = world.useless / sum(world.figures(name)["bytes"] for name in world.sources)
+        self.useless = world.useless_share()
         self.missing = world.missing()
+        self.slack = world.slack()
         copied, dropped = world.copied, world.dropped
         for _ in range(further):
             world.round()
@@ -522,9 +562,9 @@ def frag2(share):
         world.copied = world.dropped = world.needed = 0
         free = {name: vault.free() for name, vault in world.vaults.items()}
         size = int(share * sum(free.values()) / 2)
-        spare = {words["name"]: words["droppable"] for words in world.services["s"].books.last_words()}
+        spare = world.spare()
         world.add_files("s0", [size])
-        rooms = sorted(free[name] + spare[name] for name in free)
+        rooms = sorted(free[name] + spare.get(name, 0) for name in free)
         world.needed = 2 * size + sum(max(0, size - room) for room in rooms[-2:])  # it does not go in parts
         world.settle(count=False)
     return scenario
@@ -585,7 +625,7 @@ def growth(world):
     sizes = lognormal(world.random, FILES)
     world.source("s0", "s", 2)
     grown = [lognormal(world.random, FILES // 20) for _ in range(12)]
-    steps = []
+    steps, peak = [], sum(sizes)
     known = [(number, size) for number, size in enumerate(sizes)]
     for new in grown:
         gone = world.random.sample(known, len(known) // 50)
@@ -593,7 +633,7 @@ def growth(world):
         added = [(("n", next(world.serial)), size) for size in new]
         known += added
         steps.append((gone, added))
-    peak = max(sum(sizes), sum(size for _, size in known))
+        peak = max(peak, sum(size for _, size in known))
     for host, room in scaled([("s", 2, peak)], weights, 0.05).items():
         world.backup("b" + host[1:], host, room)
     world.begin()
@@ -607,7 +647,7 @@ def growth(world):
 
 
 def death(world):
-    """One of six hosts dies and is given up; with 5 % left the others do without; it returns; 12 % more files."""
+    """One of six hosts dies and is given up; with 5 % left the others do without; it returns; 12 % more bytes."""
     facts = make(world, hosts(1, 1, 1, .8, .8), 0.05, ("s", 2))
     world.backup("b5", "h5", world.backups["b0"].size)
     world.begin()
@@ -621,7 +661,9 @@ def death(world):
     world.settle()
     world.down.clear()
     world.settle()
-    world.add_files("s0", lognormal(world.random, int(len(facts[0][2]) * 0.12)))
+    old, new = facts[0][2], lognormal(world.random, len(facts[0][2]) * 12 // 100)
+    # So many files of such different sizes may be anything from 7 to 30 % of the bytes: more than there is room for.
+    world.add_files("s0", [size * 0.12 * sum(old) / sum(new) for size in new])
     world.settle()
 
 
@@ -635,6 +677,7 @@ def join(world):
     world.begin()
     world.add_files("s0", sizes)
     world.settle()
+    assert world.used_share() >= 0.97, "%.3f of too little room is in use" % world.used_share()
     world.copied = world.needed = 0
     world.backup("b4", "h4", .36 * total)
     world.begin()
@@ -662,20 +705,22 @@ def identical(world):
     for number in range(4):
         world.backup("b%d" % number, "h%d" % number, sum(sizes) * 3 / 4 * 1.03)
     world.begin()
-    paths = share_of(world, "s0", sizes, 0.6)
+    paths, _ = share_of(world, "s0", sizes, 0.6)
     for number in range(3):
         world.plant("b%d" % number, "s0", paths)
     world.settle()
 
 
 def share_of(world, source, sizes, share):
-    """Adds the files; returns paths of at most `share` of their bytes."""
-    chosen, total = [], 0
+    """Adds the files; returns paths of at most `share` of their bytes, and those of the others."""
+    chosen, rest, total = [], [], 0
     for path, size in zip(world.add_files(source, sizes), sizes):
         if total + size <= share * sum(sizes):
             chosen.append(path)
             total += size
-    return chosen
+        else:
+            rest.append(path)
+    return chosen, rest
 
 
 def identical2(world):
@@ -685,9 +730,7 @@ def identical2(world):
     for number in range(3):
         world.backup("b%d" % number, "h%d" % number, sum(sizes) * .695)
     world.begin()
-    books, row = world.books_of("s0")
-    paths = share_of(world, "s0", sizes, 0.69)
-    rest = [path for (path,) in books.rows("SELECT path FROM entries WHERE source=?", row["id"]) if path not in set(paths)]
+    paths, rest = share_of(world, "s0", sizes, 0.69)
     world.plant("b0", "s0", paths)
     world.plant("b1", "s0", paths)
     world.plant("b2", "s0", rest)
@@ -737,7 +780,8 @@ SCENARIOS = {
     "n4_exact": one_source((1, 1, 1, 1, 1, 1), 4, 0, 120, equal=True),
     "n3_ln3": one_source((1, .9, .6, .3, .2), 3, .03),
     "skew_ln3": one_source((.9, .5, .25, .15, .1, .05, .05), 2, .03),
-    "frag": frag, "frag2": frag2(0.1), "frag2_half": frag2(0.5), "bigfiles": bigfiles(0), "bigfiles3": bigfiles(.03), "twoloc": twoloc,
+    "frag": frag, "frag2": frag2(0.1), "frag2_half": frag2(0.5), "bigfiles": bigfiles(0), "bigfiles3": bigfiles(.03),
+    "twoloc": twoloc,
     "multi3": several((1, 1, 1, 1, 1), .03, 2, 1, 3),
     "multi_uneq3": several((1, 2, .5, .5, 3, 1), .03, 2, 2, 2, 3),
     "multi4": several((1, 1, 2, 1, 1, .5, .7), .05, 4, 2, 1),
@@ -757,7 +801,7 @@ def run(name, number, further=10):
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     base = tempfile.mkdtemp(prefix="cbackup-placement-", dir=place)
     before = cbackup.clock, cbackup.in_parallel, cbackup.room_limit
-    world = World("%s %d" % (name, number), base)
+    world = TrialWorld("%s %d" % (name, number), base)
     cbackup.clock = world.clock
     cbackup.in_parallel = lambda function, items: [function(item) for item in items]
     cbackup.room_limit = lambda spec, settled: spec.size  # whatever is free where this runs
@@ -771,16 +815,17 @@ def run(name, number, further=10):
         shutil.rmtree(base, ignore_errors=True)
 
 
-HEADER = "%-14s %7s  %7s  %15s  %6s  %6s  %8s  %6s" % (
-    "scenario", "settled", "rounds", "waste", "churn", "used", "useless", "s/run")
+HEADER = "%-14s %6s %7s  %7s  %15s  %6s  %6s  %8s  %6s" % (
+    "scenario", "slack", "settled", "rounds", "waste", "churn", "used", "useless", "s/run")
 
 
 def line(name, outcomes, seconds):
     rounds = [outcome.rounds for outcome in outcomes]
     waste = [100 * outcome.waste for outcome in outcomes]
     impossible = name in IMPOSSIBLE
-    return "%-14s %7s  %3d /%2d  %5.1f / %5.1f %%  %6s  %6s  %8s  %6.2f" % (
-        name, "-" if impossible else "%d/%d" % (sum(outcome.settled for outcome in outcomes), len(outcomes)),
+    return "%-14s %6s %7s  %3d /%2d  %5.1f / %5.1f %%  %6s  %6s  %8s  %6.2f" % (
+        name, "%.1f %%" % (100 * min(outcome.slack for outcome in outcomes)),
+        "-" if impossible else "%d/%d" % (sum(outcome.settled for outcome in outcomes), len(outcomes)),
         statistics.median(rounds), max(rounds), statistics.median(waste), max(waste),
         sum(1 for outcome in outcomes if outcome.churn) or "0",
         "%.1f %%" % (100 * min(outcome.used for outcome in outcomes)) if impossible else "",
@@ -789,19 +834,25 @@ def line(name, outcomes, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description="Try the rules of placing with many seeds.")
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--real", action="store_true", help="with real clients and servers, and small files")
+    parser.add_argument("--seeds", type=int, help="default: 16, with --real 1")
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--scenario", action="append", choices=sorted(SCENARIOS))
     parser.add_argument("-v", "--verbose", action="store_true", help="a line for each seed")
     args = parser.parse_args()
+    one = run
+    if args.real:
+        from tests import placement_real
+        one = placement_real.run
+    seeds = args.seeds or (1 if args.real else 16)
     print(HEADER, flush=True)
     for name in args.scenario or SCENARIOS:
-        begun, outcomes = time.process_time(), []
-        for number in range(args.first, args.first + args.seeds):
-            outcomes.append(run(name, number))
+        begun, outcomes = os.times(), []
+        for number in range(args.first, args.first + seeds):
+            outcomes.append(one(name, number))
             if args.verbose:
                 print("    seed %d:" % number, vars(outcomes[-1]), flush=True)
-        print(line(name, outcomes, time.process_time() - begun), flush=True)
+        print(line(name, outcomes, sum(os.times()[:4]) - sum(begun[:4])), flush=True)
 
 
 if __name__ == "__main__":
