@@ -13,10 +13,11 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import unittest
 
-from tests.harness import PROGRAM, digest_of, free_port, parse_size, walk
+from tests.harness import PROGRAM, Process, digest_of, free_port, parse_size, walk
 
 BOOKKEEPING = re.compile(r"(backup\.db.*|identity.*|lock|config.*|cbackup\.conf.*|catalog(/.*)?)\Z")
 """What lies below .cbackup and is no file of a source, nor part of one: it does not count for a backup's `size`."""
@@ -141,6 +142,24 @@ class Proxy:
                     self._stop.wait()
 
 
+REDIRECT = """import os, socket, sys
+port, other = map(int, os.environ["CBACKUP_TEST_REDIRECT"].split())
+connect = socket.create_connection
+socket.create_connection = lambda address, *rest, **more: connect(
+    (address[0], other if address[1] == port else address[1]), *rest, **more)
+import cbackup
+sys.exit(cbackup.main())
+"""
+
+
+def redirected(cluster, host, port, other, *arguments, **more):
+    """Starts a command on a host for which what listens on `port` is reached at `other`, say a Proxy's. Returns a Process."""
+    cluster.write_config()
+    command = [sys.executable, "-B", "-S", "-c", REDIRECT, "--home", cluster.home(host)] + list(arguments)
+    environment = cluster.environment(host, CBACKUP_TEST_REDIRECT="%d %d" % (port, other), **more)
+    return Process(command, environment, cluster.path(host))
+
+
 # ---- what must hold ---------------------------------------------------------------------------------------------
 
 def regular_files(root, below=""):
@@ -176,9 +195,10 @@ def violations(cluster, settled=True, added=()):
     lines = []
     for backup in cluster.backups.values():
         root = backup.path
-        if "size" in backup.options and room_taken(cluster, backup.name) > parse_size(backup.options["size"]):
-            lines.append("%s keeps %d bytes, more than its size %s" % (
-                backup.name, room_taken(cluster, backup.name), backup.options["size"]))
+        others = [os.path.join(root, name.split("/", 1)[1]) for name in added if name.startswith(backup.name + "/")]
+        taken = room_taken(cluster, backup.name) - sum(os.path.getsize(path) for path in others if os.path.exists(path))
+        if "size" in backup.options and taken > parse_size(backup.options["size"]):
+            lines.append("%s keeps %d bytes, more than its size %s" % (backup.name, taken, backup.options["size"]))
         for kind in ("incoming", "moving") if settled else ():
             for name in regular_files(root, ".cbackup/" + kind):
                 lines.append("%s: left over: .cbackup/%s/%s" % (backup.name, kind, name))

@@ -2,28 +2,33 @@
 
     python3 -m tests.soak --minutes 10 --seed 1
 
-Files are written, deleted, renamed and become other things; clients run in any order and are killed at any point; servers
-are killed and started; copies rot; state/ and databases are lost; whole backups are lost and replaced. From time to time all
-is quiet: every host verifies and runs passes until nothing is left to do; then the sources, the backups and a restore are
-compared from outside. Stops at the first violation, with the seed and the last steps of the history; the directories stay.
+Files are written, deleted, renamed and become other things; clients run in any order, two at once, beside a verify or a
+restore, and are killed at any point; servers are killed, started, and started twice; lines are cut or stall; the power fails;
+copies and old versions rot; state/ and databases are lost; disks fill up, become read-only, and are away for a while; sources
+are emptied and come back; whole backups are lost and replaced. From time to time all is quiet: every host verifies and runs
+passes until nothing is left to do; then the sources, the backups and a restore are compared from outside. Stops at the first
+violation, with the seed and the last steps of the history; the directories stay.
 """
 
 import argparse
+import calendar
 import contextlib
 import os
 import random
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 
 from tests import faults
-from tests.harness import Cluster, differences, digest_of, some_bytes, walk, write_file
+from tests.harness import Cluster, differences, digest_of, read_file, some_bytes, tree, walk, write_file
 
 STEPS = 12          # between two quiet periods
 PERIODS = 4         # quiet periods of one history, each on what the ones before have left
 ROUNDS = 8          # passes of every host until a quiet period must be settled
+KEEP = 48 * 3600    # seconds for which old versions are kept
 
 
 class Violation(AssertionError):
@@ -40,14 +45,47 @@ class History:
         self.count = 0
         self.periods = 0
         self.rotten = set()         # backups whose copies may not be what they were
+        self.added = {}             # BACKUP/PATH of files that were put there by hand: their bytes
+        self.replaced = {}          # digests of files that had all their copies and were changed or deleted: when
+        self.troubled = False       # old versions may have been lost in this period: a disk was full, or is a new one
+        self.mounted = []
+        self.repairs = []           # what makes the disks good again
         hosts = ["s", "a", "b", "c"]
-        self.c = Cluster(*hosts, replicas=2, keep="2d")
+        self.c = Cluster(*hosts, replicas=2, keep="%ds" % KEEP)
         self.c.source("docs", "s", {"d%d/f%d" % (n % 5, n): self.dice.randrange(3000) for n in range(30)})
         self.c.source("more", "a", {"f%d" % n: self.dice.randrange(400000) for n in range(5)})
+        roomy = self.dice.random() < 0.5
         for host in hosts:
-            size = self.dice.choice(["6M", "20M", "20M"])
-            self.c.backup("b" + host, host, size)
+            self.c.backup("b" + host, host, "20M" if roomy else self.dice.choice(["6M", "20M"]))
+        self.roomy = all(backup.options["size"] == "20M" for backup in self.c.backups.values())
         self.note("sizes: %s" % {name: backup.options["size"] for name, backup in self.c.backups.items()})
+        self.small_disk = self.small_state = None
+        if os.geteuid() == 0:
+            self.small_disk, self.small_state = self.dice.choice("bc"), self.dice.choice("sabc")
+            if not self.mount("32m", self.c.path(self.small_disk, "backup")):
+                self.small_disk = None
+            elif not self.mount("8m", os.path.join(self.c.home(self.small_state), "state")):
+                self.small_state = None
+            if self.small_disk:
+                os.mkdir(self.c.backups["b" + self.small_disk].path)
+
+    def mount(self, size, path):
+        """A small file system at `path`; False where that is not possible."""
+        os.makedirs(path, exist_ok=True)
+        if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=" + size, "none", path], stderr=subprocess.DEVNULL):
+            return False
+        self.mounted.append(path)
+        return True
+
+    def unmount(self, keep):
+        """The small file systems go; with `keep`, what is in them stays where it is."""
+        for path in self.mounted:
+            if keep:
+                shutil.copytree(path, path + ".kept", symlinks=True)
+            faults.unmount(path)
+            if keep and not os.path.ismount(path):
+                shutil.rmtree(path)
+                os.rename(path + ".kept", path)
 
     def note(self, line):
         self.lines.append(line)
@@ -63,6 +101,7 @@ class History:
         self.quiet()
         for _ in range(periods):
             safe = self.safe_files()
+            self.troubled = False
             self.lose_a_host()
             for _ in range(STEPS):
                 if time.monotonic() > deadline:
@@ -75,7 +114,8 @@ class History:
         return True
 
     def settle_down(self):
-        """Every server up; then passes until all of a round are settled. Mass changes are accepted."""
+        """Every disk good, every server up; then passes until all of a round are settled. Mass changes are accepted."""
+        self.repair()
         down = [host for host in self.c.hosts if host not in self.c.servers]
         if down:
             self.c.start(*down)
@@ -93,14 +133,20 @@ class History:
                     self.note("accept %s" % name)
                     self.c.run("s", "accept", name)
         self.fail("not settled after %d rounds:\n%s\n%s" % (
-            ROUNDS, "\n".join(map(str, results)), "\n".join(faults.violations(self.c)[:20])))
+            ROUNDS, "\n".join(map(str, results)), "\n".join(faults.violations(self.c, added=self.added)[:20])))
+
+    def repair(self):
+        while self.repairs:
+            self.repairs.pop()()
 
     def quiet(self):
         self.note("-- quiet --")
         self.settle_down()
-        lines = faults.violations(self.c)
+        lines = faults.violations(self.c, added=self.added)
         if lines:
             self.fail("\n".join(lines[:30]))
+        self.check_added()
+        self.check_old_versions()
         self.check_idle()
         self.check_restore()
         self.periods += 1
@@ -116,6 +162,30 @@ class History:
         after = {name: self.c.kept_inodes(name) for name in self.c.backups}
         if before != after:
             self.fail("an idle pass on %s touched files" % host)
+
+    def check_added(self):
+        """What somebody put into a backup by hand lies there as it did."""
+        for name, content in self.added.items():
+            backup, path = name.split("/", 1)
+            path = os.path.join(self.c.backups[backup].path, path)
+            if not os.path.isfile(path) or read_file(path) != content:
+                self.fail("%s was put there by hand, and is not there as it was" % name)
+
+    def check_old_versions(self):
+        """Old versions are there until `keep` is over, and not longer."""
+        now = time.time() + self.c.now
+        for backup in self.c.backups.values():
+            for name in faults.regular_files(backup.path, ".cbackup/attic"):
+                since = calendar.timegm(time.strptime(name.split("/")[1][:16], "%Y%m%dT%H%M%SZ"))
+                if since < now - KEEP - 120:
+                    self.fail("%s keeps an old version for too long: %s" % (backup.name, name))
+        for digest, (since, name) in list(self.replaced.items()):
+            if since < now - KEEP + 120:
+                del self.replaced[digest]
+            elif self.roomy and not self.troubled and not faults.anywhere(self.c, digest):
+                self.fail("the old version of %s is nowhere" % name)
+        if self.troubled:
+            self.replaced.clear()
 
     def check_restore(self):
         source = self.dice.choice(list(self.c.sources.values()))
@@ -146,12 +216,9 @@ class History:
                 path = os.path.join(self.c.sources[source].path, name)
                 if name not in there or digest_of(path) != digest:
                     del safe[(name_of, name)]       # its own history has gone on
+                    self.replaced[digest] = time.time() + self.c.now, "%s/%s" % (source, name)
                 elif len(there[name]) < 2:
-                    if source in self.swapped and name in self.swapped[source]:
-                        continue
                     self.fail("%s/%s was on two hosts and is on %s now" % (source, name, sorted(there[name])))
-
-    swapped = {}
 
     # -- steps: what people do --
 
@@ -223,13 +290,13 @@ class History:
             os.rename(one, one + ".t")
             os.rename(two, one)
             os.rename(one + ".t", two)
-            self.note("swap %s: %s <-> %s" % (source.name, os.path.relpath(one, source.path), os.path.relpath(two, source.path)))
+            self.note("swap %s: %s" % (source.name, " <-> ".join(os.path.relpath(path, source.path) for path in (one, two))))
 
     def mode(self):
         source = self.pick()
         for name in self.dice.sample(self.files_of(source, (stat.S_ISREG, stat.S_ISDIR)), 1) if self.files_of(source) else ():
             path = os.path.join(source.path, name)
-            os.chmod(path, self.dice.choice([0o700, 0o755, 0o711]) if os.path.isdir(path) else self.dice.choice([0o600, 0o644, 0o755]))
+            os.chmod(path, self.dice.choice([0o700, 0o755, 0o711] if os.path.isdir(path) else [0o600, 0o644, 0o755]))
             self.note("chmod %s/%s" % (source.name, name))
 
     def kind(self):
@@ -318,36 +385,66 @@ class History:
     def database(self):
         name = self.dice.choice(list(self.c.backups))
         path = os.path.join(self.c.backups[name].path, ".cbackup", "backup.db")
-        if os.path.exists(path):
+        if os.path.exists(path) and os.access(path, os.W_OK):
             kind = self.dice.choice(["gone", "garbage"])
             os.unlink(path) if kind == "gone" else write_file(path, some_bytes(20000, self.count))
             self.note("database of %s: %s" % (name, kind))
+
+    def add_by_hand(self):
+        name, source = self.dice.choice(list(self.c.backups)), self.dice.choice(list(self.c.sources))
+        self.count += 1
+        relative = self.dice.choice([source + "/own/%d", source + "/own %d", "beside/%d", "beside %d"]) % self.count
+        path, content = os.path.join(self.c.backups[name].path, relative), b"mine %d" % self.count
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(path, content)
+            self.added[name + "/" + relative] = content
+            self.note("added by hand: %s/%s" % (name, relative))
 
     def rot(self):
         name = self.dice.choice(list(self.c.backups))
         root = self.c.backups[name].path
         found = [relative for source in self.c.sources for relative in
-                 (os.path.join(source, one) for one, info in faults.regular_files(root, source).items() if info.st_size)]
+                 (os.path.join(source, one) for one, info in faults.regular_files(root, source).items() if info.st_size)
+                 if name + "/" + relative not in self.added]
         for relative in self.dice.sample(found, min(2, len(found))):
-            path = os.path.join(root, relative)
-            info = os.stat(path)
-            with open(path, "r+b") as file:
-                file.seek(self.dice.randrange(info.st_size))
-                byte = file.read(1)
-                file.seek(-1, os.SEEK_CUR)
-                file.write(bytes([byte[0] ^ 255]))
-            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+            self.flip(os.path.join(root, relative))
             self.rotten.add(name)
+            self.troubled = True
             self.note("rot in %s/%s" % (name, relative))
+
+    def flip(self, path):
+        """Another byte somewhere in a file, with its times as before."""
+        info = os.stat(path)
+        with contextlib.suppress(OSError), open(path, "r+b") as file:       # the disk may be read-only just now
+            file.seek(self.dice.randrange(info.st_size))
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 255]))
+            file.flush()
+            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+    def rot_in_the_attic(self):
+        """Old versions rot, too: they are no copies, and nothing may come of it."""
+        name = self.dice.choice(list(self.c.backups))
+        top = os.path.join(self.c.backups[name].path, ".cbackup", "attic")
+        # Not what a client that was killed has linked: it is still a copy in its place as well.
+        found = [path for path, info in faults.regular_files(top).items() if info.st_size and info.st_nlink == 1]
+        for path in self.dice.sample(found, min(2, len(found))):
+            self.replaced.pop(digest_of(os.path.join(top, path)), None)
+            self.flip(os.path.join(top, path))
+            self.note("rot in the attic of %s: %s" % (name, path))
 
     def by_hand(self):
         name = self.dice.choice(list(self.c.backups))
         root = self.c.backups[name].path
-        found = [os.path.join(source, one) for source in self.c.sources for one in faults.regular_files(root, source)]
-        if found:
+        found = [os.path.join(source, one) for source in self.c.sources for one in faults.regular_files(root, source)
+                 if os.path.join(name, source, one) not in self.added]
+        if found and os.access(root, os.W_OK):
             relative = self.dice.choice(found)
             os.unlink(os.path.join(root, relative))
             self.rotten.add(name)
+            self.troubled = True
             self.note("deleted by hand: %s/%s" % (name, relative))
 
     def time_goes_by(self):
@@ -361,15 +458,211 @@ class History:
             host = self.dice.choice(["b", "c"])
             faults.lose_state(self.c, host)
             name = "b" + host
+            self.troubled = True
+            self.added = {key: content for key, content in self.added.items() if not key.startswith(name + "/")}
             shutil.rmtree(self.c.backups[name].path)
             os.mkdir(self.c.backups[name].path)
             self.rotten.add(name)
             self.c.client(host, "--adopt", name)
             self.note("host %s lost and replaced" % host)
 
+    # -- steps: two at once --
+
+    def two_clients(self):
+        """Two clients of one host: one of them works, the other leaves the backup alone."""
+        host = self.dice.choice(self.c.hosts)
+        clients = [self.c.spawn(host, "client", "--json") for _ in range(2)]
+        results = [client.wait() for client in clients]
+        self.note("two clients on %s at once: %s" % (host, [result.rc for result in results]))
+
+    def client_beside(self):
+        """A client that is started during a verify or a restore, or before it."""
+        host, other = self.dice.choice(self.c.hosts), self.dice.choice(self.c.hosts)
+        source, target = self.pick(), self.c.path("aside")
+        commands = [(host, "client", "--json"), self.dice.choice([
+            (host, "verify"), (host, "verify"), (other, "restore", source.name, "--to", target)])]
+        self.dice.shuffle(commands)
+        first = self.c.spawn(*commands[0])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.popen.wait(0.3 * self.dice.random())
+        results = [first, self.c.spawn(*commands[1])]
+        results = [one.wait() for one in results]
+        for name in os.listdir(target) if os.path.isdir(target) and all(result.rc == 0 for result in results) else ():
+            self.check_restored(source, os.path.join(target, name), name)
+        shutil.rmtree(target, ignore_errors=True)
+        self.note("%s and then %s: %s" % (" ".join(commands[0][:2]), " ".join(commands[1][:2]), [r.rc for r in results]))
+
+    def check_restored(self, source, path, name):
+        """A file whose times are those of the source's has its bytes."""
+        own = os.path.join(source.path, name)
+        if os.path.isfile(path) and os.path.isfile(own) and not os.path.islink(own):
+            if os.stat(path).st_mtime_ns == os.stat(own).st_mtime_ns and digest_of(path) != digest_of(own):
+                self.fail("%s/%s was restored with other bytes" % (source.name, name))
+
+    def second_server(self):
+        host = self.dice.choice(self.c.hosts)
+        if host in self.c.servers:
+            result = self.c.run(host, "server", timeout=30)
+            if result.rc == 0 or not self.c.servers[host].running:
+                self.fail("a second server on %s: %s" % (host, result))
+            self.note("a second server on %s was refused" % host)
+
+    # -- steps: lines and power --
+
+    def bad_line(self):
+        """The line between a client and a server is cut, or stalls for a while and is then cut."""
+        server, host = self.dice.choice(["s", "a"]), self.dice.choice("bc")
+        if server not in self.c.servers:
+            return
+        proxy = faults.Proxy(self.c.ports[server])
+        fault, after = self.dice.choice(["cut_after", "stall_after"]), self.dice.choice([1, 5000, 20000, 100000, 400000])
+        setattr(proxy, fault, after)
+        client = faults.redirected(self.c, host, self.c.ports[server], proxy.port, "client", "--json")
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                client.popen.wait(3 if fault == "stall_after" else 30)
+        finally:
+            proxy.close()
+        result = client.wait()
+        self.note("client %s, line to %s: %s %d: %d" % (host, server, fault, after, result.rc))
+
+    def power_failure(self):
+        """A client's machine loses its power: what was not made durable may be short, or zeros."""
+        host, count = self.dice.choice(self.c.hosts), self.dice.choice([1, 2, 3, 4, 5, 6, 8, 10, 15])
+        if self.c.client(host, CBACKUP_TEST_KILL="any:%d" % count).rc != -signal.SIGKILL:
+            return
+        top = os.path.join(self.c.backups["b" + host].path, ".cbackup", "incoming")
+        torn = []
+        for name, info in faults.regular_files(top).items():
+            path = os.path.join(top, name)
+            if info.st_nlink == 1 and self.dice.random() < 0.7:       # else it is the old version in its place
+                with contextlib.suppress(OSError):
+                    os.truncate(path, self.dice.choice([0, info.st_size // 2]))
+                    if self.dice.random() < 0.5:
+                        os.truncate(path, info.st_size)
+                    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+                    torn.append(name)
+        self.note("power failure on %s at any:%d: torn: %s" % (host, count, torn))
+
+    # -- steps: disks --
+
+    def full_disk(self):
+        """The disk of a backup fills up, or has room again."""
+        if not self.small_disk:
+            return
+        ballast = self.c.path(self.small_disk, "backup", "ballast")
+        self.troubled = True
+        if os.path.exists(ballast):
+            self.repair()
+            self.note("disk of %s has room again" % self.small_disk)
+            return
+        client = self.c.spawn(self.small_disk, "client") if self.dice.random() < 0.5 else None
+        if client:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                client.popen.wait(self.dice.random() * 0.6)
+        with contextlib.suppress(OSError):
+            faults.fill(ballast)
+            self.repairs.append(lambda: os.path.exists(ballast) and os.unlink(ballast))
+        if client:
+            client.wait()
+        elif self.dice.random() < 0.7:
+            self.c.client(self.small_disk)
+        self.note("disk of %s is full%s" % (self.small_disk, ", below a client" if client else ""))
+
+    def read_only_disk(self):
+        """The disk of a backup becomes read-only: for some clients, or for longer."""
+        if not self.small_disk:
+            return
+        path = self.c.path(self.small_disk, "backup")
+        if not os.access(path, os.W_OK) or subprocess.call(["mount", "-o", "remount,ro", path], stderr=subprocess.DEVNULL):
+            return
+        self.repairs.append(lambda: subprocess.check_call(["mount", "-o", "remount,rw", path]))
+        for host in self.dice.sample(self.c.hosts, 2) + [self.small_disk]:
+            self.c.client(host)
+        back = self.dice.random() < 0.5
+        if back:
+            self.repair()
+        self.note("disk of %s is read-only%s" % (self.small_disk, " for some passes" if back else ""))
+
+    def full_state(self):
+        """state/ of a host has no room during some passes."""
+        if not self.small_state:
+            return
+        ballast = os.path.join(self.c.home(self.small_state), "state", "ballast")
+        faults.fill(ballast)
+        try:
+            for host in self.dice.sample(self.c.hosts, 2) + [self.small_state]:
+                self.c.client(host)
+        finally:
+            os.unlink(ballast)
+        if self.small_state in self.c.servers and not self.c.servers[self.small_state].running:
+            self.fail("the server of %s ended: %s" % (self.small_state, self.c.servers[self.small_state].wait()))
+        self.note("state/ of %s was full during passes" % self.small_state)
+
+    def backup_away(self):
+        """The directory of a backup is away for some passes; there is only an empty mount point, which stays empty."""
+        host = self.dice.choice(self.c.hosts)
+        path = self.c.backups["b" + host].path
+        if not os.path.exists(os.path.join(path, ".cbackup", "identity")) or not os.access(path, os.W_OK):
+            return
+        os.rename(path, path + ".away")
+        os.mkdir(path)
+        for one in [host] + self.dice.sample(self.c.hosts, 2):
+            self.c.client(one)
+        found = list(tree(path))
+        shutil.rmtree(path)
+        os.rename(path + ".away", path)
+        if any(not name.startswith(".cbackup") for name in found):
+            self.fail("the empty mount point of %s was filled: %s" % ("b" + host, found[:5]))
+        self.note("the directory of b%s was away during passes" % host)
+
+    def source_away(self):
+        """A source is gone or empty for some passes, and comes back: nothing of it changes in any backup."""
+        source = self.pick()
+        if not self.files_of(source):
+            return
+        for host in self.c.hosts:       # what was confirmed before may still be put into its place
+            self.c.client(host)
+        path, kind = source.path, self.dice.choice(["gone", "empty", "empty", "unmounted"])
+        if kind == "unmounted" and (os.geteuid() or self.mount_over(path)):
+            kind = "empty"
+        if kind in ("gone", "empty"):
+            os.rename(path, path + ".away")
+        if kind == "empty":
+            os.mkdir(path)
+        before = self.copies_of(source)
+        lost = self.dice.random() < 0.3
+        if lost:
+            faults.lose_state(self.c, source.host)
+        for host in self.dice.sample(self.c.hosts, 3):
+            self.c.client(host)
+        after = self.copies_of(source)
+        if kind == "unmounted":
+            faults.unmount(path)
+        if kind == "empty":
+            os.rmdir(path)
+        if kind in ("gone", "empty"):
+            os.rename(path + ".away", path)
+        self.note("source %s was %s during passes%s" % (source.name, kind, ", and state/ was lost" if lost else ""))
+        if before != after and not self.rotten:
+            self.fail("copies of %s changed while it was %s: %s" % (source.name, kind, sorted(
+                set(before.items()) ^ set(after.items()))[:10]))
+
+    def mount_over(self, path):
+        """An empty directory over another one; true when that cannot be done."""
+        os.makedirs(self.c.path("void"), exist_ok=True)
+        return subprocess.call(["mount", "--bind", self.c.path("void"), path], stderr=subprocess.DEVNULL)
+
+    def copies_of(self, source):
+        """Changes when any file of a source in any backup is touched."""
+        return {"%s/%s" % (name, path): facts[:3] for name in self.c.backups
+                for path, facts in self.c.kept_inodes(name).items() if path.startswith(source.name + "/")}
+
     STEPS = [write, write, write, append, delete, rename, rename, swap, mode, kind, link, client, client, client, clients,
              killed_client, killed_client, killed_client, killed_client, client_killed_by_the_clock, server, server,
-             server_dies_below_a_client, state, database, rot, by_hand, time_goes_by]
+             server_dies_below_a_client, state, database, rot, rot_in_the_attic, by_hand, add_by_hand, time_goes_by,
+             two_clients, client_beside, second_server, bad_line, bad_line, power_failure, power_failure, full_disk, full_disk,
+             read_only_disk, full_state, backup_away, source_away]
 
 
 def run(seed, deadline, out=sys.stdout, periods=PERIODS):
@@ -377,7 +670,14 @@ def run(seed, deadline, out=sys.stdout, periods=PERIODS):
     history = History(seed)
     try:
         with history.c:
-            history.run(deadline, periods)
+            try:
+                history.run(deadline, periods)
+            except BaseException:
+                history.c.close()
+                history.unmount(keep=True)
+                raise
+            history.c.close()
+            history.unmount(keep=False)
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt):
             print("seed %s\n... %s\n%s" % (seed, "\n    ".join(history.lines[-60:]), error), file=out, flush=True)
