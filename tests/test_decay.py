@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import unittest
 
-from tests.faults import mount_or_skip, regular_files, violations
+from tests.faults import lose_state, mount_or_skip, regular_files, violations
 from tests.harness import Case, make_tree, read_file, some_bytes, write_file
 
 
@@ -103,6 +103,16 @@ class VerifyTest(DecayCase):
         for _ in range(2):
             cluster.client("a")
         self.assertTrue(cluster.client("a").json["settled"])
+        self.assertEqual([], violations(cluster))
+
+    def test_rot_in_a_backup_that_lost_its_database_is_not_taken_for_the_truth_by_a_server_that_lost_its_state(self):
+        cluster = self.start({"f": 3 << 20, "g": self.SMALL})       # large: random samples of it miss the flipped byte
+        flip(cluster.kept_as("b1", "docs", "f"))
+        os.unlink(os.path.join(cluster.backups["b1"].path, ".cbackup", "backup.db"))
+        lose_state(cluster, "s")
+        for host in "abab":
+            self.assertNotIn("rotted", cluster.client(host).stderr)
+        cluster.settle()
         self.assertEqual([], violations(cluster))
 
     def test_a_restore_does_not_take_a_rotten_copy(self):

@@ -209,6 +209,61 @@ class KilledTest(FaultCase):
         self.assertRecovers(cluster, 1)
 
 
+class PowerFailureTest(FaultCase):
+    """The backup's machine loses its power: what was not durable yet is gone, though its name, size and time may be there."""
+
+    NAMES = ["f%d" % number for number in range(5)]
+    SIZE = 30000
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        cls.source = c.source("docs", "s", {"stay/%02d" % number: 100 for number in range(20)})
+        cls.kept = c.backup("b1", "a", "9M")
+        c.start()
+        c.settle()
+
+    def write(self, folder, version):
+        """One version of this folder's files; returns their digests."""
+        make_tree(os.path.join(self.source, folder), {name: some_bytes(self.SIZE, (folder, name, version)) for name in self.NAMES})
+        return {digest_of(os.path.join(self.source, folder, name)) for name in self.NAMES}
+
+    def fail_at(self, point, versions):
+        """The power fails at a point of the pass that brings the files. versions: 1: they are new, 2: they are known."""
+        folder = "%s %d" % (point.replace(":", " "), versions)
+        digests = self.write(folder, 1)
+        if versions == 2:
+            self.c.settle()
+            old, digests = digests, self.write(folder, 2)
+        self.assertEqual(-signal.SIGKILL, self.c.client("a", CBACKUP_TEST_KILL=point).rc)
+        torn = 0
+        for name, info in regular_files(self.kept).items():
+            path = os.path.join(self.kept, name)
+            if digest_of(path) in digests and info.st_nlink == 1:
+                torn += 1
+                os.truncate(path, 0)
+                os.truncate(path, info.st_size)
+                os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+        self.assertGreater(torn, 1, "nothing had arrived")
+        self.c.client("a")
+        self.assertHolds(self.c, settled=False)
+        if versions == 2:
+            self.assertEqual({"a"}, set.union(*[faults.anywhere(self.c, digest) for digest in old]))
+            self.assertTrue(all(faults.anywhere(self.c, digest) for digest in old), "an old version is lost")
+        self.assertRecovers(self.c, 3)
+
+    def test_new_files(self):
+        for point in ("copied", "digested", "confirmed"):
+            with self.subTest(point=point):
+                self.fail_at(point, 1)
+
+    def test_known_files(self):
+        # linked:3: two of them are at their places, and not yet made durable.
+        for point in ("copied", "digested", "confirmed", "linked:3"):
+            with self.subTest(point=point):
+                self.fail_at(point, 2)
+
+
 class DamageTest(FaultCase):
     """state/ or a backup's database is lost or garbage: rebuilt from what is there, and no data is copied."""
 
