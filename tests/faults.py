@@ -187,17 +187,18 @@ def anywhere(cluster, digest):
             if any(digest_of(os.path.join(backup.path, relative)) == digest for relative in regular_files(backup.path))}
 
 
-def violations(cluster, settled=True, added=()):
+def violations(cluster, settled=True, added=(), sizes=True):
     """What does not hold in a cluster in which no client is at work: lines for people.
 
     settled: every file has its copies, nothing is left of old passes. added: files (below backups) put there by hand.
+    sizes: False where a backup has just been made smaller than what it must keep.
     """
     lines = []
     for backup in cluster.backups.values():
         root = backup.path
         others = [os.path.join(root, name.split("/", 1)[1]) for name in added if name.startswith(backup.name + "/")]
         taken = room_taken(cluster, backup.name) - sum(os.path.getsize(path) for path in others if os.path.exists(path))
-        if "size" in backup.options and taken > parse_size(backup.options["size"]):
+        if sizes and "size" in backup.options and taken > parse_size(backup.options["size"]):
             lines.append("%s keeps %d bytes, more than its size %s" % (backup.name, taken, backup.options["size"]))
         for kind in ("incoming", "moving") if settled else ():
             for name in regular_files(root, ".cbackup/" + kind):

@@ -307,9 +307,30 @@ class OldVersionsTest(Case):
             cluster.settle()
         self.assertEqual(3, len(cluster.attic("b1", "docs")))
         make_tree(source, {"new": 150000})
-        cluster.settle()
+        result = cluster.client("a")
+        self.assertRc(0, result)
+        self.assertOneError(result, "b1: 2 old versions", "deleted before their time: their room was needed")
         self.assertEqual([some_bytes(100000, "f2")], [content for _, content in cluster.attic("b1", "docs")])
         self.assertCopies(cluster, "docs", 1)
+        self.assertWithinSize(cluster)
+        self.assertSilent(cluster.run("a", "client"))
+
+    def test_no_old_version_is_deleted_for_a_file_for_which_there_is_no_room_even_so(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"old": 200000, "growing": 100000, "stay": 10})
+        cluster.backup("b1", "a", "600000")
+        cluster.start()
+        cluster.settle()
+        os.unlink(os.path.join(source, "old"))
+        cluster.settle()
+        old = [content for _, content in cluster.attic("b1", "docs")]
+        self.assertEqual([some_bytes(200000, "old")], old)
+        write_file(os.path.join(source, "growing"), some_bytes(700000, "grown"))
+        make_tree(source, {"new": 800000, "little": 1000})
+        result = cluster.client("a")
+        self.assertNotIn("before", result.stderr)
+        self.assertIn(old[0], [content for _, content in cluster.attic("b1", "docs")])
+        self.assertTrue(os.path.exists(cluster.kept_as("b1", "docs", "little")), "what fits is copied")
         self.assertWithinSize(cluster)
 
 

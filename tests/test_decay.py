@@ -158,8 +158,13 @@ class StrangersTest(DecayCase):
             self.assertEqual([], [name for name in added if not os.path.lexists(os.path.join(root, name))], "gone")
             self.assertEqual(before, {name: untouched(os.path.join(root, name)) for name in added})
         for step in ("client", "verify", "client"):
-            cluster.run("a", step)
+            result = cluster.run("a", step)
             check()
+            if step == "verify":
+                self.assertRc(1, result)
+                self.assertOneError(result, "b1: 2 files", "left alone", "docs/sub/added", "docs/own/folder/added")
+            else:
+                self.assertSilent(result)
         write_file(os.path.join(self.source, "sub/f"), "changed")
         make_tree(self.source, {"sub/new": 100})
         cluster.settle()

@@ -1,6 +1,7 @@
 """Processes die, disks fill, state is lost, lines are cut: nothing is lost, and nothing has to be repaired by hand."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -225,8 +226,9 @@ class PowerFailureTest(FaultCase):
 
     def write(self, folder, version):
         """One version of this folder's files; returns their digests."""
-        make_tree(os.path.join(self.source, folder), {name: some_bytes(self.SIZE, (folder, name, version)) for name in self.NAMES})
-        return {digest_of(os.path.join(self.source, folder, name)) for name in self.NAMES}
+        top = os.path.join(self.source, folder)
+        make_tree(top, {name: some_bytes(self.SIZE, (folder, name, version)) for name in self.NAMES})
+        return {digest_of(os.path.join(top, name)) for name in self.NAMES}
 
     def fail_at(self, point, versions):
         """The power fails at a point of the pass that brings the files. versions: 1: they are new, 2: they are known."""
@@ -484,6 +486,20 @@ class WrongDirectoryTest(FaultCase):
         self.assertEqual(0, sum(one["wire_bytes"] for one in figures))
         self.assertEqual(before, tree(self.kept + "/docs"))
 
+    def test_nor_has_it_to_be_adopted_when_state_was_lost_meanwhile(self):
+        os.rename(self.kept, self.kept + ".away")
+        os.mkdir(self.kept)
+        lose_state(self.c, "a")
+        before = tree(self.kept + ".away/docs")
+        for _ in range(2):
+            self.assertRefused(self.c.client("a"), self.kept, "b1", "--adopt b1")
+            self.assertEqual({}, regular_files(self.kept, "docs"))
+        shutil.rmtree(self.kept)
+        os.rename(self.kept + ".away", self.kept)
+        figures = self.assertRecovers(self.c)
+        self.assertEqual(0, sum(one["wire_bytes"] for one in figures))
+        self.assertEqual(before, tree(self.kept + "/docs"))
+
     def test_the_directory_under_another_name_or_on_two_machines_is_refused(self):
         before = tree(self.kept)
         copy = self.c.path("b", "backup", "b2")
@@ -497,6 +513,28 @@ class WrongDirectoryTest(FaultCase):
         self.assertEqual({name: entry for name, entry in before.items() if name.startswith("docs")},
                          {name: entry for name, entry in tree(self.kept).items() if name.startswith("docs")})
 
+    def test_a_directory_that_was_copied_with_its_machine_and_is_used_on_both_is_never_counted_for_what_it_lacks(self):
+        def swap():     # the other machine's turn: it has the same name, and the directory at the same path
+            for path in (self.kept, self.c.home("a")):
+                os.rename(path, path + ".t")
+                os.rename(path + ".twin", path)
+                os.rename(path + ".t", path + ".twin")
+
+        for path in (self.kept, self.c.home("a")):
+            shutil.copytree(path, path + ".twin", symlinks=True)
+        for turn in range(4):
+            write_file(os.path.join(self.source, "f%d" % turn), "changed %d" % turn)
+            make_tree(self.source, {"new %d" % turn: 100 + turn})
+            if turn == 2:
+                os.unlink(os.path.join(self.source, "f4"))
+            self.c.client("a")
+            self.assertRc(0, self.c.client("a"))
+            self.assertHolds(self.c)
+            swap()
+            self.c.client("a")
+            self.assertRc(0, self.c.client("a"))
+            self.assertHolds(self.c)
+
     def test_a_directory_of_another_cluster_is_refused(self):
         with Cluster("s", "a", replicas=1) as other:
             pem = new_cluster_pem()
@@ -508,6 +546,46 @@ class WrongDirectoryTest(FaultCase):
             self.assertRefused(other.client("a"), self.kept, "b1", "another cluster")
             self.assertRefused(other.client("a", "--adopt", "b1"), self.kept, "b1", "another cluster")
         self.assertRecovers(self.c, 1)
+
+
+class DropTest(FaultCase):
+    """No copy is deleted without a grant, and no grant leaves less than N copies, whoever asks at the same time."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", "c", replicas=3)
+        c.source("docs", "s", {"f%02d" % number: 20000 for number in range(20)})
+        for host in "abc":
+            c.backup("b" + host, host, "9M")
+        c.start()
+        c.settle()
+        c.keys["replicas"] = 2
+        for name in c.backups:      # no room at all: each wants to be rid of everything
+            c.backups[name] = c.backups[name]._replace(options={"size": "100"})
+        c.write_config()
+
+    def counts(self):
+        return [len(hosts) for hosts in holders(self.c, "docs").values()]
+
+    def test_1_without_the_server_nothing_is_deleted(self):
+        self.c.kill("s")
+        for host in "abc":
+            result = self.c.client(host)
+            self.assertRc(1, result)
+            self.assertEqual(0, result.json["dropped_files"])
+        self.assertEqual([3] * 20, self.counts())
+
+    def test_2_those_who_ask_at_the_same_time_leave_enough_also_when_they_are_killed(self):
+        self.c.start("s")
+        for point in ("granted", "drop-before-delete", None):
+            more = {"CBACKUP_TEST_KILL": point} if point else {}
+            for client in [self.c.spawn(host, "client", "--json", **more) for host in "abc"]:
+                client.wait()
+            self.assertGreaterEqual(min(self.counts()), 2)
+            self.assertHolds(self.c, settled=False, sizes=False)
+        for host in "abcabc":
+            self.c.client(host)
+        self.assertEqual([2] * 20, self.counts())
 
 
 class SoakTest(Case):
@@ -530,22 +608,58 @@ class TwiceTest(FaultCase):
         self.assertOneError(second)
         cluster.settle()
 
-    def test_verify_leaves_a_backup_alone_in_which_a_client_is_at_work(self):
+    def test_verify_leaves_a_backup_alone_in_which_a_client_is_at_work_and_a_restore_has_what_was_there_before(self):
         cluster = self.cluster("s", "a", replicas=1)
-        cluster.source("docs", "s", {"f%d" % number: 100000 for number in range(40)}, bwlimit="1M")
-        cluster.backup("b1", "a", "9M")
+        source = cluster.source("docs", "s", {"before": 1000}, bwlimit="1M")
+        kept, target = cluster.backup("b1", "a", "9M"), cluster.path("target")
         cluster.start()
+        cluster.settle()
+        before = tree(source)
+        make_tree(source, {"f%d" % number: 100000 for number in range(40)})
         client = cluster.spawn("a", "client", "--json")
         self.addCleanup(client.kill)
-        incoming = os.path.join(cluster.backups["b1"].path, ".cbackup", "incoming")
-        wait_for(lambda: os.path.isdir(incoming), 20, "the client does nothing")
+        wait_for(lambda: regular_files(kept, ".cbackup/incoming"), 20, "the client does nothing")
         client.signal(signal.SIGSTOP)
         result = cluster.run("a", "verify", timeout=20)
         self.assertRc(0, result)
         self.assertRegex(result.text, r"(?i)\bb1\b.*(at work|busy|locked)")
+        self.assertRc(0, cluster.restore("s", "docs", to=target))
+        self.assertSameTree(before, target, ignore=("dir.mtime_ns",))
         client.signal(signal.SIGCONT)
         self.assertRc(0, client.wait())
         self.assertRecovers(cluster, 1)
+        self.assertRc(0, cluster.restore("s", "docs", to=target))
+        self.assertSameTree(source, target)
+
+    def test_a_client_leaves_a_backup_alone_in_which_a_verify_is_at_work(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"f%d" % number: 100000 for number in range(10)})
+        kept = cluster.backup("b1", "a", "9M", read_rate="200K")
+        cluster.start()
+        cluster.settle()
+        verify = cluster.spawn("a", "verify")
+        self.addCleanup(verify.kill)
+        wait_for(lambda: is_locked(os.path.join(kept, ".cbackup", "lock")) or not verify.running, 20, "it does nothing")
+        verify.signal(signal.SIGSTOP)
+        write_file(os.path.join(source, "f0"), "changed")
+        before = tree(kept)
+        result = cluster.client("a")
+        self.assertRc(0, result)
+        self.assertRegex(result.stderr, r"(?i)\bb1\b.*at work")
+        self.assertEqual(before, tree(kept))
+        verify.signal(signal.SIGCONT)
+        self.assertRc(0, verify.wait())
+        self.assertRecovers(cluster, 2)
+
+
+def is_locked(path):
+    """Whether another process has locked a file."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 if __name__ == "__main__":
