@@ -4,7 +4,7 @@ import os
 import shutil
 import unittest
 
-from tests.faults import regular_files
+from tests.faults import regular_files, violations
 from tests.harness import DIRECTORY, Case, Link, differences, make_tree, read_file, some_bytes, tree, write_file
 
 SIZE = 20000        # of each file: large enough to be noticed on the wire
@@ -125,6 +125,20 @@ class HarderRenamesTest(Case):
     def test_a_file_goes_below_the_name_of_a_deleted_one(self):
         figures = self.changed({"name": SIZE, "other": SIZE}, below_a_file)
         self.assertEqual((1, 0), (figures["moved_files"], figures["wire_bytes"]))
+
+    def test_a_copy_that_somebody_deleted_is_not_counted_under_its_new_name(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", {"gone": SIZE, "onto": SIZE, "old": SIZE, "stay": 10})
+        cluster.backup("b1", "a", "9M")
+        cluster.start()
+        cluster.settle()
+        for name in ("gone", "onto"):
+            os.unlink(cluster.kept_as("b1", "docs", name))
+        rename(source, ("gone", "new"), ("onto", "old"))
+        cluster.client("a", CBACKUP_TEST_KILL="claimed")
+        self.assertEqual([], violations(cluster, settled=False))
+        cluster.settle()
+        self.assertEqual([], violations(cluster))
 
     def test_a_new_mode_arrives_together_with_the_new_name(self):
         def change(source):
