@@ -212,12 +212,11 @@ def _violations_of(cluster, source, settled, added):
     lines, there = [], holders(cluster, source.name)
     wanted = int(source.options.get("replicas", cluster.keys["replicas"]))
     for backup in cluster.backups.values():
-        kept = regular_files(backup.path, source.name)
+        kept = {name: info for name, info in regular_files(backup.path, source.name).items()
+                if os.path.join(backup.name, source.name, name) not in added}
         if backup.host == source.host and kept:
             lines.append("%s is on the host of %s and holds %s" % (backup.name, source.name, sorted(kept)[:3]))
         for name, info in kept.items() if settled else ():
-            if os.path.join(backup.name, source.name, name) in added:
-                continue
             if name not in there:
                 lines.append("%s holds %s/%s, which is not in the source" % (backup.name, source.name, name))
                 continue
