@@ -395,11 +395,15 @@ class History:
         self.count += 1
         relative = self.dice.choice([source + "/own/%d", source + "/own %d", "beside/%d", "beside %d"]) % self.count
         path, content = os.path.join(self.c.backups[name].path, relative), b"mine %d" % self.count
-        with contextlib.suppress(OSError):
+        try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, content)
-            self.added[name + "/" + relative] = content
-            self.note("added by hand: %s/%s" % (name, relative))
+        except OSError:     # the disk is full or read-only just now
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            return
+        self.added[name + "/" + relative] = content
+        self.note("added by hand: %s/%s" % (name, relative))
 
     def rot(self):
         name = self.dice.choice(list(self.c.backups))
