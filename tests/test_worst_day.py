@@ -1,0 +1,550 @@
+"""The worst day: machines are gone, others die while they deliver, the restore itself is killed; what can come back does."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import time
+import unittest
+
+from tests.faults import Proxy
+from tests.harness import (DIRECTORY, PATIENCE, TOP, Case, Link, inodes, make_tree, plain_environment, quick_program, read_file,
+                           some_bytes, tree, wait_for, write_file)
+
+WORK = ".cbackup-restore"       # in the target, until a restore is complete
+
+
+def back(to):
+    """tree(to) without what an incomplete restore keeps there for the next run to go on with."""
+    return {name: entry for name, entry in tree(to).items() if name.split(os.sep)[0] != WORK} if os.path.isdir(to) else {}
+
+
+def bytes_below(root):
+    """The sum of the sizes of the files below a directory that another process is writing to."""
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if not name.endswith((".db", ".db-wal", ".db-shm", ".gz")):
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+def processes_with(text):
+    """Command lines of all processes that have `text` in them."""
+    lines = subprocess.run(["ps", "-e", "-o", "args="], stdout=subprocess.PIPE, check=True).stdout.decode("utf-8", "replace")
+    return [line for line in lines.splitlines() if text in line]
+
+
+class WorstDayCase(Case):
+    """One cluster for the class: a source on s, which is gone, and copies on the hosts that are up between tests."""
+
+    machines = 0
+
+    def machine(self):
+        """A machine with nothing but cbackup.conf and cluster.pem; returns its name."""
+        WorstDayCase.machines += 1
+        name = "fresh%d" % WorstDayCase.machines
+        self.c.fresh_home(name)
+        return name
+
+    def down(self, *hosts):
+        """These hosts are gone for this test."""
+        self.c.kill(*hosts)
+        self.addCleanup(lambda: self.c.start(*[host for host in hosts if host not in self.c.servers]))
+
+    def limit(self, machine, rates=(), ports=()):
+        """On this machine: bytes a second for backups, other ports for hosts."""
+        lines = self.c.config().splitlines()
+        for name, rate in dict(rates).items():
+            lines = [line + " bwlimit=%s" % rate if line.startswith(name + " = ") else line for line in lines]
+        for host, port in dict(ports).items():
+            lines = ["%s = 127.0.0.1:%d" % (host, port) if line == "%s = 127.0.0.1:%d" % (host, self.c.ports[host]) else line
+                     for line in lines]
+        write_file(os.path.join(self.c.home(machine), "cbackup.conf"), "\n".join(lines) + "\n")
+
+    def proxies(self, *hosts):
+        """{host: Proxy} in front of the servers of hosts."""
+        made = {host: Proxy(self.c.ports[host]) for host in hosts}
+        for proxy in made.values():
+            self.addCleanup(proxy.close)
+        return made
+
+
+class CompleteOrToldTest(WorstDayCase):
+    """With 3 copies any two hosts may be gone and all is back; with three gone, what is missing is listed with its holders."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.share_cluster("s", "a", "b", "c", "d", replicas=3)
+        cls.source = cls.c.source("docs", "s")
+        for host in "abcd":
+            cls.c.backup("b" + host, host, "9M")
+        cls.c.start()
+        # A quarter of the files each on all hosts but one.
+        for number, left_out in enumerate("abcd"):
+            make_tree(cls.source, {"%d/f%d" % (n % 3, n): b"file %d" % n for n in range(number, 24, 4)})
+            cls.c.passes([host for host in "abcd" if host != left_out])
+        make_tree(cls.source, {"void": DIRECTORY, "link": Link("0")})
+        cls.c.settle()
+        cls.c.kill("s")
+        cls.holders = cls.c.copies_on_disk("docs")
+        cls.tree = tree(cls.source)
+
+    def restored(self, *gone, options=(), to=None, rc=0):
+        """Restores without these hosts; returns (where, Result)."""
+        machine = self.machine()
+        to = to or self.c.path(machine, "to")
+        self.c.kill(*gone)
+        try:
+            result = self.c.restore(machine, "docs", to=to, options=options)
+        finally:
+            self.c.start(*gone)
+        self.assertRc(rc, result)
+        return to, result
+
+    def missing_without(self, *gone):
+        return {name for name, holders in self.holders.items() if not {holder[1:] for holder in holders} - set(gone)}
+
+    def test_the_files_are_spread_so_that_each_of_these_is_a_test(self):
+        self.assertEqual({3}, {len(holders) for holders in self.holders.values()})
+        self.assertEqual(4, len({tuple(holders) for holders in self.holders.values()}))
+
+    def test_any_two_hosts_gone_and_everything_is_back(self):
+        for gone in ("ab", "cd", "ad", "bc"):
+            with self.subTest(gone=gone):
+                to, result = self.restored(*gone)
+                self.assertSameTree(self.tree, to)
+                self.assertEqual("", result.stderr)
+                self.assertIn("everything is back", result.stdout)
+
+    def test_three_hosts_gone_and_exactly_what_is_missing_is_told_with_the_hosts_that_had_it(self):
+        for gone in ("abc", "bcd"):
+            with self.subTest(gone=gone):
+                missing = self.missing_without(*gone)
+                self.assertEqual(6, len(missing), "not a test")
+                to, result = self.restored(*gone, rc=1)
+                named = {name: line for line in result.error_lines for name in self.holders if " %s:" % name in line}
+                self.assertEqual(missing, set(named), str(result))
+                for name, line in named.items():
+                    for host in gone:
+                        self.assertRegex(line, r"\bb%s on %s\b" % (host, host))
+                    up, = set("abcd") - set(gone)
+                    self.assertNotRegex(line, r"\bb%s\b" % up)
+                self.assertEqual(set(self.tree) - missing, set(back(to)))
+                self.assertIn("6 files missing", result.stdout)
+                # The same for programs.
+                _, again = self.restored(*gone, rc=1, to=to, options=["--json"])
+                self.assertEqual(missing, {entry["path"] for entry in again.json["missing"]})
+                self.assertEqual((6, False), (again.json["missing_files"], again.json["complete"]))
+
+    def test_disks_of_hosts_that_are_gone_make_up_for_them(self):
+        disk = self.c.path("carried here")
+        shutil.copytree(self.c.backups["ba"].path, disk, symlinks=True)
+        for name in os.listdir(os.path.join(disk, ".cbackup")):
+            if name.startswith("backup.db"):
+                os.unlink(os.path.join(disk, ".cbackup", name))
+        to, result = self.restored("a", "b", "c", options=["--from", disk])
+        self.assertSameTree(self.tree, to)
+        self.assertEqual("", result.stderr)
+        shutil.copytree(self.c.backups["bb"].path, disk + " 2", symlinks=True)
+        to, result = self.restored("a", "b", "c", "d", options=["--from", disk, "--from", disk + " 2"])
+        self.assertSameTree(self.tree, to)
+
+    def test_a_damaged_copy_of_one_run_does_not_stand_in_the_way_of_a_good_one_in_the_next(self):
+        name = next(name for name, holders in self.holders.items() if "bd" in holders and "ba" in holders)
+        path = self.c.kept_as("bd", "docs", name)
+        content, info = read_file(path), os.stat(path)
+        for new in (content[:-1] + b"X", content):
+            with open(path, "r+b") as file:
+                file.write(new)
+            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+            gone = ("a", "b", "c") if new != content else ()
+            if gone:
+                to, result = self.restored(*gone, rc=1)
+                self.assertIn(" %s:" % name, result.stderr)
+        self.down("d")
+        to, _ = self.restored(to=to)
+        self.assertSameTree(self.tree, to)
+
+    def test_more_holders_gone_than_there_are_copies_is_an_error_in_words(self):
+        to, result = self.restored("a", "b", "c", "d", rc=1)
+        self.assertOneError(result, "ba on a", "bb on b", "bc on c", "bd on d")
+        self.assertEqual({}, back(to))
+
+
+class AllHoldersAtOnceTest(WorstDayCase):
+    """Files come from all holders at once; slow, stalling and dying ones lose their work to the others."""
+
+    COUNT, SIZE = 32, 800 << 10
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.share_cluster("s", "a", "b", "c", replicas=3)
+        cls.source = cls.c.source("docs", "s")
+        for n in range(cls.COUNT):
+            make_tree(cls.source, {"d%d/%02d" % (n % 4, n): some_bytes(cls.SIZE, n)})
+        for host in "abc":
+            cls.c.backup("b" + host, host, "100M")
+        cls.c.start()
+        cls.c.settle()
+        cls.c.kill("s")
+        cls.tree = tree(cls.source)
+
+    def begin(self, rates=(), ports=(), options=(), **variables):
+        machine = self.machine()
+        self.limit(machine, rates, ports)
+        self.to = self.c.path(machine, "to")
+        return self.c.spawn(machine, "restore", "docs", "--to", self.to, *options, **variables)
+
+    def seconds(self, rates=(), **more):
+        result = self.begin(rates, **more).wait()
+        self.assertRc(0, result)
+        self.assertSameTree(self.tree, self.to)
+        return result.seconds
+
+    def arrived(self, process, count):
+        wait_for(lambda: not process.running or sum(name[0] == "d" and "/" in name for name in back_names(self.to)) >= count, 30,
+                 "files do not arrive")
+        self.assertTrue(process.running, "not a test: it was over too soon")
+
+    def test_three_holders_are_about_three_times_as_fast_as_one(self):
+        rates = {"b" + host: "5M" for host in "abc"}
+        three = self.seconds(rates)
+        self.down("b", "c")
+        one = self.seconds(rates)
+        self.assertGreater(one / three, 1.8, "one holder: %.1f s, three: %.1f s" % (one, three))
+
+    def test_a_slow_holder_loses_its_work_to_the_others(self):
+        rate = 200 << 10
+        share = self.COUNT * self.SIZE / 3 / rate
+        seconds = self.seconds({"ba": rate})
+        self.assertLess(seconds, share / 3, "its share alone would take it %.0f s" % share)
+
+    def test_holders_that_die_one_after_the_other_cost_nothing(self):
+        process = self.begin({"b" + host: "2M" for host in "abc"})
+        for count, host in ((2, "a"), (6, "b")):
+            self.arrived(process, count)
+            self.down(host)
+        result = process.wait()
+        self.assertRc(0, result)
+        self.assertSameTree(self.tree, self.to)
+
+    def test_a_holder_that_stalls_costs_nothing(self):
+        proxies = self.proxies("a")
+        proxies["a"].stall_after = 1 << 20
+        seconds = self.seconds({"bb": "8M", "bc": "8M"}, ports={"a": proxies["a"].port}, CBACKUP_TEST_IDLE="3")
+        self.assertLess(seconds, 25 * PATIENCE)
+
+    def test_nobody_waits_for_one_that_stalls_when_the_others_have_delivered_everything(self):
+        proxies = self.proxies("a")
+        proxies["a"].stall_after = 1 << 20
+        seconds = self.seconds(ports={"a": proxies["a"].port}, CBACKUP_TEST_IDLE="60")
+        self.assertLess(seconds, 30 * PATIENCE, "the time after which a silent line is given up is 60 s")
+
+    def test_all_that_die_are_named_and_the_next_run_goes_on(self):
+        process = self.begin({"b" + host: "2M" for host in "abc"})
+        self.arrived(process, 3)
+        self.down("a", "b", "c")
+        result = process.wait()
+        self.assertRc(1, result)
+        self.assertIn("NOT everything is back", result.stdout)
+        before = {name: entry for name, entry in inodes(self.to).items() if name.split("/")[0] != WORK}
+        self.assertGreaterEqual(len(before), 3)
+        self.c.start("a", "b", "c")
+        machine = self.machine()
+        self.assertRc(0, self.c.restore(machine, "docs", to=self.to))
+        self.assertSameTree(self.tree, self.to)
+        self.assertEqual(before, {name: entry for name, entry in inodes(self.to).items() if name in before})
+
+
+def back_names(to):
+    """{relative path} of the files in a target that is being written to."""
+    found = set()
+    for folder, folders, names in os.walk(to):
+        folders[:] = [name for name in folders if name != WORK]
+        found |= {os.path.relpath(os.path.join(folder, name), to) for name in names}
+    return found
+
+
+class InterruptedTest(WorstDayCase):
+    """Interrupted at any instant and run again: it goes on where it was, also in the middle of a large file."""
+
+    LARGE = 24 << 20
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.share_cluster("s", "a", "b")
+        cls.source = cls.c.source("docs", "s", {"large": cls.LARGE})
+        make_tree(cls.source, {"d%d/%d" % (n % 4, n): b"%d" % n for n in range(60)})
+        make_tree(cls.source, {"one": b"hard links", "link": Link("large"), "closed/f": b"1"})
+        os.link(os.path.join(cls.source, "one"), os.path.join(cls.source, "two"))
+        os.chmod(os.path.join(cls.source, "closed"), 0o500)
+        for host in "ab":
+            cls.c.backup("b" + host, host, "100M")
+        cls.c.start()
+        cls.c.settle()
+        cls.c.kill("s")
+        cls.tree = tree(cls.source)
+
+    def begin(self, half=True, rates=(), hosts="ab"):
+        """A restore of which the large file is half there; returns (machine, Process). Its network is counted."""
+        machine = self.machine()
+        self.counted = self.proxies(*hosts)
+        self.ports = {host: proxy.port for host, proxy in self.counted.items()}
+        self.limit(machine, rates or {"ba": "6M", "bb": "6M"}, self.ports)
+        self.to = self.c.path(machine, "to")
+        process = self.c.spawn(machine, "restore", "docs", "--to", self.to)
+        if half:
+            wait_for(lambda: not process.running or bytes_below(os.path.join(self.to, WORK)) > self.LARGE // 2, 30, "nothing comes")
+            self.assertTrue(process.running, "not a test: it was over too soon")
+        return machine, process
+
+    def again(self, machine, rc=0, **limits):
+        """Runs the restore again; returns the bytes that came over the network."""
+        self.limit(machine, ports=self.ports, **limits)
+        before = sum(proxy.passed for proxy in self.counted.values())
+        result = self.c.restore(machine, "docs", to=self.to)
+        self.assertRc(rc, result)
+        if not rc:
+            self.assertSameTree(self.tree, self.to)
+            self.assertFalse(os.path.lexists(os.path.join(self.to, WORK)))
+        return sum(proxy.passed for proxy in self.counted.values()) - before
+
+    def test_killed_in_the_middle_of_a_large_file_it_goes_on_there(self):
+        machine, process = self.begin()
+        process.kill()
+        self.assertLess(self.again(machine), self.LARGE * 3 // 4)
+
+    def test_an_interrupted_one_exits_130_leaves_no_process_and_goes_on(self):
+        machine, process = self.begin()
+        process.signal(signal.SIGINT)
+        result = process.wait(20)
+        self.assertRc(130, result)
+        self.assertOneError(result, "interrupted")
+        wait_for(lambda: not processes_with(self.to), 10, lambda: "left running: %s" % processes_with(self.to))
+        self.assertLess(self.again(machine), self.LARGE * 3 // 4)
+
+    def test_when_the_holder_that_delivered_half_of_it_is_gone_the_other_delivers_the_rest(self):
+        for first in "ab":
+            with self.subTest(first=first):
+                other = "b" if first == "a" else "a"
+                self.c.kill(other)
+                try:
+                    machine, process = self.begin()
+                    process.kill()
+                finally:
+                    self.c.start(other)
+                self.c.kill(first)
+                try:
+                    came = self.again(machine)
+                finally:
+                    self.c.start(first)
+                self.assertLess(came, self.LARGE * 3 // 4)
+
+    def test_a_holder_that_dies_in_the_middle_of_a_large_file_leaves_the_rest_to_the_other(self):
+        self.c.kill("b")
+        try:
+            machine, process = self.begin()
+        finally:
+            self.c.start("b")
+        self.down("a")
+        # b was not up when it began: this run ends without the file, the next one has b for the rest.
+        self.assertRc(1, process.wait())
+        self.assertLess(self.again(machine), self.LARGE * 3 // 4)
+
+    def test_one_path_that_was_interrupted_goes_on_as_well(self):
+        self.c.kill("b")
+        self.addCleanup(lambda: self.c.start("b"))
+        machine, process = self.begin(half=False)
+        process.kill()
+        self.to = self.to + " of one path"
+        process = self.c.spawn(machine, "restore", "docs", "large", "--to", self.to)
+        wait_for(lambda: not process.running or bytes_below(os.path.join(self.to, WORK)) > self.LARGE // 2, 30, "nothing comes")
+        self.c.kill("a")
+        try:
+            self.assertRc(1, process.wait())
+        finally:
+            self.c.start("a")
+        before = self.counted["a"].passed
+        self.assertRc(0, self.c.restore(machine, "docs", "large", to=self.to))
+        self.assertLess(self.counted["a"].passed - before, self.LARGE * 3 // 4)
+        self.assertEqual({"large"}, set(os.listdir(self.to)))
+
+    def test_killed_again_and_again_it_comes_to_its_end(self):
+        machine, process = self.begin(half=False)
+        process.kill()
+        moments = [lambda: os.path.exists(os.path.join(self.to, WORK)), lambda: os.path.exists(os.path.join(self.to, WORK, "plan.db")),
+                   lambda: len(back_names(self.to)) > 5, lambda: len(back_names(self.to)) > 40,
+                   lambda: bytes_below(self.to) > self.LARGE // 3, lambda: os.path.exists(os.path.join(self.to, "large")),
+                   lambda: os.path.lexists(os.path.join(self.to, "link"))]
+        for moment in moments:
+            process = self.c.spawn(machine, "restore", "docs", "--to", self.to)
+            wait_for(lambda: moment() or not process.running, 30, "nothing happens")
+            process.kill()
+        came = self.again(machine)
+        self.assertLess(came, self.LARGE // 4, "the large file was there already")
+
+
+class BackInBusinessTest(WorstDayCase):
+    """A source that was restored on a new machine of its name goes on as if nothing had been: no file is copied again."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.share_cluster("s", "a", "b")
+        files = {"d%d/f%d" % (n % 5, n): 20000 + n for n in range(60)}
+        cls.source = cls.c.source("docs", "s", dict(files, large=6 << 20, void=DIRECTORY, link=Link("d1"), twin=b"twin"))
+        os.link(os.path.join(cls.source, "twin"), os.path.join(cls.source, "d1/twin"))
+        for host in "ab":
+            cls.c.backup("b" + host, host, "100M")
+        cls.c.start()
+        cls.c.settle()
+        cls.tree = tree(cls.source)
+        cls.kept = {backup: cls.c.kept_inodes(backup) for backup in ("ba", "bb")}
+        # The machine burns, and another one gets its name and the cluster's key.
+        cls.c.kill("s")
+        os.rename(cls.source, cls.source + ".burnt")
+        shutil.rmtree(cls.c.home("s"))
+        cls.c.make_home("s", "s")
+        write_file(os.path.join(cls.c.home("s"), "cbackup.conf"), cls.c.config())
+
+    def assertNothingHappened(self, figures):
+        for one in figures:
+            for key in ("copied_files", "updated_files", "moved_files", "dropped_files", "failed_files", "wire_bytes"):
+                self.assertEqual(0, one[key], "%s: %s" % (key, figures))
+        self.assertEqual(self.kept, {backup: self.c.kept_inodes(backup) for backup in ("ba", "bb")})
+
+    def test_held_until_it_is_complete_and_then_no_file_is_copied(self):
+        # Interrupted; the server is started too soon.
+        process = self.c.spawn("s", "restore", "docs")
+        wait_for(lambda: not process.running or len(back_names(self.source)) > 10, 30, "nothing comes back")
+        process.kill()
+        self.assertLess(len(back_names(self.source)), len(self.tree), "not a test: it was over too soon")
+        self.c.start("s")
+        self.assertNothingHappened([result.json for result in self.c.passes("ab")])
+        self.assertEqual("held", self.c.status("a")["sources"]["docs"]["state"])
+        # One path is restored: that does not make the whole complete.
+        self.assertRc(0, self.c.restore("s", "docs", "twin"))
+        self.assertNothingHappened([result.json for result in self.c.passes("ba")])
+        self.assertEqual("held", self.c.status("a")["sources"]["docs"]["state"])
+        self.assertRc(1, self.c.run("s", "accept", "docs"))
+        # Now all of it.
+        self.assertRc(0, self.c.restore("s", "docs"))
+        self.assertSameTree(self.tree, self.source)
+        self.assertNothingHappened(self.c.settle([["a", "b"]]))
+        source = self.c.status("a")["sources"]["docs"]
+        self.assertEqual(("ok", 0), (source["state"], source["underserved_files"]))
+        self.assertEqual({"2": source["files"]}, {level: files for level, files in source["copies"].items() if files})
+
+
+class CalmTest(WorstDayCase):
+    """What a restore says: one sentence at its end, nothing else without a terminal, and on one how far it is."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.share_cluster("s", "a", "b", replicas=1)
+        cls.source = cls.c.source("docs", "s", {"f%02d" % n: 300000 for n in range(40)})
+        for host in "ab":
+            cls.c.backup("b" + host, host, "7M")
+        cls.c.start()
+        cls.c.settle()
+        cls.c.kill("s")
+        cls.holders = cls.c.copies_on_disk("docs")
+
+    def test_everything_is_back_in_one_sentence(self):
+        machine = self.machine()
+        result = self.c.restore(machine, "docs", to=self.c.path(machine, "to"))
+        self.assertRc(0, result)
+        self.assertEqual("", result.stderr)
+        self.assertRegex(result.stdout, r"\Adocs: everything is back [^\n]*\b40 files restored\b[^\n]*\n\Z")
+        again = self.c.restore(machine, "docs", to=self.c.path(machine, "to"))
+        self.assertRegex(again.stdout, r"\Adocs: everything is back [^\n]*\b40 were there already\b[^\n]*\n\Z")
+
+    def test_not_everything_is_back_in_one_sentence(self):
+        self.down("a")
+        machine = self.machine()
+        result = self.c.restore(machine, "docs", to=self.c.path(machine, "to"))
+        self.assertRc(1, result)
+        count = sum("ba" in holders for holders in self.holders.values())
+        self.assertRegex(result.stdout, r"\Adocs: NOT everything is back: %d files missing [^\n]*\n\Z" % count)
+        self.assertEqual(count, len(result.error_lines))
+
+    def test_quiet_says_no_more(self):
+        machine = self.machine()
+        self.c.write_config()
+        result = self.c.run(machine, "-q", "restore", "docs", "--to", self.c.path(machine, "to"))
+        self.assertRc(0, result)
+        self.assertEqual("", result.stderr)
+
+    def test_json_has_all_figures_on_one_line(self):
+        machine = self.machine()
+        result = self.c.restore(machine, "docs", to=self.c.path(machine, "to"), options=["--json"])
+        self.assertRc(0, result)
+        self.assertEqual(("", 1), (result.stderr, result.stdout.count("\n")))
+        figures = json.loads(result.stdout)
+        self.assertLessEqual({"files", "bytes", "restored_files", "restored_bytes", "kept_files", "complete", "missing_files",
+                              "refused_files", "catalog_time", "missing"}, set(figures))
+        self.assertEqual((40, 12000000, 40, 12000000, 0, True, 0, 0, []), tuple(figures[key] for key in (
+            "files", "bytes", "restored_files", "restored_bytes", "kept_files", "complete", "missing_files", "refused_files",
+            "missing")))
+        self.assertLess(abs(time.time() + self.c.now - figures["catalog_time"]), 3600)
+
+    def test_a_dry_run_says_what_would_come_from_where_and_writes_nothing(self):
+        machine = self.machine()
+        to = self.c.path(machine, "to")
+        result = self.c.restore(machine, "docs", to=to, options=["--dry-run"])
+        self.assertRc(0, result)
+        for word in ("40 files", "ba on a", "bb on b"):
+            self.assertIn(word, result.stdout)
+        figures = self.c.restore(machine, "docs", to=to, options=["--dry-run", "--json"]).json
+        self.assertEqual((40, 12000000, 0), (figures["files"], figures["bytes"], figures["missing_files"]))
+        self.assertEqual({"ba on a", "bb on b"}, set(figures["holders"]))
+        self.assertEqual(40, sum(share["files"] for share in figures["holders"].values()))
+        self.down("b")
+        self.assertRc(1, self.c.restore(machine, "docs", to=to, options=["--dry-run"]))
+        self.assertFalse(os.path.lexists(to))
+
+    def test_exit_codes(self):
+        machine = self.machine()
+        to = self.c.path(machine, "to")
+        for rc, words in ((2, ["restore"]), (2, ["restore", "photos", "--to", to]), (2, ["restore", "docs", "--at", "x", "--to", to]),
+                          (2, ["restore", "docs", "--frm", "x"]), (1, ["restore", "docs", "nothing like it", "--to", to]),
+                          (0, ["restore", "docs", "f01", "--to", to])):
+            with self.subTest(words=words):
+                self.assertRc(rc, self.c.run(machine, *words))
+
+    def test_on_a_terminal_it_says_how_far_it_is(self):
+        machine = self.machine()
+        self.limit(machine, {"ba": "1500K", "bb": "1500K"})
+        ours, theirs = pty.openpty()
+        command = quick_program("--home", self.c.home(machine), "restore", "docs", "--to", self.c.path(machine, "to"))
+        env = plain_environment(self.c.base, CBACKUP_TEST_CLOCK=self.c.path("clock"), COLUMNS="200")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, env=env, cwd=TOP,
+                                   start_new_session=True)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(os.close, ours)
+        os.close(theirs)
+        shown = b""
+        deadline = time.monotonic() + 60 * PATIENCE
+        while time.monotonic() < deadline and (process.poll() is None or select.select([ours], [], [], 0)[0]):
+            if select.select([ours], [], [], 0.1)[0]:
+                try:
+                    shown += os.read(ours, 65536)
+                except OSError:     # that is how the end of a terminal looks
+                    break
+        self.assertEqual(0, process.wait(30))
+        text = shown.decode()
+        line = max(text.split("\r"), key=lambda one: ("left" in one, len(one)))
+        for pattern in (r"\bdocs\b", r"\b2 places\b", r"[\d.]+ [KM]B of [\d.]+ MB", r"[\d.]+ [KM]?B/s", r"\d+ s left", r"\d+ of 40 files"):
+            self.assertRegex(line, pattern)
+        self.assertNotIn("\n", text.replace("\r\n", "\n").strip("\r\n "), "one line that is written again and again")
+        self.assertEqual(b"", text.split("\r")[-1].strip().encode(), "the line is wiped at the end")
+
+
+if __name__ == "__main__":
+    unittest.main()
