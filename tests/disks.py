@@ -75,9 +75,10 @@ class DiskCase(Case):
         """Starts such a restore; returns a Process."""
         return Process(quick_program(*self.words(disks, **more)), plain_environment(self.base), self.base)
 
-    def attempt(self, *disks, timeout=20, memory=None, **more):
+    def attempt(self, *disks, timeout=20, memory=None, user=None, **more):
         """Runs such a restore to its end, whatever it is; but what went wrong must be said in words, and no byte that
-        a terminal would obey. memory: bytes of address space that it may have. Returns the Result.
+        a terminal would obey. memory: bytes of address space that it may have. user: who runs it.
+        Returns the Result.
 
         The process is forked from this one, which spares the start of an interpreter: there are many of these.
         """
@@ -85,7 +86,7 @@ class DiskCase(Case):
         out, err = os.path.join(self.base, "outer.out"), os.path.join(self.base, "outer.err")
         child = os.fork()
         if not child:
-            _become(words, out, err, memory)
+            _become(words, out, err, memory, user)
         ended = []
 
         def over():
@@ -124,7 +125,7 @@ class DiskCase(Case):
         return found
 
 
-def _become(words, out, err, memory):
+def _become(words, out, err, memory, user):
     """In a forked process: run the program with these arguments and these files for its output, as if it was started."""
     code = 99
     try:
@@ -132,6 +133,11 @@ def _become(words, out, err, memory):
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", errors=errors) for number, errors in ((1, "surrogateescape"), (2, "backslashreplace")))
+        if user is not None:
+            import ctypes, fnmatch, grp, pwd      # noqa: E401,F401: this user may not be able to read where they are
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
         if memory:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         code = cbackup.main(words)
