@@ -4458,6 +4458,9 @@ def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[Cata
     return CatalogFile.parse(name)
 
 
+PRUNE_EVERY = 86400.0
+"""Seconds between two looks for catalogs that no kept time needs: which these are takes a moment to find out."""
+
 CATALOG_FILES = 60
 """News that a catalog consists of until they are made one file."""
 
@@ -5814,6 +5817,10 @@ class Pass:
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
         vault.expire_attic(self.config.keep)
+        if clock.now() - (vault.meta("pruned") or 0) > PRUNE_EVERY:
+            for name in self.config.sources:
+                prune_catalogs(vault.catalog_directory(name), self.config.keep)
+            vault.set_meta("pruned", clock.now())
 
     def tell(self, want: "Optional[int]" = None) -> None:
         vault = self.vault
@@ -6415,7 +6422,6 @@ class Pass:
             header = {"catalog": 1, "source": name, "books": standing.books, "since": since, "upto": since, "time": 0}
             if since != gen and write_catalog(directory, header, self._catalog_news(standing, header)):
                 vault.set_meta("catalog:" + name, standing.books)
-                prune_catalogs(directory, self.config.keep)
             if standing.host != self.host:
                 self._apply_skeleton(name, directory)
         except DamagedCatalog as error:
