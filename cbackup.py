@@ -4173,6 +4173,7 @@ class Vault:
         for kind in (b"attic", b"bad", b"moving"):
             for rel in list(self.tree.walk_files(META_DIR + b"/" + kind)):
                 self._enter_old(kind, rel)
+        self.tree.sync_all()  # what had just been copied may not have been
         return count
 
     def _named_in_catalogs(self, source: str) -> bool:
@@ -5690,11 +5691,11 @@ class Pass:
             self.clean_up()
             self.scrub()
             self.tell()
+        finally:
             if self._early[0]:
                 self.figures.remark("%s: %s (%s) %s deleted before their time: their room was needed" % (
                     self.name, count_of(self._early[0], "old version"), format_size(self._early[1]),
                     "was" if self._early[0] == 1 else "were"))
-        finally:
             for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
                 link.close()
 
@@ -6552,15 +6553,15 @@ class Pass:
             return "gone" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else reason_of(error)
 
     def lose(self, source: str, path: bytes, why: str) -> None:
-        """A copy that is not one: tell the server first, then set it aside.  A server that cannot be told hears of it
-        by the next report."""
+        """A copy that is not one: set it aside, then tell the server: were it still there, the next pass could confirm it
+        by samples again.  A server that cannot be told hears of it by the next report."""
         self.figures.complain("%s: the copy of %s in %s is %s; it will be copied again" % (self.name, shown(path), source, why))
         self.figures.acted()
+        self.vault.set_aside(source, [path], "bad")
         standing = self.standings.get(source)
         if standing and not standing.out:
             with contextlib.suppress(Unreachable, Refused):
                 self.links[standing.host].call("forget", backup=self.name, source=source, paths=[as_text(path)])
-        self.vault.set_aside(source, [path], "bad")
 
 
 def choose_around(offers: "List[Tuple[Any, bytes, int]]", need: int) -> "List[Tuple[Any, bytes, int]]":
