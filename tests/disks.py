@@ -44,7 +44,8 @@ def make_disk(path, rows, files=(), source="docs", catalog="000000000000-0000000
     WHEN. packed: the catalog file itself instead."""
     place = os.path.join(path, ".cbackup", "catalog", source, catalog)
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    write_file(os.path.join(path, ".cbackup", "identity"), json.dumps({"id": "0123456789abcdef", "cluster": "c", "backup": "disk"}))
+    write_file(os.path.join(path, ".cbackup", "identity"), json.dumps({"id": "0123456789abcdef", "cluster": "c",
+                                                                       "backup": "disk"}))
     write_file(place, gzip.compress(catalog_bytes(rows), 1) if packed is None else packed)
     make_tree(os.path.join(path, source), dict(files))
     for folder, _, names in os.walk(os.path.join(path, source)):
@@ -132,7 +133,8 @@ def _become(words, out, err, memory, user):
         os.setsid()
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", errors=errors) for number, errors in ((1, "surrogateescape"), (2, "backslashreplace")))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", errors=errors) for number,
+                                  errors in ((1, "surrogateescape"), (2, "backslashreplace")))
         if user is not None:
             import ctypes, fnmatch, grp, pwd      # noqa: E401,F401: this user may not be able to read where they are
             os.setgroups([])

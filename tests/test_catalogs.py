@@ -57,14 +57,16 @@ class CatalogsCostLittleTest(Case):
 
     def test_each_of_them_alone_is_enough_to_say_what_is_missing(self):
         # bs is on the source's own host: it holds nothing of it.
-        result = self.c.restore("a", "docs", "d07", to=self.c.path("of bs"), options=["--json", "--from", self.c.backups["bs"].path])
+        result = self.c.restore("a", "docs", "d07", to=self.c.path("of bs"),
+                                options=["--json", "--from", self.c.backups["bs"].path])
         self.assertEqual(self.FILES // 40, result.json["files"])
 
     def test_an_unchanged_source_costs_no_catalog(self):
         before = [inodes(os.path.join(backup.path, ".cbackup", "catalog")) for backup in self.c.backups.values()]
         self.c.advance(DAY)
         sent = self.sent_by("a", "b", "s", "a", "b")
-        self.assertEqual(before, [inodes(os.path.join(backup.path, ".cbackup", "catalog")) for backup in self.c.backups.values()])
+        self.assertEqual(before, [inodes(os.path.join(backup.path, ".cbackup",
+                                                      "catalog")) for backup in self.c.backups.values()])
         self.assertLess(sent, 60000, "bytes that the server sent for four passes without anything to do")
 
     def test_a_small_change_does_not_send_or_write_the_whole_list(self):
@@ -91,7 +93,8 @@ class BackInTimeTest(Case):
     def setUpClass(cls):
         cls.c = cls.share_cluster("s", "a", "b", replicas=1, keep="20d")
         cls.source = source = cls.c.source("docs", "s", {
-            "f": b"version 1", "deleted": b"last words", "moved": b"moved", "stay": b"stay", "d/inner": b"inner", "d/deep/x": b"x",
+            "f": b"version 1", "deleted": b"last words", "moved": b"moved", "stay": b"stay", "d/inner": b"inner",
+            "d/deep/x": b"x",
             "link": Link("f"), "kind": b"a file", "closed/f": b"1", "void": DIRECTORY, "swap 1": b"one", "swap 2": b"two",
             "notes/a.txt": b"a", "notes/b.txt": b"b", "notes/c.md": b"c"})
         cls.c.backup("ba", "a", "9M")
@@ -158,7 +161,8 @@ class BackInTimeTest(Case):
         self.assertOneError(result, "moved on")
 
     def test_what_is_no_time_is_an_error_of_usage(self):
-        for at in ("tomorrowish", "2026-13-01", "2026-02-30", "3x", "11/01/2026", "2026-11-01 25:00", "", "1.5d", "9" * 400 + "d"):
+        for at in ("tomorrowish", "2026-13-01", "2026-02-30", "3x", "11/01/2026", "2026-11-01 25:00", "", "1.5d",
+                   "9" * 400 + "d"):
             with self.subTest(at=at[:20]):
                 self.assertOneError(self.restored(at, rc=2)[1], "2026-11-01")
 

@@ -14,7 +14,8 @@ class WithoutAnyServerTest(DiskCase):
     """A backup's directory alone is enough: no key, no configuration, no network, no database."""
 
     def test_a_disk_alone_gives_back_what_it_has(self):
-        self.disk([row("", "d"), row("a", content="1"), row("d", "d", mode=0o750), row("d/b", content="2"), row("l", "l", "d/b"),
+        self.disk([row("", "d"), row("a", content="1"), row("d", "d", mode=0o750), row("d/b", content="2"),
+                   row("l", "l", "d/b"),
                    row("void", "d")], {"a": "1", "d/b": "2"})
         result = self.restored(os.path.join(self.base, "disk"))
         self.assertEqual({"a", "d", "d/b", "l", "void"}, self.back())
@@ -94,7 +95,8 @@ class HostileDiskTest(DiskCase):
         return first
 
     def test_names_that_lead_out(self):
-        for name in ("../outside/victim", "a/../../outside/victim", self.outside + "/victim", "/etc/cbackup-test", "a//b", "./a",
+        for name in ("../outside/victim", "a/../../outside/victim", self.outside + "/victim", "/etc/cbackup-test", "a//b",
+                     "./a",
                      "a/.", "a/..", "..", ".", "/", "", "a\0b", "x/" * 5000 + "x", "\ud800", "\udc41"):
             with self.subTest(name=name[:50]):
                 result = self.refused([row("good", content="1"), row(name, content="2")], {"good": "1"})
@@ -136,7 +138,8 @@ class HostileDiskTest(DiskCase):
 
     def test_what_belongs_to_the_restore_itself_is_not_taken_from_a_catalog(self):
         work = ".cbackup-restore"
-        rows = [row("good", content="1"), row("victim", content="mine"), row("lost", content="never there"), row(work + "/x", content="1")]
+        rows = [row("good", content="1"), row("victim", content="mine"), row("lost", content="never there"),
+                row(work + "/x", content="1")]
         rows += [row("%s/files-%d" % (work, number), "l", self.outside) for number in range(3)]
         rows += [row("%s/%s" % (work, name), "l", self.outside + "/new-" + name)
                  for name in ("plan.db", "done.db", "lock", "whole", "catalog-0", "done.db-wal", "done.db-shm")]
@@ -166,9 +169,11 @@ class HostileDiskTest(DiskCase):
 
     def test_absurd_values(self):
         for number, bad in enumerate((
-                row("bad", size=2 ** 63 - 1, content="1"), row("bad", size=2 ** 70), row("bad", size=-1), row("bad", mtime=2 ** 63 - 1),
+                row("bad", size=2 ** 63 - 1, content="1"), row("bad", size=2 ** 70), row("bad", size=-1),
+                row("bad", mtime=2 ** 63 - 1),
                 row("bad", mtime=-2 ** 63), row("bad", mtime=2 ** 70), row("bad", mtime=-2 ** 70), row("bad", uid=2 ** 33),
-                row("bad", uid=-1, gid=-1), row("bad", gid=2 ** 70), row("bad", uid=-5), row("bad", mode=-1), row("bad", mode=0o170777),
+                row("bad", uid=-1, gid=-1), row("bad", gid=2 ** 70), row("bad", uid=-5), row("bad", mode=-1),
+                row("bad", mode=0o170777),
                 row("bad", mode=2 ** 70), row("bad", user="a\0b"), row("bad", user="\ud800"), row("bad", group="x" * 100000),
                 row("bad", link=2 ** 70), row("bad", extra="zz"), row("bad", extra="00"), row("bad", extra=7),
                 row("bad", "l", "a\0b"), row("bad", "l", ""), row("bad", "l", "x" * 100000), row("bad", "l", mtime=2 ** 70),
@@ -184,7 +189,8 @@ class HostileDiskTest(DiskCase):
                 self.assertEqual(self.before[0], inodes(self.outside))
 
     def test_one_path_that_this_file_system_cannot_have_costs_no_other(self):
-        for bad in (row("x" * 300, content="1"), row("y" * 300 + "/f", content="1"), row("z" * 256, "d"), row("w" * 256, "l", "x")):
+        for bad in (row("x" * 300, content="1"), row("y" * 300 + "/f", content="1"), row("z" * 256, "d"),
+                    row("w" * 256, "l", "x")):
             with self.subTest(line=str(bad)[:20]):
                 result = self.restored(self.disk([row("good", content="1"), bad, row("v", "d"), row("k", "l", "good")],
                                                  {"good": "1"}), rc=1)
@@ -209,8 +215,10 @@ class HostileDiskTest(DiskCase):
     def test_catalogs_that_are_no_gzip_files_or_damaged_or_cut_off(self):
         good = gzip.compress(catalog_bytes([row("f%d" % number, content="1") for number in range(200)]))
         flipped = good[:len(good) // 2] + bytes([good[len(good) // 2] ^ 255]) + good[len(good) // 2 + 1:]
-        for packed in (b"", b"no gzip", good[:-1], good[:20], good[:len(good) // 2], flipped, good[:-8] + b"\0" * 8, good + b"junk",
-                       gzip.compress(b""), gzip.compress(catalog_bytes([row("a")], end=0)), gzip.compress(catalog_bytes([row("a")], end="1"))):
+        for packed in (b"", b"no gzip", good[:-1], good[:20], good[:len(good) // 2], flipped, good[:-8] + b"\0" * 8,
+                       good + b"junk",
+                       gzip.compress(b""), gzip.compress(catalog_bytes([row("a")], end=0)),
+                       gzip.compress(catalog_bytes([row("a")], end="1"))):
             with self.subTest(size=len(packed)):
                 disk = self.disk([], packed=packed)
                 result = self.attempt(disk)
@@ -234,7 +242,8 @@ class HostileDiskTest(DiskCase):
                 self.assertIn(name, result.stderr)
 
     def test_copies_that_are_fifos_directories_symlinks_or_of_another_size(self):
-        rows = [row("good", content="1")] + [row(name, content="1" * 9) for name in ("fifo", "dir", "link", "out/victim", "long", "short")]
+        rows = [row("good", content="1")] + [row(name, content="1" * 9) for name in ("fifo", "dir", "link", "out/victim",
+                                                                                     "long", "short")]
         write_file(os.path.join(self.outside, "victim"), "1" * 9)
         disk = self.disk(rows, {"good": "1", "fifo": FIFO, "dir/x": "1", "link": Link(self.outside + "/victim"),
                                 "out": Link(self.outside), "long": "1" * 99, "short": "1"})

@@ -53,7 +53,8 @@ class EverythingComesBackTest(ExactCase):
     def setUpClass(cls):
         cls.c = cls.share_cluster("s", "a", "b")
         cls.source = source = cls.c.source("docs", "s", {
-            "plain": b"1", "d/inner/f": b"2", "d/inner/g": b"3", "void": DIRECTORY, "deep/void/void": DIRECTORY, "twin 1": b"twin",
+            "plain": b"1", "d/inner/f": b"2", "d/inner/g": b"3", "void": DIRECTORY, "deep/void/void": DIRECTORY,
+            "twin 1": b"twin",
             "lone": b"twin", "closed/f": b"4", "link": Link("plain"), "dangling": Link("no/where"), "d/up": Link("../plain"),
             "empty": b"", b"odd \xff\n*": b"5", "big": some_bytes(100000, 1)})
         os.mkdir(os.path.join(source, "other"))
@@ -75,7 +76,8 @@ class EverythingComesBackTest(ExactCase):
                 os.chown(os.path.join(source, name), uid, gid, follow_symlinks=False)
         for name, mode in modes.items():
             os.chmod(os.path.join(source, name), mode)
-        for number, name in enumerate(("plain", "link", "dangling", "void", "deep/void", "twin 1", "sparse", "closed", "d/inner", "d", "")):
+        for number, name in enumerate(("plain", "link", "dangling", "void", "deep/void", "twin 1", "sparse", "closed",
+                                       "d/inner", "d", "")):
             os.utime(os.path.join(source, name), ns=(1, 10 ** 18 + 123456789 * number + 1), follow_symlinks=False)
         for host in "ab":
             cls.c.backup("b" + host, host, "200M")
@@ -148,11 +150,13 @@ class OwnersTest(DiskCase, ExactCase):
         self.restored(disk)
         owners = {name: (facts.uid, facts.gid) for name, facts in account(self.to).items()}
         by_name = (user.pw_uid, group.gr_gid)
-        self.assertEqual({"": by_name, "known": by_name, "link": by_name, "unknown": (54321, 12345), "dir": (54321, 12345)}, owners)
+        self.assertEqual({"": by_name, "known": by_name, "link": by_name, "unknown": (54321, 12345), "dir": (54321, 12345)},
+                         owners)
 
     @unittest.skipUnless(ROOT, "only root can become another user")
     def test_an_ordinary_user_gets_everything_but_the_owners(self):
-        disk = self.disk([row("", "d"), row("f", content="1", uid=1), row("d", "d", uid=1, mode=0o555), row("d/g", content="2", uid=2),
+        disk = self.disk([row("", "d"), row("f", content="1", uid=1), row("d", "d", uid=1, mode=0o555),
+                          row("d/g", content="2", uid=2),
                           row("d/lost", content="3"), row("l", "l", "f", uid=1)], {"f": "1", "d/g": "2"})
         os.chmod(self.base, 0o755)
         os.chown(os.path.dirname(self.to), 65534, 65534)
