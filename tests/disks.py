@@ -9,12 +9,8 @@ import hashlib
 import json
 import os
 import resource
-import signal
-import sys
-import time
 
-import cbackup
-from tests.harness import Case, Process, Result, make_tree, plain_environment, quick_program, read_file, wait_for, write_file
+from tests.harness import Case, Process, make_tree, plain_environment, quick_program, write_file
 
 WHEN = 1750000000       # the time of the catalogs and of the files in them
 OWN = object()
@@ -80,31 +76,16 @@ class DiskCase(Case):
         """Runs such a restore to its end, whatever it is; but what went wrong must be said in words, and no byte that
         a terminal would obey. memory: bytes of address space that it may have. user: who runs it.
         Returns the Result.
-
-        The process is forked from this one, which spares the start of an interpreter: there are many of these.
         """
-        words, began = self.words(disks, **more), time.monotonic()
-        out, err = os.path.join(self.base, "outer.out"), os.path.join(self.base, "outer.err")
-        child = os.fork()
-        if not child:
-            _become(words, out, err, memory, user)
-        ended = []
-
-        def over():
-            ended[:] = os.waitpid(child, os.WNOHANG)
-            return ended[0]
-        try:
-            wait_for(over, timeout, "a restore is still running: %s" % words)
-        except AssertionError:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise
-        rc = os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else -os.WTERMSIG(ended[1])
-        texts = [read_file(path).decode("utf-8", "surrogateescape") for path in (out, err)]
-        os.unlink(out)
-        os.unlink(err)
-        result = Result(["cbackup.py"] + words, rc, texts[0], texts[1], time.monotonic() - began)
-        self.assertIn(rc, (0, 1, 2), str(result))
+        def prepare():
+            if user is not None:
+                os.setgroups([])
+                os.setgid(user)
+                os.setuid(user)
+            if memory:
+                resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        result = Process(quick_program(*self.words(disks, **more)), plain_environment(self.base), self.base, prepare).wait(timeout)
+        self.assertIn(result.rc, (0, 1, 2), str(result))
         for bad in ("mistake in cbackup", "Traceback", "\033"):
             self.assertNotIn(bad, result.text, str(result))
         for line in result.error_lines:
@@ -124,28 +105,3 @@ class DiskCase(Case):
             folders[:] = [name for name in folders if name != ".cbackup-restore"]
             found |= {os.path.relpath(os.path.join(folder, name), self.to) for name in folders + names}
         return found
-
-
-def _become(words, out, err, memory, user):
-    """In a forked process: run the program with these arguments and these files for its output, as if it was started."""
-    code = 99
-    try:
-        os.setsid()
-        for number, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", errors=errors) for number,
-                                  errors in ((1, "surrogateescape"), (2, "backslashreplace")))
-        if user is not None:
-            import ctypes, fnmatch, grp, pwd      # noqa: E401,F401: this user may not be able to read where they are
-            os.setgroups([])
-            os.setgid(user)
-            os.setuid(user)
-        if memory:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        code = cbackup.main(words)
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

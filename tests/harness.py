@@ -34,6 +34,7 @@ import time
 import traceback
 import types
 import unittest
+import warnings
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(TOP, "cbackup.py")
@@ -142,7 +143,7 @@ class Forked:
         """Not beside other threads, which may hold a lock at that moment, and not on macOS, which wants an exec."""
         return threading.active_count() == 1 and sys.platform != "darwin"
 
-    def __init__(self, arguments, env, cwd, stdout, stderr, umask):
+    def __init__(self, arguments, env, cwd, stdout, stderr, prepare):
         if Forked._code is None:
             for name in ("cbackup", "calendar", "ctypes", "fnmatch", "grp", "pwd", "socketserver"):
                 importlib.import_module(name)       # what it imports, now or later
@@ -152,7 +153,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                self._become(arguments, env, cwd, stdout, stderr, umask)
+                self._become(arguments, env, cwd, stdout, stderr, prepare)
             finally:
                 os._exit(70)
         os.close(begun)
@@ -160,7 +161,7 @@ class Forked:
         os.close(ready)
 
     @staticmethod
-    def _become(arguments, env, cwd, stdout, stderr, umask):
+    def _become(arguments, env, cwd, stdout, stderr, prepare):
         gc.freeze()             # what is here already belongs to the test: it must not be closed by a collection
         os.setsid()
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
@@ -171,8 +172,8 @@ class Forked:
         os.environ.clear()
         os.environ.update(env)
         os.chdir(cwd)
-        if umask is not None:
-            os.umask(umask)
+        prepare()
+        warnings.simplefilter("ignore")     # as without unittest
         sys.argv = [PROGRAM] + arguments
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, buffering, encoding="utf-8", errors=errors, closefd=False) for number, mode, buffering, errors in
@@ -217,19 +218,21 @@ class Forked:
 
 
 class Process:
-    """One process in its own session, with its output in files, so that no reader can be held up by its children."""
+    """One process in its own session, with its output in files, so that no reader can be held up by its children.
 
-    def __init__(self, command, env=None, cwd=None, umask=None):
+    prepare: called in it before the program begins.
+    """
+
+    def __init__(self, command, env=None, cwd=None, prepare=lambda: None):
         self.command = list(command)
         self.started = time.monotonic()
         self._out = tempfile.TemporaryFile()
         self._err = tempfile.TemporaryFile()
         if self.command[:len(QUICK)] == QUICK and Forked.possible():
-            self.popen = Forked(self.command[len(QUICK):], env, cwd, self._out, self._err, umask)
+            self.popen = Forked(self.command[len(QUICK):], env, cwd, self._out, self._err, prepare)
         else:
-            options = {} if umask is None else {"preexec_fn": lambda: os.umask(umask)}
             self.popen = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
-                                          env=env, cwd=cwd, start_new_session=True, **options)
+                                          env=env, cwd=cwd, start_new_session=True, preexec_fn=prepare)
         self.pid = self.popen.pid
         Guard.tell(b"+", self.pid)
         self._result = None

@@ -27,7 +27,6 @@ import statistics
 import sys
 import tempfile
 import threading
-import time
 
 import cbackup
 

@@ -126,7 +126,7 @@ class HostileDiskTest(DiskCase):
         rows = [row("a", content="file"), row("a", "d"), row("a/b", content="1"), row("c", content="1")]
         for turned in (rows, rows[::-1]):
             disk = self.disk(turned, {"a/b": "1", "c": "1"})
-            result = self.attempt(disk)
+            self.attempt(disk)
             self.assertEqual(b"1", read_file(os.path.join(self.to, "c")), "a bad line costs other files")
             self.assertEqual(self.before[:3], self.look()[:3])
 
@@ -185,7 +185,7 @@ class HostileDiskTest(DiskCase):
             with self.subTest(number=number, line=str(bad)[:60]):
                 # By turns: none of the lines may hurt, whatever becomes of it, and none may crash.
                 copies = {"good": "1", "bad": "1"} if isinstance(bad, list) and number else {"good": "1"}
-                result = self.attempt(self.disk([row("good", content="1"), bad], copies, "disk%d" % number))
+                self.attempt(self.disk([row("good", content="1"), bad], copies, "disk%d" % number))
                 self.assertEqual(self.before[0], inodes(self.outside))
 
     def test_one_path_that_this_file_system_cannot_have_costs_no_other(self):
