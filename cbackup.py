@@ -6937,6 +6937,7 @@ class Restore:
         self._flying: "Dict[int, Dict[bytes, int]]" = {}
         self._since: "Dict[int, float]" = {}
         self._heard: "Dict[int, float]" = {}
+        self._asked: "Dict[int, int]" = {}
         self._came: "Dict[int, int]" = {}
         self._rates: "Dict[int, float]" = {}
         self._turn: "Dict[int, Tuple[int, bytes]]" = {}
@@ -7365,7 +7366,7 @@ class Restore:
             self._inherit(number, batch)
             self._flying[number] = {path: size for path, size, _ in batch}
             self._since[number] = self._heard[number] = time.monotonic()
-            self._came[number] = 0
+            self._asked[number], self._came[number] = sum(size for _, size, _ in batch), 0
             return batch
 
     def _first_of(self, rows: "List[Tuple[bytes, int, bytes]]", number: int) -> "List[Tuple[bytes, int, bytes]]":
@@ -7395,7 +7396,7 @@ class Restore:
             waiting = waiting or bool(rows)
             rows, elapsed = rows[len(rows) // 2:], now - self._since[other]
             pace = self._came[other] / max(0.01, elapsed)
-            left = max(0, sum(paths.values()) - self._came[other])
+            left = self._asked[other] - self._came[other]  # what others took over it delivers all the same
             mine = sum(size for _, size, _ in rows) / max(1.0, self._rates.get(number) or pace)
             silent = now - self._heard[other] > SILENT_AFTER
             if rows and elapsed > STEAL_AFTER and (silent or left > 0 and mine < left / max(1.0, pace)):
