@@ -172,7 +172,8 @@ class Forked:
         os.environ.clear()
         os.environ.update(env)
         os.chdir(cwd)
-        prepare()
+        if prepare:
+            prepare()
         warnings.simplefilter("ignore")     # as without unittest
         sys.argv = [PROGRAM] + arguments
         sys.stdin, sys.stdout, sys.stderr = (
@@ -223,7 +224,7 @@ class Process:
     prepare: called in it before the program begins.
     """
 
-    def __init__(self, command, env=None, cwd=None, prepare=lambda: None):
+    def __init__(self, command, env=None, cwd=None, prepare=None):
         self.command = list(command)
         self.started = time.monotonic()
         self._out = tempfile.TemporaryFile()
