@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import json
 import os
-import resource
 
 from tests.harness import Case, Process, make_tree, plain_environment, quick_program, write_file
 
@@ -77,14 +76,8 @@ class DiskCase(Case):
         a terminal would obey. memory: bytes of address space that it may have. user: who runs it.
         Returns the Result.
         """
-        def prepare():
-            if user is not None:
-                os.setgroups([])
-                os.setgid(user)
-                os.setuid(user)
-            if memory:
-                resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        result = Process(quick_program(*self.words(disks, **more)), plain_environment(self.base), self.base, prepare).wait(timeout)
+        result = Process(quick_program(*self.words(disks, **more)), plain_environment(self.base), self.base, user=user,
+                         memory=memory).wait(timeout)
         self.assertIn(result.rc, (0, 1, 2), str(result))
         for bad in ("mistake in cbackup", "Traceback", "\033"):
             self.assertNotIn(bad, result.text, str(result))

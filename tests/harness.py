@@ -12,15 +12,15 @@ tracebacks and left-over processes are looked after. What a test may rely on:
 A host's processes see an environment like cron's: PATH, HOME, a C locale, and little else.
 """
 
+import array
 import atexit
 import collections
 import contextlib
-import gc
 import hashlib
-import importlib
 import json
 import os
 import random
+import select
 import shlex
 import shutil
 import signal
@@ -29,15 +29,11 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-import types
 import unittest
-import warnings
 
-TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PROGRAM = os.path.join(TOP, "cbackup.py")
+from tests.starter import PROGRAM, TOP, confine
+
 PATIENCE = float(os.environ.get("CBACKUP_TEST_PATIENCE", "1"))
 
 START_TIMEOUT = 20      # seconds until a server's ready line
@@ -131,73 +127,70 @@ class Result:
         return [line for line in self.stderr.splitlines() if line.strip()]
 
 
-class Forked:
-    """A process of the program that begins as a fork of this one, in which the module is compiled and the library imported
-    already. It does the same as one that is started, at a fifth of the cost. Of subprocess.Popen it has what is used here.
-    """
+class Starter:
+    """The process that starts those of the program for this test process, see tests/starter.py."""
 
-    _code = None
+    _ours = None
 
-    @staticmethod
-    def possible():
-        """Not beside other threads, which may hold a lock at that moment, and not on macOS, which wants an exec."""
-        return threading.active_count() == 1 and sys.platform != "darwin"
+    def __init__(self):
+        self.pid = os.getpid()
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen([sys.executable, "-B", "-m", "tests.starter", str(theirs.fileno())], cwd=TOP,
+                                            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+        Guard.tell(b"+", self.process.pid)
+        self.ended, self._rest = {}, b""
+        atexit.register(self.close)
 
-    def __init__(self, arguments, env, cwd, stdout, stderr, prepare):
-        if Forked._code is None:
-            for name in ("cbackup", "calendar", "ctypes", "fnmatch", "grp", "pwd", "socketserver"):
-                importlib.import_module(name)       # what it imports, now or later
-            Forked._code = compile(read_file(PROGRAM), PROGRAM, "exec")
+    def close(self):
+        if self.pid == os.getpid():
+            self.connection.close()
+            self.process.wait(10)
+
+    @classmethod
+    def ours(cls):
+        if cls._ours is None or cls._ours.pid != os.getpid():
+            cls._ours = cls()
+        return cls._ours
+
+    def start(self, arguments, env, cwd, files, confined):
+        """The pid of a new process."""
+        request = json.dumps({"arguments": arguments, "environment": env, "cwd": cwd, "confined": confined}).encode() + b"\n"
+        rights = array.array("i", [file.fileno() for file in files])
+        sent = self.connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        self.connection.sendall(request[sent:])
+        while True:
+            for told in self.told(None):
+                return told["pid"]
+
+    def told(self, timeout):
+        """What it has said: processes that began; those that ended are entered in `ended`, pid -> status."""
+        begun = []
+        if select.select([self.connection], [], [], timeout)[0]:
+            data = self.connection.recv(1 << 16)
+            if not data:
+                raise AssertionError("the process that starts processes has died")
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            for told in map(json.loads, lines):
+                if "pid" in told:
+                    begun.append(told)
+                else:
+                    self.ended[told["ended"]] = told["status"]
+        return begun
+
+
+class Started:
+    """A process that the Starter has started; of subprocess.Popen it has what is used here."""
+
+    def __init__(self, arguments, env, cwd, files, confined):
         self.args, self.returncode = arguments, None
-        ready, begun = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self._become(arguments, env, cwd, stdout, stderr, prepare)
-            finally:
-                os._exit(70)
-        os.close(begun)
-        os.read(ready, 1)       # its end: it has a session of its own now
-        os.close(ready)
-
-    @staticmethod
-    def _become(arguments, env, cwd, stdout, stderr, prepare):
-        gc.freeze()             # what is here already belongs to the test: it must not be closed by a collection
-        os.setsid()
-        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
-            os.dup2(file, number)
-        os.closerange(3, 4096)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.clear()
-        os.environ.update(env)
-        os.chdir(cwd)
-        if prepare:
-            prepare()
-        warnings.simplefilter("ignore")     # as without unittest
-        sys.argv = [PROGRAM] + arguments
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(number, mode, buffering, encoding="utf-8", errors=errors, closefd=False) for number, mode, buffering, errors in
-            ((0, "r", -1, "surrogateescape"), (1, "w", -1, "surrogateescape"), (2, "w", 1, "backslashreplace")))
-        module = types.ModuleType("__main__")
-        module.__file__ = PROGRAM
-        sys.modules["__main__"], sys.modules["the tests"] = module, sys.modules["__main__"]
-        code = 1
-        try:
-            exec(Forked._code, module.__dict__)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+        self.pid = Starter.ours().start(arguments, env, cwd, files, confined)
 
     def poll(self):
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
+            Starter.ours().told(0)
+            status = Starter.ours().ended.pop(self.pid, None)
+            if status is not None:
                 self.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         return self.returncode
 
@@ -221,19 +214,20 @@ class Forked:
 class Process:
     """One process in its own session, with its output in files, so that no reader can be held up by its children.
 
-    prepare: called in it before the program begins.
+    confined: umask, user or memory, see confine() in tests/starter.py.
     """
 
-    def __init__(self, command, env=None, cwd=None, prepare=None):
+    def __init__(self, command, env=None, cwd=None, **confined):
         self.command = list(command)
         self.started = time.monotonic()
         self._out = tempfile.TemporaryFile()
         self._err = tempfile.TemporaryFile()
-        if self.command[:len(QUICK)] == QUICK and Forked.possible():
-            self.popen = Forked(self.command[len(QUICK):], env, cwd, self._out, self._err, prepare)
+        if self.command[:len(QUICK)] == QUICK and sys.platform != "darwin":     # there a fork needs an exec
+            self.popen = Started(self.command[len(QUICK):], env, cwd, (self._out, self._err), confined)
         else:
             self.popen = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
-                                          env=env, cwd=cwd, start_new_session=True, preexec_fn=prepare)
+                                          env=env, cwd=cwd, start_new_session=True,
+                                          preexec_fn=(lambda: confine(**confined)) if confined else None)
         self.pid = self.popen.pid
         Guard.tell(b"+", self.pid)
         self._result = None
@@ -305,7 +299,7 @@ QUICK = [sys.executable, "-B", "-m", "cbackup"]
 
 
 def quick_program(*arguments):
-    """The same, but what a Process makes of it starts quickly, see Forked. PYTHONPATH has to be in the environment, see
+    """The same, but what a Process makes of it starts quickly, see Starter. PYTHONPATH has to be in the environment, see
     plain_environment(), for those who run it in another way."""
     return QUICK + [os.fspath(argument) for argument in arguments]
 

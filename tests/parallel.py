@@ -1,4 +1,4 @@
-"""Runs the classes of a test suite side by side, one process for each processor: `python3 -m unittest` of them all.
+"""Runs the classes of a test suite side by side, one process more than there are processors: `python3 -m unittest` of them all.
 
 Most tests wait for processes of their own or keep a single processor busy, and each has its own ports and directories. A
 class always runs in one process, so that what it shares between its tests is made once. $CBACKUP_TEST_JOBS says how many
@@ -17,7 +17,7 @@ import unittest
 
 from tests.harness import TOP, Guard
 
-JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, os.cpu_count() or 1))
+JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) + 1))     # some of them wait
 
 
 # ---- the process that was started -------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ class Home:
     def path(self, name):
         return os.path.join(self.home, name)
 
-    def run(self, *arguments, umask=0o022, timeout=30, **more):
+    def run(self, *arguments, umask=None, timeout=30, **more):
         return Process(quick_program("--home", self.home, *arguments), plain_environment(self.base, **more), self.base,
-                       lambda: os.umask(umask)).wait(timeout)
+                       umask=umask).wait(timeout)
 
 
 class UsageTest(Case):

@@ -108,7 +108,7 @@ class JoinTest(JoiningCase):
     def test_the_key_is_private_whatever_the_umask(self):
         new = self.machine()
         command = quick_program("--home", self.c.home(new), "join", *self.invite())
-        self.assertRc(0, Process(command, self.c.environment(new), self.c.path(new), lambda: os.umask(0)).wait(30))
+        self.assertRc(0, Process(command, self.c.environment(new), self.c.path(new), umask=0).wait(30))
         self.assertEqual(0o600, tree(self.c.home(new))["cluster.pem"].mode)
         self.assertEqual(0o700, os.stat(self.c.home(new)).st_mode & 0o777)
 

@@ -21,7 +21,7 @@ def build(folder, umask=0o022, **more):
     os.symlink(sys.executable, os.path.join(tools, "python3"))
     env = plain_environment(folder, **more)
     env["PATH"] = tools + os.pathsep + env["PATH"]
-    result = Process(["sh", os.path.join(folder, "build_zipapp.sh")], env, folder, lambda: os.umask(umask)).wait(60)
+    result = Process(["sh", os.path.join(folder, "build_zipapp.sh")], env, folder, umask=umask).wait(60)
     if result.rc != 0:
         raise AssertionError("build_zipapp.sh failed: %s" % result)
     return os.path.join(folder, "cbackup.pyz")
