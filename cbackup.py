@@ -2458,8 +2458,8 @@ class Books:
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
             "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
             "AND c.state='k') FROM entries "
-            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) ORDER BY gen, id LIMIT ?",
-            source, since, upto, after[0], after[0], after[1], PAGE)
+            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
+            "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
 
     def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "List[bytes]":
         return [row[0] for row in self.rows(
@@ -2769,7 +2769,7 @@ class Scan:
             try:
                 row["target"] = os.readlink(full)
             except OSError as error:
-                row["target"] = b""
+                row["target"], row["blocked"] = b"", "unreadable"  # in no catalog, and looked at again by the next scan
                 self._problem(row["path"], reason_of(error))
         elif row["kind"] == "f" and not os.access(full, os.R_OK):
             row["blocked"] = "unreadable"

@@ -1,11 +1,13 @@
 """The catalogs that a backup keeps: files of news that make up lists, merged, pruned, and fetched again when they rot."""
 
+import errno
 import os
 import time
 import unittest
+import unittest.mock
 
 import cbackup
-from tests.harness import Case, make_tree, write_file
+from tests.harness import Case, Link, make_tree, write_file
 
 
 class CatalogFilesTest(Case):
@@ -67,6 +69,31 @@ class CatalogFilesTest(Case):
         cbackup.prune_catalogs(self.kept, -1)
         self.assertEqual(1, len(os.listdir(self.kept)))
         self.assertEqual({b"whole": 1}, self.sizes())
+
+
+class VanishingLinkTest(Case):
+    """A symlink that is gone, or cannot be read, at the moment when it is looked at, stops nothing and is looked at again."""
+
+    def test_a_symlink_that_could_not_be_read_is_in_no_list_until_it_can_be(self):
+        base = self.directory()
+        make_tree(os.path.join(base, "docs"), {"f": b"1", "link": Link("f")})
+        source = cbackup.Source("docs", "s", os.path.join(base, "docs"), 1)
+        books = cbackup.Books(os.path.join(base, "books.db"), "s")
+        self.addCleanup(books.close)
+        books.configure(cbackup.Config(text="", sources={"docs": source}))
+        with unittest.mock.patch("os.readlink", side_effect=OSError(errno.EIO, "it cannot be read")):
+            cbackup.run_scan(books, source)
+        self.assertEqual({b"", b"f"}, self.listed(books))
+        cbackup.run_scan(books, source)
+        self.assertEqual({b"", b"f", b"link"}, self.listed(books))
+
+    @staticmethod
+    def listed(books):
+        """The paths of a whole catalog, each of a form that a backup takes."""
+        row = books.source_row("docs")
+        upto = books.close_generation(row)
+        return {cbackup.CatalogRow.from_json(cbackup.CatalogRow(path, kind, target=target).to_json()).path for
+                _, _, path, kind, _, _, _, _, _, _, target, _, _ in books.catalog_entries(row["id"], 0, upto, (0, 0))}
 
 
 class DamagedTest(Case):
