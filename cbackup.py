@@ -721,7 +721,6 @@ class Tree:
                 fsync(descriptor, drive=False)
         fsync(self._root)
 
-
     def sync_all(self) -> None:
         """Make everything on the tree's file system durable."""
         if not _syncfs(self._root):
@@ -3357,6 +3356,12 @@ class Pull:
         return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
 
 
+def part_of(path: bytes) -> bytes:
+    """Where rsync keeps and looks for the received part of a file."""
+    above, _, name = path.rpartition(b"/")
+    return b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
+
+
 TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6,10}\Z", re.S)
 """How rsync calls a file that is arriving: six characters behind it, Apple's ten."""
 
@@ -3370,10 +3375,12 @@ def keep_parts(tree: Tree, top: bytes, expected: "Callable[[bytes], bool]") -> N
     for rel in list(tree.walk_files(top)):
         above, _, name = rel.rpartition(b"/")
         match = TEMPORARY_NAME.match(name)
-        if not match or above.endswith(b"/" + PART_SUFFIX_DIR) or expected(rel[len(top) + 1:]) \
-                or not expected((above + b"/" + match.group(1))[len(top) + 1:]):
+        if not match or above.endswith(b"/" + PART_SUFFIX_DIR) or expected(rel[len(top) + 1:]):
             continue
-        part = b"/".join((above, PART_SUFFIX_DIR, match.group(1)))
+        path = above + b"/" + match.group(1)
+        if not expected(path[len(top) + 1:]):
+            continue
+        part = part_of(path)
         old, new = tree.lstat(part), tree.lstat(rel)
         if new is not None and (old is None or old.st_size < new.st_size):
             tree.rename(rel, part)
@@ -4203,7 +4210,7 @@ class Vault:
             self.db.execute("DELETE FROM named")
         directory = os.path.join(self.meta_path, "catalog", source)
         try:
-            for found in list_catalogs(os.listdir(directory) if os.path.isdir(directory) else ()):
+            for found in catalogs_in(directory):
                 for row in read_catalog(os.path.join(directory, found.name)):
                     if row.kind == "f":
                         self.db.execute("INSERT OR IGNORE INTO named VALUES(?)", (row.path,))
@@ -4395,7 +4402,7 @@ class CatalogRow:
         # A name that no machine can have is as good as none: there is the number.
         user, group = (name if _ACCOUNT.match(name) else "" for name in (user, group))
         return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
-                   tuple(name for name in holders if _is_name(name)))
+                   tuple(name for name in holders if _NAME.match(name)))
 
 
 _ACCOUNT = re.compile(r"[^\0\ud800-\udfff]{1,255}\Z")
@@ -4422,6 +4429,14 @@ class CatalogFile:
 def list_catalogs(names: "Iterable[str]") -> "List[CatalogFile]":
     """The catalog files among `names`, newest generation first."""
     return sorted((found for found in map(CatalogFile.parse, names) if found), key=lambda f: (-f.upto, f.since))
+
+
+def catalogs_in(directory: str) -> "List[CatalogFile]":
+    """list_catalogs of a directory; [] when it is not there or cannot be read."""
+    try:
+        return list_catalogs(os.listdir(directory))
+    except OSError:
+        return []
 
 
 def by_end(files: "List[CatalogFile]") -> "Dict[int, CatalogFile]":
@@ -4513,7 +4528,7 @@ def read_catalog(path: str) -> "Iterator[CatalogRow]":
 
 def prune_catalogs(directory: str, keep: float) -> None:
     """Delete catalog files that no time within `keep` seconds needs."""
-    files = list_catalogs(os.listdir(directory))
+    files = catalogs_in(directory)
     limit, ends = clock.now() - keep, by_end(files)
     needed = {f for f in files if f.time > limit}
     for last in list(needed):
@@ -5823,7 +5838,7 @@ class Pass:
         return min(0, free) if self.stuck or self.vault.spec.leaving else free
 
     def _newest(self, source: str) -> int:
-        files = list_catalogs(os.listdir(self.vault.catalog_directory(source)))
+        files = catalogs_in(self.vault.catalog_directory(source))
         return files[0].upto if files else 0
 
     def clean_up(self) -> None:
@@ -6132,9 +6147,13 @@ class Pass:
             self.decline(standing, link, [(f, "no room") for f in refused], failed=False)
         elif refused:
             self.stuck = True
-            vault.give_up(standing.name, [f.path for f in refused], keep_parts=True)
-            link.call("release", backup=self.name, source=standing.name, paths=[as_text(f.path) for f in refused], all=False)
+            self.give_back(standing, link, refused)
         return kept
+
+    def give_back(self, standing: Standing, link: Any, files: "List[Wanted]") -> None:
+        """Release claims of files that may be claimed again at once, by us too; parts of them stay."""
+        self.vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
+        link.call("release", backup=self.name, source=standing.name, paths=[as_text(f.path) for f in files], all=False)
 
     def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
         """Leave files to others for a while, and forget what came of them."""
@@ -6178,9 +6197,7 @@ class Pass:
         if failed:
             self.decline(standing, link, failed)
         if len(blamed) < len(missed):  # not its fault: to be claimed again
-            again = [f.path for f in missed if f not in blamed]
-            vault.give_up(standing.name, again, keep_parts=True)
-            link.call("release", backup=self.name, source=standing.name, paths=list(map(as_text, again)), all=False)
+            self.give_back(standing, link, [f for f in missed if f not in blamed])
         if outcome.full_disk:
             self.stuck = True
             self.figures.complain("%s: %s is full or cannot be written: %s" % (
@@ -6454,7 +6471,7 @@ class Pass:
         whole catalog, or it is of other books."""
         if self.vault.meta("catalog:" + standing.name) != standing.books:
             return 0
-        chain = catalog_chain(list_catalogs(os.listdir(directory)))
+        chain = catalog_chain(catalogs_in(directory))
         sizes = [os.path.getsize(os.path.join(directory, f.name)) for f in chain]
         if not chain or sum(sizes[1:]) > max(sizes[0], 1 << 20):
             return 0
@@ -6464,7 +6481,7 @@ class Pass:
 
     def _apply_skeleton(self, name: str, directory: str) -> None:
         done = self.vault.meta("skeleton:" + name) or 0
-        chain = [f for f in catalog_chain(list_catalogs(os.listdir(directory))) if f.upto > done]
+        chain = [f for f in catalog_chain(catalogs_in(directory)) if f.upto > done]
         for found in chain:
             self.vault.apply_skeleton(name, read_catalog(os.path.join(directory, found.name)))
         if chain:
@@ -6538,7 +6555,7 @@ class Pass:
         self.find_strangers()
         for name in sorted(self.config.sources):
             directory = os.path.join(self.vault.meta_path, "catalog", name)
-            for found in list_catalogs(os.listdir(directory) if os.path.isdir(directory) else ()):
+            for found in catalogs_in(directory):
                 try:
                     for _ in read_catalog(os.path.join(directory, found.name)):
                         pass
@@ -6848,11 +6865,7 @@ class DirectoryHolder:
         self.path, self.name = path, path
         self.key = "directory-" + hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
         self.backup = str(read_json(os.path.join(path, META_DIR.decode(), "identity")).get("backup") or path)
-        try:
-            names = os.listdir(os.path.join(path, META_DIR.decode(), "catalog", source))
-        except OSError:
-            names = []
-        self.catalogs = list_catalogs(names)
+        self.catalogs = catalogs_in(os.path.join(path, META_DIR.decode(), "catalog", source))
 
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
@@ -6873,8 +6886,7 @@ class DirectoryHolder:
             for path, place in names:
                 rel = source.encode() + b"/" + path if not place else \
                     source.encode() + place if place.startswith(b"/") else META_DIR + b"/" + place
-                above, _, name = path.rpartition(b"/")
-                part = b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
+                part = part_of(path)
                 try:
                     info = tree.lstat(rel)
                     if info is not None and info.st_size > most:
@@ -7319,6 +7331,8 @@ class Restore:
         if count:
             self._heard[number] = time.monotonic()
         self._fetched += count
+        if not self.progress.on:
+            return
         self.progress.update("restoring %s from %s" % (self.source, count_of(len(self.holders), "place")),
                              self._fetched, max(self._total, self._fetched), ", %s of %s" % (
                                  format(self.counts["restored_files"] + self.counts["kept_files"], ","),
@@ -7407,8 +7421,7 @@ class Restore:
         """Take over the parts of large files that came from a holder which does not go on with them."""
         numbers = {self._staging(other): other for other in range(len(self.holders))}
         for path, size, _ in batch:
-            above, _, name = path.rpartition(b"/")
-            part = b"/".join(filter(None, (above, PART_SUFFIX_DIR, name)))
+            part = part_of(path)
             if size < INHERIT_FROM or self.tree.lstat(self._staging(number, part)) is not None:
                 continue
             for top in self._all_staging():
@@ -7517,8 +7530,7 @@ class Restore:
     def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int) -> None:
         """Owner, mode and time, where they are others: what is right already is not touched."""
         info = self.tree.lstat(rel)
-        if info is None or (info.st_uid, info.st_gid) != (self.names.uid(user, uid), self.names.gid(group, gid)):
-            self._set_owner(rel, uid, gid, user, group)
+        self._set_owner(rel, info, uid, gid, user, group)
         try:
             self.tree.chmod(rel, mode)
             if info is None or info.st_mtime_ns != mtime:
@@ -7526,12 +7538,13 @@ class Restore:
         except OSError as error:
             self._note("modes or times could not be set (%s)" % reason_of(error))
 
-    def _set_owner(self, rel: bytes, uid: int, gid: int, user: str, group: str) -> None:
-        """As root: owner by name, when this machine knows it, else by number."""
-        if os.geteuid() != 0:
+    def _set_owner(self, rel: bytes, info: "Optional[os.stat_result]", uid: int, gid: int, user: str, group: str) -> None:
+        """As root: owner by name, when this machine knows it, else by number; where it is another one than in `info`."""
+        owner = self.names.uid(user, uid), self.names.gid(group, gid)
+        if os.geteuid() != 0 or info is not None and (info.st_uid, info.st_gid) == owner:
             return
         try:
-            self.tree.chown(rel, self.names.uid(user, uid), self.names.gid(group, gid))
+            self.tree.chown(rel, *owner)
         except OSError as error:
             self._note("owners could not be set (%s)" % reason_of(error))
 
@@ -7567,9 +7580,7 @@ class Restore:
                         self._move_aside(path)
                     self.tree.symlink(target, path)
                     info = None
-                uid, gid, user, group = owner
-                if info is None or (info.st_uid, info.st_gid) != (self.names.uid(user, uid), self.names.gid(group, gid)):
-                    self._set_owner(path, *owner)
+                self._set_owner(path, info, *owner)
                 with contextlib.suppress(OSError, NotImplementedError):
                     if info is None or info.st_mtime_ns != mtime:
                         self.tree.set_mtime(path, mtime)
@@ -8591,8 +8602,7 @@ def cmd_find(args: argparse.Namespace, home: Home) -> int:
         for (source, path), versions in sorted(files.items()):
             print("%s/%s" % (source, shown(as_raw(path))))
             for since, size, backup in sorted(versions, reverse=True):
-                when = "a copy" if since == float("inf") else "old version, until %s" % time.strftime(
-                    "%Y-%m-%d %H:%M", time.localtime(since))
+                when = "a copy" if since == float("inf") else "old version, until %s" % format_time(since)
                 print("    %s on %s: %s, %s" % (backup, config.backups[backup].host, when, format_size(size)))
         if any(answer["more"] for answer in answers.values()):
             print("there are more; give a narrower pattern", file=sys.stderr)
