@@ -7177,6 +7177,8 @@ class Restore:
                         self._set_state(path, 1)
                     elif info is not None:
                         differ += 1
+                        if not self.force:
+                            self._set_state(path, 4)
         return there, differ
 
     def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]") -> bool:

@@ -566,6 +566,21 @@ class CalmTest(WorstDayCase):
             "missing")))
         self.assertLess(abs(time.time() + self.c.now - figures["catalog_time"]), 3600)
 
+    def test_a_dry_run_counts_what_is_there_and_what_is_in_the_way(self):
+        machine = self.machine()
+        to = self.c.path(machine, "to")
+        self.assertRc(0, self.c.restore(machine, "docs", to=to))
+        names = sorted(self.holders)
+        write_file(os.path.join(to, names[0]), "my own")
+
+        def share(*options):
+            figures = self.c.restore(machine, "docs", to=to, options=["--dry-run", "--json", *options]).json
+            return (figures["kept_files"], figures["refused_files"], figures["missing_files"],
+                    sum(one["files"] for one in figures["holders"].values()))
+        self.assertEqual((len(names) - 1, 1, 0, 0), share())
+        self.assertEqual((len(names) - 1, 1, 0, 1), share("--force"))
+        self.assertEqual(b"my own", read_file(os.path.join(to, names[0])))
+
     def test_a_dry_run_says_what_would_come_from_where_and_writes_nothing(self):
         machine = self.machine()
         to = self.c.path(machine, "to")
