@@ -845,6 +845,7 @@ class Config:
     scan: float = 900.0
     scan_min: float = 30.0
     scrub: float = 30 * 86400.0
+    warn_after: float = 2 * 86400.0
     lost_after: float = 14 * 86400.0
     read_rate: "Optional[int]" = None
     bwlimit: "Optional[int]" = None
@@ -906,8 +907,8 @@ def _parse_rate(word: str) -> int:
 
 CLUSTER_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "name": _parse_name, "port": _parse_port, "replicas": _parse_count, "keep": parse_duration,
-    "scan": parse_duration, "scan_min": parse_duration, "scrub": parse_duration, "lost_after": parse_duration,
-    "read_rate": _parse_rate, "bwlimit": _parse_rate}
+    "scan": parse_duration, "scan_min": parse_duration, "scrub": parse_duration, "warn_after": parse_duration,
+    "lost_after": parse_duration, "read_rate": _parse_rate, "bwlimit": _parse_rate}
 SOURCE_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "replicas": _parse_count, "exclude": str, "read_rate": _parse_rate, "bwlimit": _parse_rate}
 BACKUP_KEYS: "Dict[str, Callable[[str], Any]]" = {
@@ -1347,7 +1348,7 @@ def make_cluster_key(path: str) -> None:
 TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
 """What a backup must still hear about one of its copies; bits of `copies.todo`."""
 
-BOOKS_SCHEMA_VERSION = 1
+BOOKS_SCHEMA_VERSION = 2
 
 BOOKS_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -1446,9 +1447,16 @@ CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
 """
 
 
-def open_database(path: str, schema: str, version: int, journal: str) -> "sqlite3.Connection":
-    """A database of ours, made when absent.  One that SQLite calls damaged is set aside and a new one made:
-    everything in our databases can be rebuilt.  Raises CBackupError for one of a newer cbackup."""
+BOOKS_UPGRADES: "Dict[int, str]" = {1: """
+"""}
+"""Layout -> the SQL that makes the next layout of the server's books of it."""
+
+
+def open_database(path: str, schema: str, version: int, journal: str,
+                  upgrades: "Optional[Dict[int, str]]" = None) -> "sqlite3.Connection":
+    """A database of ours, made when absent, brought to the present layout when it is older.  One that SQLite calls damaged
+    is set aside and a new one made: everything in our databases can be rebuilt.  Raises CBackupError for one of a newer
+    cbackup."""
     for attempt in (1, 2):
         connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
@@ -1460,7 +1468,11 @@ def open_database(path: str, schema: str, version: int, journal: str) -> "sqlite
             found = connection.execute("PRAGMA user_version").fetchone()[0]
             if found == 0:
                 connection.executescript("BEGIN IMMEDIATE;" + schema + "PRAGMA user_version=%d;COMMIT;" % version)
-            elif found != version:
+            while 0 < found < version and upgrades and found in upgrades:
+                connection.executescript("BEGIN IMMEDIATE;" + upgrades[found]
+                                         + "PRAGMA user_version=%d;COMMIT;" % (found + 1))
+                found += 1
+            if found not in (0, version):
                 raise CBackupError("%s was written by another version of cbackup (layout %d, this one has %d)"
                                    % (path, found, version))
             if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok" if attempt == 1 and _unclean(path) \
@@ -1534,7 +1546,7 @@ class Books:
         self._open()
 
     def _open(self) -> None:
-        self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL")
+        self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL", BOOKS_UPGRADES)
         self._depth = 0
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
         self._hosts: "Dict[int, Tuple[str, bool, bool]]" = {}
@@ -3518,7 +3530,7 @@ def serve_rsync(connection: socket.socket, root: str) -> None:
 
 # ==== 11. The backup: a location's own database, catalogs and directory ===============================
 
-VAULT_SCHEMA_VERSION = 1
+VAULT_SCHEMA_VERSION = 2
 
 VAULT_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -3560,6 +3572,11 @@ CREATE TRIGGER coming_out AFTER DELETE ON coming BEGIN UPDATE used SET bytes=byt
 CREATE TRIGGER attic_in AFTER INSERT ON attic BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE what='attic'; END;
 CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE what='attic'; END;
 """
+
+
+VAULT_UPGRADES: "Dict[int, str]" = {1: """
+"""}
+"""Layout -> the SQL that makes the next layout of a backup's database of it."""
 
 
 @dataclass(frozen=True)
@@ -3607,7 +3624,8 @@ class Vault:
         identity = self._identify(cluster, expected, adopt)
         self.identity: str = identity["id"]
         self.tree = Tree(self.path, own_links=True)
-        self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA, VAULT_SCHEMA_VERSION, "DELETE")
+        self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA, VAULT_SCHEMA_VERSION,
+                                "DELETE", VAULT_UPGRADES)
         self.stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock.now())).encode()
 
     def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool) -> "Dict[str, Any]":
