@@ -100,6 +100,10 @@ log = logging.getLogger("cbackup")
 PROTOCOL = 1
 """Version of the messages; both sides must speak the same one."""
 
+LEVEL = 2
+"""What a server understands beyond that: said in its hello, 1 when it is not.  A field or an operation that is newer than
+level 1 is used only with a server that says a level which has it; fields that a server does not know it ignores."""
+
 EXIT_DONE, EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 MESSAGE_LIMIT = 4 << 20
@@ -3092,6 +3096,7 @@ class Link:
     def __init__(self, host: str, config: Config, context: "ssl.SSLContext") -> None:
         self.host, self.config, self.context = host, config, context
         self.hello: "Dict[str, Any]" = {}
+        self.level = 0  # of the server, once connected; see `peer_level`
         self._channel: "Optional[Channel]" = None
 
     def again(self) -> "Link":
@@ -3130,7 +3135,15 @@ class Link:
             raise Unreachable(self.host, "%s:%d is the machine %r; correct its line in [hosts]"
                               % (address, port, hello.get("host")))
         self.hello = hello
+        level = hello.get("level")
+        self.level = level if isinstance(level, int) and 1 < level < 1000 else 1
         return channel
+
+    def peer_level(self) -> int:
+        """The server's LEVEL; connects where there is no connection yet.  Raises Unreachable."""
+        if self._channel is None:
+            self._channel = self.connect()
+        return self.level
 
     def call(self, op: str, **fields: Any) -> "Dict[str, Any]":
         """Send a request and return the answer.  Raises Refused, Unreachable or ProtocolError.
@@ -3142,7 +3155,7 @@ class Link:
             try:
                 if self._channel is None:
                     self._channel = self.connect()
-                self._channel.send(dict(fields, op=op))
+                self._channel.send(dict(fields, op=op, **({"level": LEVEL} if self.level > 1 else {})))
                 answer = self._channel.receive(REPLY_TIMEOUT)
                 if answer is None:
                     raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")
@@ -4775,22 +4788,29 @@ class Service:
 
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
-        return {"cbackup": PROTOCOL, "host": self.host, "books": self.books.id, "version": __version__,
+        return {"cbackup": PROTOCOL, "level": LEVEL, "host": self.host, "books": self.books.id, "version": __version__,
                 "config": [state.get("version", 0), state.get("stamp", 0), state.get("sha256", "")]}
 
     def handle(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """The answer to one request.  Raises CBackupError for what is refused."""
+        """The answer to one request.  Raises CBackupError for what is refused.  Fields that are not known are ignored: a newer
+        peer may have sent them."""
         op = request.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
-            raise Refused("unknown", "no operation is called %r" % (op,))
+            raise Refused("unknown-op", self._unknown_operation(op, request.get("level")))
         function, required, optional = OPERATIONS[op]
         for key in required:
             if key not in request:
                 raise ProtocolError("%s: the field %s is missing" % (op, key))
-        for key, value in request.items():
-            if key != "op" and (key not in required and key not in optional or not FIELDS[key](value)):
+        known = {key: value for key, value in request.items() if key in required or key in optional}
+        for key, value in known.items():
+            if not FIELDS[key](value):
                 raise ProtocolError("%s: the field %s is wrong" % (op, key[:40]))
-        return dict(function(self, request), ok=True)
+        return dict(function(self, known), ok=True)
+
+    def _unknown_operation(self, op: Any, level: Any) -> str:
+        older = isinstance(level, int) and level < LEVEL
+        return "no operation is called %s; update cbackup on %s: this server is version %s (level %d)" % (
+            repr(op)[:40], "the machine that asks" if older else self.host, __version__, LEVEL)
 
     def scan(self, name: str) -> None:
         source = self.config.sources.get(name)
@@ -5172,7 +5192,7 @@ class Service:
 
     def root_for(self, request: "Dict[str, Any]") -> str:
         """The directory that an rsync request may read."""
-        if set(request) != {"op", "of", "name", "source"} or not all(FIELDS[k](request[k]) for k in ("of", "name", "source")):
+        if not all(key in request and FIELDS[key](request[key]) for key in ("of", "name", "source")):
             raise ProtocolError("rsync: wrong fields")
         if request["of"] == "source":
             return os.path.realpath(self.books.changeable(request["source"])["path"])
