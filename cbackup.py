@@ -7818,9 +7818,53 @@ def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]", source_ho
     return out
 
 
-def all_safe(status: "Dict[str, Any]") -> bool:
-    return all(s["state"] == "ok" and s["underserved_files"] == 0 and s["last_scan"] is not None
-               for s in status["sources"].values())
+@dataclass
+class Verdict:
+    """What everything that is known comes to.  `trouble`: why it is not safe, a sentence each; `pending`: those of them
+    that the next passes are expected to mend, and that a pass therefore does not report; `remarks`: what else one should
+    know.  The same sentences everywhere: in `status`, in its --check, in each pass."""
+
+    trouble: "List[str]" = field(default_factory=list)
+    pending: "List[str]" = field(default_factory=list)
+    remarks: "List[str]" = field(default_factory=list)
+
+    @property
+    def safe(self) -> bool:
+        return not self.trouble
+
+    def wrong(self, line: str, pending: bool = False) -> None:
+        """A reason why it is not safe."""
+        self.trouble.append(line)
+        if pending:
+            self.pending.append(line)
+
+    def lasting(self) -> "List[str]":
+        """The trouble that does not pass by itself."""
+        return [line for line in self.trouble if line not in self.pending]
+
+
+def verdict(status: "Dict[str, Any]") -> Verdict:
+    """Whether everything is safe, and why not.  `status`: what `collect_status` returns."""
+    found = Verdict(remarks=list(status["warnings"]))
+    for name, s in status["sources"].items():
+        _judge_source(found, name, s)
+    found.remarks += ["%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name
+                      for name in status["conflicts"]]
+    return found
+
+
+def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]") -> None:
+    if s["state"] == "unreachable":
+        found.wrong("%s is unreachable: its server on %s does not answer" % (name, s["host"]))
+        return
+    if s["state"] == "held":
+        found.wrong("%s is held: %s" % (name, held_advice(name, s)))
+    if s["last_scan"] is None:
+        found.wrong("%s has not been looked at yet" % name, pending=True)
+    elif s["underserved_files"]:
+        found.wrong("%s of %s in %s have fewer than %d copies%s" % (
+            format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"],
+            s["impossible"] and " (%s)" % s["impossible"]), pending=not s["impossible"])
 
 
 def print_status(status: "Dict[str, Any]") -> None:
@@ -7858,29 +7902,19 @@ def print_status(status: "Dict[str, Any]") -> None:
             duties = b["duties"]
             needed = "it is not known what is" if duties is None else count_of(duties, "copy" if duties == 1 else "copie")
             print("    leaving: %s" % ("it can be unplugged now" if duties == 0 else "%s still needed here" % needed))
-    for line in status["warnings"]:
+    for line in verdict(status).remarks:
         print(line)
-    for name in status["conflicts"]:
-        print("%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name)
 
 
 def print_check(status: "Dict[str, Any]") -> None:
     """The one line of `status --check`."""
-    if all_safe(status):
+    found = verdict(status)
+    if found.safe:
         files = sum(s["files"] for s in status["sources"].values())
-        print("safe: %s of %s have all their copies" % (count_of(files, "file"), count_of(len(status["sources"]), "source")))
-        return
-    parts = []
-    for name, s in status["sources"].items():
-        if s["state"] != "ok":
-            parts.append("%s is %s" % (name, s["state"]))
-        elif s["last_scan"] is None:
-            parts.append("%s has not been looked at yet" % name)
-        elif s["underserved_files"]:
-            parts.append("%s of %s in %s have fewer than %d copies%s" % (
-                format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"],
-                s["impossible"] and " (%s)" % s["impossible"]))
-    print("NOT SAFE: " + "; ".join(parts))
+        print("; ".join(["safe: %s of %s have all their copies" % (
+            count_of(files, "file"), count_of(len(status["sources"]), "source"))] + found.remarks))
+    else:
+        print("NOT SAFE: " + "; ".join(found.trouble))
 
 
 def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, int]") -> int:
@@ -8486,7 +8520,7 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     else:
         print_status(status)
     if args.check:
-        return EXIT_DONE if all_safe(status) else EXIT_INCOMPLETE
+        return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE
     return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) else EXIT_DONE
 
 
