@@ -3604,6 +3604,25 @@ class Misplaced(CBackupError):
     """A backup directory that is not what the configuration says: not mounted, of another cluster, another's."""
 
 
+NOT_IN_USE = re.compile(r"(lost\+found|\.DS_Store|\.Trashes|\.Trash-\d+|\.Spotlight-V100|\.fseventsd|\.TemporaryItems"
+                        r"|\.DocumentRevisions-V100|\.apdisk|\.VolumeIcon\.icns|\.zfs|\.snap|\.snapshots?"
+                        r"|System Volume Information|\$RECYCLE\.BIN|@eaDir|#recycle)\Z")
+"""What systems put into the root of a file system by themselves: a directory with nothing else in it is empty."""
+
+
+def in_use_by_others(path: str) -> "List[str]":
+    """The names in a directory that is to become a backup, and that is not empty; [] when it is, or is not there.  What our
+    own first pass had made of .cbackup before it was cut off is nothing."""
+    try:
+        names = {name for name in os.listdir(path) if not NOT_IN_USE.match(name)}
+        if META_DIR.decode() in names and all(re.match(r"identity\.\d+\.new\Z", name) for name in os.listdir(
+                os.path.join(path, META_DIR.decode()))):
+            names.remove(META_DIR.decode())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(names)
+
+
 def room_limit(spec: Backup, settled: int) -> int:
     """The most bytes that may lie in a backup now: its `size`, and less when its file system would have less left than
     `reserve`, or than our own databases need.  `settled`: bytes that lie there already."""
@@ -3649,6 +3668,7 @@ class Vault:
                 raise Misplaced("%s: %s was in use and has lost its .cbackup: is its disk mounted?  If this is the right, "
                                 "new directory: cbackup.pyz client --adopt %s" % (self.name, self.spec.path, self.name))
             try:
+                self._check_empty(adopt)
                 os.makedirs(self.spec.path, mode=0o700, exist_ok=True)
                 os.makedirs(self.meta_path, mode=0o700, exist_ok=True)
                 identity = {"id": secrets.token_hex(8), "cluster": cluster, "backup": self.name}
@@ -3666,6 +3686,16 @@ class Vault:
             identity["backup"] = self.name
             atomic_write(path, json.dumps(identity).encode())
         return identity
+
+    def _check_empty(self, adopt: bool) -> None:
+        """Refuse to make a backup of a directory that somebody uses for something else."""
+        names = [] if adopt else in_use_by_others(self.spec.path)
+        if names:
+            raise Misplaced("%s: %s is not empty and is no backup (it has %s%s): nothing in it was touched.  Choose another "
+                            "directory; or, if these are copies of a backup whose .cbackup is lost: "
+                            "cbackup.pyz client --adopt %s" % (
+                                self.name, self.spec.path, ", ".join(shown(os.fsencode(name)) for name in names[:3]),
+                                ", ..." if len(names) > 3 else "", self.name))
 
     def close(self) -> None:
         self.tree.close()
