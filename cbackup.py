@@ -1792,6 +1792,12 @@ class Books:
                 self.regroup_backup(number)
         return number
 
+    def renew_updates(self, backup: int, files: "List[Tuple[int, bytes]]") -> None:
+        """`backup` is at work on these (source, path) of which it has an older version: others are to wait for longer."""
+        with self.write() as db:
+            db.executemany("UPDATE copies SET expires=? WHERE backup=? AND state='s' AND file=(SELECT id FROM entries "
+                           "WHERE source=? AND path=?)", [(self.up() + STALE_LEASE, backup) + each for each in files])
+
     def expire(self, lost_after: float) -> None:
         """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
         now = self.up()
@@ -3632,6 +3638,9 @@ def room_limit(spec: Backup, settled: int) -> int:
     return room if spec.size is None else min(room, spec.size)
 
 
+CLOCK_SLACK = 600.0
+"""Seconds by which a host's clock may differ from the servers' before it is called wrong."""
+
 DATABASE_ROOM = 64 << 20
 """Bytes that stay free on a backup's file system for our database, or 5 % of a small file system: a file system that
 is full to the last byte cannot even be told what to delete."""
@@ -3658,6 +3667,8 @@ class Vault:
         self.tree = Tree(self.path, own_links=True)
         self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA, VAULT_SCHEMA_VERSION,
                                 "DELETE", VAULT_UPGRADES)
+        self.db.execute("CREATE TEMP TABLE kept(source TEXT PRIMARY KEY) WITHOUT ROWID")
+        self.clock_wrong, self._kept_bytes = False, 0
         self.stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock.now())).encode()
 
     def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool) -> "Dict[str, Any]":
@@ -3767,37 +3778,60 @@ class Vault:
 
     def free(self) -> int:
         """Room for copies, bytes; negative when over capacity.  Old versions do not count against it: they go
-        when the room is needed (`make_room`)."""
-        return self.capacity() - self.used() + self.attic_bytes()
+        when the room is needed (`make_room`), but for those that are to be kept (`keep_old`)."""
+        return self.capacity() - self.used() + self.attic_bytes() - self._kept_bytes
+
+    def keep_old(self, sources: "Iterable[str]", clock_wrong: bool) -> None:
+        """What holds until the next call: old versions of `sources` (those that are held) neither expire nor give room, and
+        with a wrong clock nothing expires."""
+        self.clock_wrong = clock_wrong
+        with self.lock:
+            self.db.execute("DELETE FROM temp.kept")
+            self.db.executemany("INSERT OR IGNORE INTO temp.kept VALUES(?)", [(source,) for source in sources])
+            self._kept_bytes = self.one(
+                "SELECT COALESCE(SUM(size), 0) FROM attic WHERE source IN (SELECT source FROM temp.kept)")[0]
+
+    def keeps_old(self, source: str) -> bool:
+        """Whether nothing that is old of this source may go now, see `keep_old`."""
+        return self.clock_wrong or self.one("SELECT 1 FROM temp.kept WHERE source=?", source) is not None
+
+    OLD = "SELECT id, stored, size, since, why FROM attic WHERE done=1 AND source NOT IN (SELECT source FROM temp.kept) "
 
     def make_room(self, need: int, keep: float = 0.0) -> "Tuple[int, int]":
         """Delete old versions, oldest first, until `need` bytes are free.  Returns (files, bytes) of those that had not
         been there for `keep` seconds yet."""
         files = size = 0
-        while self.capacity() - self.used() < need:
-            page = self.rows("SELECT id, stored, size, since, why FROM attic WHERE done=1 ORDER BY since, id LIMIT 100")
-            if not page:
-                break
-            for number, stored, each, since, why in page:
-                if self.capacity() - self.used() >= need:
+        while True:
+            missing, some = need - (self.capacity() - self.used()), []
+            for row in self.rows(self.OLD + "ORDER BY since, id LIMIT 500") if missing > 0 else ():
+                if missing <= 0:
                     break
-                self._delete_old(number, stored)
-                if why != "bad" and since > clock.now() - keep:
-                    files, size = files + 1, size + each
-        return files, size
+                some.append(row)
+                missing -= row[2]
+                if row[4] != "bad" and (self.clock_wrong or row[3] > clock.now() - keep):
+                    files, size = files + 1, size + row[2]
+            if not some:
+                return files, size
+            self._delete_old([row[:2] for row in some])
 
     def expire_attic(self, keep: float) -> None:
+        """Delete what has been in the attic for `keep` seconds."""
+        if self.clock_wrong:
+            return
+        with self.write() as db:  # the clock was ahead when these came: they would stay for too long
+            db.execute("UPDATE attic SET since=? WHERE since>?", (clock.now(), clock.now() + CLOCK_SLACK))
         while True:
-            page = self.rows("SELECT id, stored FROM attic WHERE done=1 AND since<? LIMIT 500", clock.now() - keep)
+            page = self.rows(self.OLD + "AND since<? LIMIT 500", clock.now() - keep)
             if not page:
                 return
-            for number, stored in page:
-                self._delete_old(number, stored)
+            self._delete_old([row[:2] for row in page])
 
-    def _delete_old(self, number: int, stored: bytes) -> None:
-        self.delete(META_DIR + b"/" + stored, None)
+    def _delete_old(self, rows: "List[Tuple[int, bytes]]") -> None:
+        """Delete old versions, (number, name in .cbackup): the files first, for they may be gone twice."""
+        for _, stored in rows:
+            self.delete(META_DIR + b"/" + stored, None)
         with self.write() as db:
-            db.execute("DELETE FROM attic WHERE id=?", (number,))
+            db.executemany("DELETE FROM attic WHERE id=?", [(number,) for number, _ in rows])
 
     # -- where things lie --
 
@@ -3899,8 +3933,9 @@ class Vault:
                 break
             self.drop([Grant(source, row[0]) for row in page])
             count += len(page)
-        for number, stored in self.rows("SELECT id, stored FROM attic WHERE source=?", source):
-            self._delete_old(number, stored)
+        old = self.rows("SELECT id, stored FROM attic WHERE source=?", source)
+        for start in range(0, len(old), 500):
+            self._delete_old(old[start:start + 500])
         self.tree.clear_empty(source.encode(), links=True)
         shutil.rmtree(os.path.join(self.meta_path, "catalog", source), ignore_errors=True)
         return count
@@ -4917,7 +4952,13 @@ class Service:
         return {}
 
     def op_told(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        self.books.hear(request["backup"], {key: request.get(key) for key in ("capacity", "free", "want", "used", "files")})
+        """A backup's words between the others; rows: (source, path) of files whose update is under way in it."""
+        books = self.books
+        number = books.hear(request["backup"], {key: request.get(key) for key in (
+            "capacity", "free", "want", "used", "files")})
+        active = books.active_sources()
+        books.renew_updates(number, [(books.source_row(source)["id"], path) for source, path in _rows_of(request, str, bytes)
+                                     if source in active] if "rows" in request else [])
         return {}
 
     def op_demand(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -5337,7 +5378,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "begin": (Service.op_begin, ("backup", "identity", "adopt", "capacity", "free", "used", "files", "sums"), ()),
     "standing": (Service.op_standing, ("backup", "source"), ()),
     "caught_up": (Service.op_caught_up, ("backup", "source"), ()),
-    "told": (Service.op_told, ("backup",), ("capacity", "free", "want", "used", "files")),
+    "told": (Service.op_told, ("backup",), ("capacity", "free", "want", "used", "files", "rows")),
     "demand": (Service.op_demand, ("backup", "capacity", "free"), ("beyond",)),
     "todo": (Service.op_todo, ("backup", "source", "kind", "after"), ()),
     "done": (Service.op_done, ("backup", "source", "kind", "rows"), ()),
@@ -5775,6 +5816,7 @@ class Pass:
         self.check_links = {name: link.again() for name, link in links.items()}
         self.name = vault.name
         self.stuck = self.misplaced = False
+        self.clock_wrong = False  # it differs from the servers' by more than CLOCK_SLACK
         self.own_standings: "List[Standing]" = []
         self._moved = 0
         self._early = 0, 0
@@ -5783,8 +5825,8 @@ class Pass:
 
     def run(self) -> None:
         try:
-            self.prepare()
             with self.renewing():
+                self.prepare()
                 for standing in list(self.standings.values()):
                     self.guarded(standing, self.catch_up)
                 self.place()
@@ -5811,7 +5853,10 @@ class Pass:
 
         def work() -> None:
             while not over.wait(RENEW_EVERY):
-                self.renew(links)
+                try:
+                    self.renew(links)
+                except Exception as error:  # whatever it is, the next word may get through
+                    log.warning("%s: the servers were not told that files are on their way: %s", self.name, reason_of(error))
             for link in links.values():
                 link.close()
 
@@ -5824,12 +5869,19 @@ class Pass:
             thread.join(1)
 
     def renew(self, links: "Dict[str, Any]") -> None:
-        """A word to each server whose files are on their way here."""
-        coming = {row[0] for row in self.vault.rows("SELECT DISTINCT source FROM coming")}
+        """A word to each server whose files are on their way here, or are read once more after a crash; with the names of
+        those of which we have an older version: no claim says that we are at it."""
+        coming: "Dict[str, List[Tuple[str, bytes]]]" = {}
+        for source, path, updating in self.vault.rows(
+                "SELECT source, path, EXISTS(SELECT 1 FROM held h WHERE h.source=c.source AND h.path=c.path) FROM coming c"):
+            if source in self.config.sources:
+                coming.setdefault(self.config.sources[source].host, []).extend([(source, path)] if updating else [])
         free = self.vault.free()
-        for host in sorted({s.host for s in list(self.standings.values()) if s.name in coming and not s.out}):
+        out = {standing.host for standing in list(self.standings.values()) if standing.out}
+        for host in sorted(set(coming) & set(links) - out):
             with contextlib.suppress(Unreachable, Refused):
-                links[host].call("told", backup=self.name, free=free)
+                words = {"rows": [[s, as_text(p)] for s, p in coming[host][:PAGE]]} if links[host].peer_level() > 1 else {}
+                links[host].call("told", backup=self.name, free=free, **words)
 
     def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
         """Do a step for a source; a source whose host fails or refuses is out for the rest of the pass."""
@@ -5863,6 +5915,7 @@ class Pass:
                 self.find_strangers()
             vault.set_meta("complete", 1)
         in_parallel(self._begin, sorted(self.links))
+        self.keep_what_is_held()
         if self.misplaced:  # so one server says: nothing is done for the others either
             for standing in self.standings.values():
                 standing.out = True
@@ -5871,6 +5924,16 @@ class Pass:
                 answer = self._introduce(self.own, self.host)
                 self.own_standings = [Standing(name, self.host, None, str(answer["books"]), facts)
                                       for name, facts in sorted(answer["sources"].items()) if _is_name(name)]
+
+    def keep_what_is_held(self) -> None:
+        """Old versions of held sources stay.  A source whose host cannot be asked is what it was when it last could: a machine
+        that dies with the disk that its source was on is not to cost the old versions."""
+        told = {standing.name: standing.facts["state"] != "ok" for standing in self.standings.values()}
+        before = set(json.loads(self.vault.meta("held") or "[]"))
+        held = {name for name in self.config.sources if told.get(name, name in before)}
+        if held != before:
+            self.vault.set_meta("held", json.dumps(sorted(held)))
+        self.vault.keep_old(held, self.clock_wrong)
 
     def _begin(self, host: str) -> None:
         link = self.links[host]
@@ -5920,10 +5983,12 @@ class Pass:
                     "release", backup=self.name, source=s.name, paths=[], all=True))
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
+        self.keep_what_is_held()
         vault.expire_attic(self.config.keep)
-        if clock.now() - (vault.meta("pruned") or 0) > PRUNE_EVERY:
+        if abs(clock.now() - (vault.meta("pruned") or 0)) > PRUNE_EVERY and not self.clock_wrong:
             for name in self.config.sources:
-                prune_catalogs(vault.catalog_directory(name), self.config.keep)
+                if not vault.keeps_old(name):
+                    prune_catalogs(vault.catalog_directory(name), self.config.keep)
             vault.set_meta("pruned", clock.now())
 
     def tell(self, want: "Optional[int]" = None) -> None:
@@ -6076,6 +6141,7 @@ class Pass:
             after = page[-1][0]
         standing.facts = link.call("report_end", backup=self.name, source=standing.name, serial=serial)
         if standing.facts["state"] != "ok":
+            self.keep_what_is_held()
             self.figures.complain("%s is held: %s" % (standing.name, held_advice(standing.name, standing.facts)))
 
     def update(self, standing: Standing) -> None:
@@ -6580,6 +6646,10 @@ class Pass:
         """
         vault, now = self.vault, clock.now()
         last = vault.meta("scrubbed")
+        if last is not None and last > now + CLOCK_SLACK:  # the clock was ahead: nothing would be read until it is then
+            last = None
+            with vault.write() as db:
+                db.execute("UPDATE held SET checked=? WHERE checked>?", (now, now))
         if last is None:
             vault.set_meta("scrubbed", now)
             vault.set_meta("walked", now)
@@ -6600,7 +6670,7 @@ class Pass:
         pace = Pace(self.config.rate(vault.spec, key="read_rate"))
         while time.monotonic() < deadline:
             page = vault.rows("SELECT source, path, size, digest FROM held WHERE checked<? ORDER BY checked LIMIT 200", before)
-            read = []
+            read, lost = [], {}
             for source, path, size, digest in page:
                 if size + 4096 > budget or time.monotonic() > deadline:
                     break
@@ -6608,13 +6678,16 @@ class Pass:
                 self.progress.say("%s: reading %s" % (self.name, shown(path)))
                 verdict = self._read_copy(source, path, digest, pace)
                 if verdict:
-                    self.lose(source, path, verdict)
+                    lost.setdefault(source, []).append((path, verdict))
                 else:
-                    read.append((clock.now(), source, path))
-                count += 1
+                    read.append((max(clock.now(), before), source, path))
             with vault.write() as db:
                 db.executemany("UPDATE held SET checked=? WHERE source=? AND path=?", read)
-            if len(page) < 200 or budget < 4096 or not read:
+            for source, rows in lost.items():
+                self.lose(source, rows)
+            done = len(read) + sum(map(len, lost.values()))
+            count += done
+            if len(page) < 200 or done < len(page):  # the last page, or the end of budget or time
                 break
         return count
 
@@ -6657,16 +6730,19 @@ class Pass:
         except OSError as error:
             return "gone" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else reason_of(error)
 
-    def lose(self, source: str, path: bytes, why: str) -> None:
-        """A copy that is not one: set it aside, then tell the server: were it still there, the next pass could confirm it
-        by samples again.  A server that cannot be told hears of it by the next report."""
-        self.figures.complain("%s: the copy of %s in %s is %s; it will be copied again" % (self.name, shown(path), source, why))
+    def lose(self, source: str, rows: "List[Tuple[bytes, str]]") -> None:
+        """Copies, (path, what is wrong), that are none: set them aside, then tell the server: were they still there, the next
+        pass could confirm them by samples again.  A server that cannot be told hears of it by the next report."""
+        for path, why in rows:
+            self.figures.complain("%s: the copy of %s in %s is %s; it will be copied again" % (
+                self.name, shown(path), source, why))
         self.figures.acted()
-        self.vault.set_aside(source, [path], "bad")
+        self.vault.set_aside(source, [path for path, _ in rows], "bad")
         standing = self.standings.get(source)
         if standing and not standing.out:
             with contextlib.suppress(Unreachable, Refused):
-                self.links[standing.host].call("forget", backup=self.name, source=source, paths=[as_text(path)])
+                self.links[standing.host].call("forget", backup=self.name, source=source,
+                                               paths=[as_text(path) for path, _ in rows])
 
 
 def choose_around(offers: "List[Tuple[Any, bytes, int]]", need: int) -> "List[Tuple[Any, bytes, int]]":

@@ -124,7 +124,8 @@ class DistinctHostsTest(Case):
         info = os.stat(os.path.join(source, "f"))
         os.utime(os.path.join(kept, "docs", "f"), ns=(info.st_atime_ns, info.st_mtime_ns))
         cluster.start()
-        cluster.client("a")         # may complain of what it found there
+        self.assertRc(1, cluster.client("a"))       # a directory in use is no backup, until somebody says so
+        cluster.client("a", "--adopt", "b1")        # may complain of what it found there
         cluster.settle()
         self.assertCopies(cluster, "docs", 1)
 

@@ -1,9 +1,14 @@
 """A backup's directory: what is taken for one, who may look into it, and what happens to old versions in it."""
 
+import contextlib
 import os
 import unittest
+import unittest.mock
 
-from tests.harness import Case, inodes, make_tree, tree, write_file
+import cbackup
+from tests.harness import Case, inodes, make_tree, tree, wait_for, write_file
+
+DAY = 86400.0
 
 
 class InUseTest(Case):
@@ -61,6 +66,213 @@ class InUseTest(Case):
         self.c.start()
         self.c.settle()
         self.assertCopies(self.c, "docs", 1)
+
+
+class VaultCase(Case):
+    """A backup without a cluster."""
+
+    SIZE = 1 << 20
+
+    def setUp(self):
+        self.base = self.directory()
+        self.kept = os.path.join(self.base, "backup")
+        self.vault = self.open()
+
+    def open(self, **options):
+        vault = cbackup.Vault(cbackup.Backup("b1", "a", self.kept, size=self.SIZE), "cluster", **options)
+        self.addCleanup(vault.close)
+        return vault
+
+    def hold(self, source, *names, size=1000):
+        """Copies, as if they had come by a pass."""
+        make_tree(os.path.join(self.kept, source), {name: size for name in names})
+        for name in names:
+            path = os.path.join(self.kept, source, name)
+            with open(path, "rb") as file:
+                digest = cbackup.digest_descriptor(file.fileno())[0]
+            self.vault.hold(source, name.encode(), size, os.stat(path).st_mtime_ns, digest, cbackup.clock.now())
+
+    def retire(self, source, *names):
+        self.vault.set_aside(source, [name.encode() for name in names], "deleted")
+
+    def old(self):
+        """The paths of all old versions that are on the disk."""
+        found = []
+        for folder, _, names in os.walk(os.path.join(self.kept, ".cbackup", "attic")):
+            found += names
+        return sorted(found)
+
+    @contextlib.contextmanager
+    def later(self, seconds):
+        """The clock that tests can set."""
+        now = cbackup.clock.now
+        with unittest.mock.patch.object(cbackup.clock, "now", lambda: now() + seconds):
+            yield
+
+
+class OldVersionsTest(VaultCase):
+    """What goes from the attic, and what never does."""
+
+    def setUp(self):
+        super().setUp()
+        self.hold("docs", "a", "b", "c")
+        self.hold("held", "x", "y")
+        self.retire("docs", "a", "b", "c")
+        self.retire("held", "x", "y")
+
+    def test_those_of_a_held_source_do_not_expire(self):
+        self.vault.keep_old(["held"], False)
+        with self.later(365 * DAY):
+            self.vault.expire_attic(30 * DAY)
+            self.assertEqual(["x", "y"], self.old())
+            self.assertEqual(2000, self.vault.attic_bytes())
+            self.vault.keep_old([], False)
+            self.vault.expire_attic(30 * DAY)
+        self.assertEqual([], self.old())
+
+    def test_those_of_a_held_source_give_no_room_and_count_as_none(self):
+        self.assertEqual(self.SIZE, self.vault.free())
+        self.vault.keep_old(["held"], False)
+        self.assertEqual(self.SIZE - 2000, self.vault.free())
+        self.assertEqual((3, 3000), self.vault.make_room(self.SIZE, keep=DAY))
+        self.assertEqual(["x", "y"], self.old())
+        self.vault.keep_old([], False)
+        self.vault.make_room(self.SIZE - 1000)
+        self.assertEqual(["y"], self.old())     # no more than is needed
+
+    def test_with_a_wrong_clock_nothing_expires(self):
+        self.vault.keep_old([], True)
+        with self.later(365 * DAY):
+            self.vault.expire_attic(30 * DAY)
+        self.assertEqual(["a", "b", "c", "x", "y"], self.old())
+
+    def test_what_came_while_the_clock_was_ahead_is_kept_no_longer_than_the_rest(self):
+        self.hold("docs", "future")
+        with self.later(365 * DAY):
+            self.retire("docs", "future")
+        self.vault.expire_attic(30 * DAY)
+        with self.later(31 * DAY):
+            self.vault.expire_attic(30 * DAY)
+        self.assertEqual([], self.old())
+
+
+class HeldTest(Case):
+    """Held means held: in the backups nothing of it goes, however long, whatever room is wanted, whoever is down."""
+
+    def test_the_attic_of_a_held_source_stays_until_it_is_accepted(self):
+        c = self.cluster("s", "t", "a", replicas=1)
+        docs = c.source("docs", "s", {"f%02d" % n: 1000 for n in range(30)})
+        c.backup("b1", "a", "100K")
+        c.start()
+        c.settle()
+        write_file(os.path.join(docs, "f00"), "new")
+        c.settle()
+        self.assertEqual(1, len(c.attic("b1", "docs")))
+        for n in range(30):
+            os.unlink(os.path.join(docs, "f%02d" % n))
+        self.assertIn("held", c.client("a").stderr)
+        c.advance(60 * DAY)
+        c.client("a")
+        c.stop("s")         # a host that cannot be asked any more changes nothing
+        c.client("a")
+        c.source("more", "t", {"large": 75 << 10})      # no room for it beside what is held
+        c.client("a")
+        self.assertEqual(1, len(c.attic("b1", "docs")))
+        c.start("s")
+        self.assertRc(0, c.run("s", "accept", "docs"))
+        c.client("a")
+        c.advance(60 * DAY)
+        c.client("a")
+        self.assertEqual([], c.attic("b1", "docs"))
+
+
+class ManyBadCopiesTest(Case):
+    """However many copies are gone, one `verify` finds them all."""
+
+    def test_verify_goes_on_past_pages_of_bad_copies(self):
+        c = self.cluster("s", "a", replicas=1)
+        c.source("docs", "s", {"f%03d" % n: b"%d" % n for n in range(500)})
+        c.backup("b1", "a", "9M")
+        c.start()
+        c.settle()
+        for n in range(450):
+            os.unlink(c.kept_as("b1", "docs", "f%03d" % n))
+        verify = c.run("a", "verify")
+        self.assertRc(1, verify)
+        self.assertEqual(450, sum("is gone" in line for line in verify.error_lines), verify.stderr[:2000])
+        c.settle()
+        self.assertCopies(c, "docs", 1)
+
+
+class SomeLink:
+    """A server that answers nothing but `told`, and not always."""
+
+    def __init__(self):
+        self.told = []
+
+    def again(self):
+        return self
+
+    def close(self):
+        pass
+
+    def peer_level(self):
+        return cbackup.LEVEL
+
+    def call(self, op, **fields):
+        self.told.append(dict(fields, op=op))
+        if len(self.told) % 2:
+            raise [KeyError("nonsense"), OSError(5, "an error"), cbackup.ProtocolError("nonsense")][len(self.told) // 2 % 3]
+        return {}
+
+
+class RenewingTest(VaultCase):
+    """Claims do not run out while a client is at work, however long it takes."""
+
+    def setUp(self):
+        super().setUp()
+        self.link = SomeLink()
+        config = cbackup.parse_config("[hosts]\ns=1.1.1.1\na=1.1.1.1:2\n[sources]\ndocs=s:/x\n[backups]\nb1=a:%s size=1M\n"
+                                      % self.kept)
+        self.one = cbackup.Pass(self.vault, config, "a", {"s": self.link}, cbackup.Figures())
+
+    def expect(self, *names):
+        self.vault.expect("docs", "b", [cbackup.Wanted(name.encode(), 1000, 1, 0o644, 0, 0, 1) for name in names])
+
+    def test_no_error_ends_the_renewing(self):
+        self.expect("new")
+        with unittest.mock.patch.object(cbackup, "RENEW_EVERY", 0.001), self.assertLogs("cbackup", "WARNING"):
+            with self.one.renewing():
+                wait_for(lambda: len(self.link.told) > 9, 10, "nobody is told any more")
+        self.assertEqual({"told"}, {words["op"] for words in self.link.told})
+
+    def test_updates_under_way_are_named_and_new_files_are_not(self):
+        self.hold("docs", "known")
+        self.expect("known", "new")
+        self.link.told.append({})
+        self.one.renew(self.one.links)
+        self.assertEqual([["docs", "known"]], self.link.told[-1]["rows"])
+
+    def test_an_update_that_is_named_is_waited_for_and_others_are_not(self):
+        make_tree(os.path.join(self.base, "docs"), {"large": "1", "other": "2"})
+        source = cbackup.Source("docs", "s", os.path.join(self.base, "docs"), 1)
+        books = cbackup.Books(os.path.join(self.base, "books.db"), "s")
+        self.addCleanup(books.close)
+        spec = cbackup.Backup("b1", "a", self.kept, size=self.SIZE)
+        books.configure(cbackup.Config(text="", sources={"docs": source}, backups={"b1": spec}))
+        cbackup.run_scan(books, source)
+        number, row = books.backup_id("b1"), books.source_row("docs")
+        for each in books.rows("SELECT id FROM entries WHERE kind='f'"):
+            with books.write() as db:
+                db.execute("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'s',?)",
+                           (each[0], number, row["id"], books.up() + cbackup.STALE_LEASE))
+        steady = cbackup.clock.steady
+        for hours in (2, 4, 6):
+            with unittest.mock.patch.object(cbackup.clock, "steady", lambda: steady() + hours * 3600):
+                books.renew_updates(number, [(row["id"], b"large")])
+                books.expire(10 * DAY)
+        self.assertEqual([(b"large", "s"), (b"other", "o")], books.rows(
+            "SELECT e.path, c.state FROM copies c JOIN entries e ON e.id=c.file ORDER BY 1"))
 
 
 if __name__ == "__main__":
