@@ -135,8 +135,8 @@ did not fire within 30 s on stalled 3.2.7 and 3.5.0 clients (measured), so the r
 MAX_CONNECTIONS = 200
 """Connections a server serves at once; more are closed at the door."""
 
-LOOK_WAIT = 20.0
-"""Longest time a `look` request waits for the scan before it answers "still scanning"."""
+LOOK_WAIT, READ_WAIT = 20.0, 5.0
+"""Longest times a `look` request waits for the scan before it answers "still scanning", and behind it for files to be read."""
 
 BATCH_FILES, BATCH_BYTES = 1000, 1 << 30
 """One rsync run.  1,000 files cost 0.16 s through the channel, 10,000 1.5 s (measured): larger batches
@@ -166,6 +166,13 @@ WHOLE_BELOW = 256 << 10
 """A file up to WHOLE_BELOW is compared in full when confirmed, a larger one by SAMPLES random samples."""
 
 READ_BLOCK = 1 << 20
+
+ROTTEN = "rotten"
+"""What `entries.blocked` says of a file whose content changed while its inode, size and times did not."""
+
+FINE_CLOCK, COARSE_CLOCK = 0.1, 2.1
+"""A file that was changed so many seconds ago may be changed again without that its times show it: times come from the
+kernel's tick (at most 10 ms), on older file systems they are whole seconds, on FAT every second one."""
 
 CANDIDATES, CHOICE = 64, 4
 """Files of the lowest level that a claim looks at: 64 (the simulation's sample), and 4 for each one that is wanted."""
@@ -1357,25 +1364,30 @@ BOOKS_SCHEMA_VERSION = 2
 BOOKS_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
 
--- state: ok | held.  accepted: the next scan applies whatever it finds.  gen: the open catalog generation.
+-- state: ok | held.  gen: the open catalog generation.
 CREATE TABLE sources(
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, path TEXT, replicas INTEGER, active INTEGER,
-    device INTEGER, fsid INTEGER, state TEXT DEFAULT 'ok', cause TEXT, reason TEXT, accepted INTEGER DEFAULT 0,
+    device INTEGER, fsid INTEGER, state TEXT DEFAULT 'ok', cause TEXT, reason TEXT,
     gen INTEGER DEFAULT 1, scanned REAL, special INTEGER DEFAULT 0, problems TEXT);
 
--- What is in the sources.  kind: f, d or l.  version: changes with the content.  suspect: same size and mtime
--- as the version before, so only a full read decides.  blocked: cannot be copied (unreadable, or rotten).
--- rnd: random, so that a random file of a group is found by index.
+-- What is in the sources.  kind: f, d or l.  version: changes with the content.  blocked: cannot be copied (unreadable, or
+-- rotten).  rnd: random, so that a random file of a group is found by index.
+-- digest: of the present version, a fact or presumed.  doubt: since when it is presumed (seconds since 1970): the server has
+-- not read its file since; NULL: read in full, or there is no digest.  basis: where the digest is from: p the file itself
+-- (read for this or an earlier inode and ctime) | c a copy that was just made | r a copy of which new books heard.
+-- other: the digest that was read instead, while it is not decided yet whether that is a mass change.
 CREATE TABLE entries(
     id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER, parent INTEGER, path BLOB, kind TEXT, size INTEGER,
     mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER,
-    target BLOB, version INTEGER, digest BLOB, suspect INTEGER DEFAULT 0, blocked TEXT, gen INTEGER,
-    grp INTEGER, rnd INTEGER);
+    target BLOB, version INTEGER, digest BLOB, blocked TEXT, gen INTEGER, grp INTEGER, rnd INTEGER,
+    doubt REAL, basis TEXT, other BLOB);
 CREATE UNIQUE INDEX entries_path ON entries(source, path);
 CREATE INDEX entries_parent ON entries(parent);
 CREATE INDEX entries_gen ON entries(source, gen);
 CREATE INDEX entries_rnd ON entries(grp, rnd) WHERE grp IS NOT NULL;
 CREATE INDEX entries_size ON entries(grp, size) WHERE grp IS NOT NULL;
+CREATE INDEX entries_doubt ON entries(source, doubt) WHERE doubt IS NOT NULL;
+CREATE INDEX entries_other ON entries(source) WHERE other IS NOT NULL;
 
 -- Files that are gone but still lie in backups that have not heard of it.
 CREATE TABLE gone(id INTEGER PRIMARY KEY, source INTEGER, path BLOB);
@@ -1452,6 +1464,14 @@ CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
 
 
 BOOKS_UPGRADES: "Dict[int, str]" = {1: """
+ALTER TABLE entries ADD COLUMN doubt REAL;
+ALTER TABLE entries ADD COLUMN basis TEXT;
+ALTER TABLE entries ADD COLUMN other BLOB;
+CREATE INDEX entries_doubt ON entries(source, doubt) WHERE doubt IS NOT NULL;
+CREATE INDEX entries_other ON entries(source) WHERE other IS NOT NULL;
+-- What layout 1 calls the digest of a file over 256 KiB was compared by samples only.
+UPDATE entries SET basis='p' WHERE digest IS NOT NULL AND size<=262144;
+UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL) WHERE digest IS NOT NULL AND size>262144;
 """}
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
@@ -1691,6 +1711,11 @@ class Books:
             raise Refused("unknown", "%s knows no backup %s: is its configuration the same?" % (self.host, name))
         return row[0]
 
+    def source_name(self, source: int) -> "Optional[str]":
+        """The name of an active source by its number."""
+        row = self.one("SELECT name FROM sources WHERE id=? AND active=1", source)
+        return row[0] if row else None
+
     def _forget_shapes(self) -> None:
         """Whenever what `host_of` says may have changed, or a new group may have been rolled back."""
         self._hosts.clear()
@@ -1891,29 +1916,40 @@ class Books:
         return number
 
     def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]", how: str) -> None:
-        """A known path with new facts.  `how`: "content" (a new version), "suspect" (a new version that has
-        size and mtime of the old one), "metadata" (mode or owner), "silent" (nothing that anybody must hear)."""
+        """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or owner), "silent" (nothing that
+        anybody must hear).  row["doubt"]: the content is presumed to be the same, and is to be read."""
         db = self.db
         db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, nlink=?, target=?, "
                    "blocked=? WHERE id=?", (row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"],
                                             row["ctime"], row["nlink"], row["target"], row["blocked"], number))
+        if row["doubt"]:
+            self._doubt(source, number)
         if how == "silent":
             return
         db.execute("UPDATE entries SET gen=? WHERE id=?", (source["gen"], number))
         if row["kind"] != "f":
             return
+        db.execute("DELETE FROM declines WHERE file=?", (number,))
         if how == "metadata":
             db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
-            db.execute("DELETE FROM declines WHERE file=?", (number,))
         else:
-            db.execute("UPDATE entries SET version=?, digest=NULL, suspect=? WHERE id=?",
-                       (self._next_version(), int(how == "suspect"), number))
-            db.execute("UPDATE copies SET checked=NULL, state=CASE state WHEN 'k' THEN 's' ELSE state END, "
-                       "expires=CASE state WHEN 'k' THEN ? ELSE expires END, "
-                       "todo=CASE state WHEN 'c' THEN todo ELSE todo|? END WHERE file=?",
-                       (self.up() + STALE_LEASE, TODO_UPDATE, number))
-            db.execute("DELETE FROM declines WHERE file=?", (number,))
+            db.execute("UPDATE entries SET version=?, digest=NULL, doubt=NULL, basis=NULL, other=NULL WHERE id=?",
+                       (self._next_version(), number))
+            self._copies_are_old(number)
         self.regroup([number])
+
+    def _copies_are_old(self, number: int) -> None:
+        """What the backups have is not the file's present content; the caller regroups."""
+        self.db.execute(
+            "UPDATE copies SET checked=NULL, state=CASE state WHEN 'k' THEN 's' ELSE state END, "
+            "expires=CASE state WHEN 'k' THEN ? ELSE expires END, "
+            "todo=CASE WHEN state IN ('c', 'r') THEN todo ELSE todo|? END WHERE file=?",
+            (self.up() + STALE_LEASE, TODO_UPDATE, number))
+
+    def _doubt(self, source: "Dict[str, Any]", number: int) -> None:
+        """From now on a digest is only presumed: the file is not, to the inode and ctime, the one that was read."""
+        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=? WHERE id=? AND digest IS NOT NULL",
+                        (clock.now(), source["gen"], number))
 
     def lift(self, number: int) -> None:
         """First half of a move: free the entry's path, so that swaps and chains do not collide."""
@@ -1923,8 +1959,12 @@ class Books:
         self.db.execute("UPDATE entries SET path=? WHERE id=?", (b"\0%d" % number, number))
 
     def settle_move(self, source: "Dict[str, Any]", number: int, old: bytes, row: "Dict[str, Any]", parent: int) -> None:
-        """Second half: the file has its new path and metadata; its content and copies are the same."""
+        """Second half: the file has its new path and metadata; its content and copies are presumed to be the same.  With
+        the ctime that it had when it was read they are known to be: its directory was renamed."""
         db = self.db
+        ctime = db.execute("SELECT ctime FROM entries WHERE id=?", (number,)).fetchone()[0]
+        if ctime != row["ctime"] or ctime % 1000000000 == 0:  # whole seconds: inodes may be used again within one
+            self._doubt(source, number)
         if not db.execute("SELECT 1 FROM entries WHERE source=? AND path=?", (source["id"], old)).fetchone():
             self._grave(source, old)
         db.execute("DELETE FROM graves WHERE source=? AND path=?", (source["id"], row["path"]))
@@ -1945,7 +1985,7 @@ class Books:
         return files or 0, size or 0
 
     def finish_scan(self, name: str, **facts: Any) -> None:
-        """Record a scan's own facts: scanned, device, fsid, state, cause, reason, accepted, special, problems."""
+        """Record a scan's own facts: scanned, device, fsid, state, cause, reason, special, problems."""
         with self.write() as db:
             db.execute("UPDATE sources SET %s WHERE name=?" % ", ".join("%s=?" % key for key in facts),
                        list(facts.values()) + [name])
@@ -2166,7 +2206,8 @@ class Books:
         return chosen
 
     def grant_drop(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]") -> "List[bytes]":
-        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain without it.
+        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain without it, of a content
+        that our own file was read to have.
 
         The grant is committed before it is returned.  A caller that dies now still has the bytes: its sum
         differs from ours then, it reports everything, and the copy counts again.
@@ -2175,7 +2216,8 @@ class Books:
         with self.write() as db:
             for path in paths:
                 row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
-                               "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
+                               "ON g.id=e.grp WHERE e.source=? AND e.path=? AND e.doubt IS NULL AND e.digest IS NOT NULL",
+                               source["id"], path)
                 if not row:
                     continue
                 group = Group(row[1:], self.host_of)
@@ -2256,16 +2298,21 @@ class Books:
                 self.regroup([row[0]])
                 self._retire_outdated(row[0])
 
+    FACTS = ("id", "version", "size", "mtime", "ino", "ctime", "digest", "doubt", "blocked", "path", "source")
+
     def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
         """Facts of a file's present version, for a confirmation; None when there is no such file."""
-        row = self.one("SELECT id, version, size, mtime, ino, ctime, digest, suspect, blocked FROM entries "
-                       "WHERE source=? AND path=? AND kind='f'", source, path)
-        return dict(zip(("id", "version", "size", "mtime", "ino", "ctime", "digest", "suspect", "blocked"), row)) \
-            if row else None
+        row = self.one("SELECT %s FROM entries WHERE source=? AND path=? AND kind='f'" % ", ".join(self.FACTS), source, path)
+        return dict(zip(self.FACTS, row)) if row else None
+
+    def facts_of(self, number: int) -> "Optional[Dict[str, Any]]":
+        """The same by the file's number."""
+        row = self.one("SELECT %s FROM entries WHERE id=? AND kind='f'" % ", ".join(self.FACTS), number)
+        return dict(zip(self.FACTS, row)) if row else None
 
     def record_check(self, backup: int, source: "Dict[str, Any]", results: "List[Tuple[int, int, bytes]]") -> "List[int]":
-        """Note that `backup` has the right contents of (file id, version, digest); the first digest of a version
-        goes into the catalog.  Returns the ids for which the version is still the same."""
+        """Note that `backup` has the right contents of (file id, version, digest), as far as samples tell; the first digest
+        of a version is presumed until our own file was read.  Returns the ids for which the version is still the same."""
         noted = []
         with self.write() as db:
             for number, version, digest in results:
@@ -2273,8 +2320,10 @@ class Books:
                 if not row or row[0] != version or row[1] not in (None, digest):
                     continue
                 if row[1] is None:
-                    db.execute("UPDATE entries SET digest=?, suspect=0, gen=? WHERE id=?",
-                               (digest, source["gen"], number))
+                    had = db.execute("SELECT 1 FROM copies WHERE file=? AND backup=? AND tag IS NOT NULL",
+                                     (number, backup)).fetchone()
+                    db.execute("UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=? WHERE id=?",
+                               (digest, clock.now(), "r" if had else "c", source["gen"], number))
                 if not db.execute("UPDATE copies SET checked=? WHERE file=? AND backup=?",
                                   (version, number, backup)).rowcount:
                     db.execute("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
@@ -2282,6 +2331,85 @@ class Books:
                     self.regroup([number])
                 noted.append(number)
         return noted
+
+    # -- proof: what our own files have in them --
+
+    def unread(self, source: int, before: "Tuple[float, int]", limit: int) -> "List[Dict[str, Any]]":
+        """Facts (see version_of) of files whose digest is presumed, those of which it was presumed last first; behind
+        `before`, the (doubt, id) of the last one."""
+        return [dict(zip(self.FACTS, row)) for row in self.rows(
+            "SELECT %s FROM entries WHERE source=? AND doubt IS NOT NULL AND doubt<=? AND (doubt<? OR id<?) AND other IS NULL "
+            "ORDER BY doubt DESC, id DESC LIMIT ?" % ", ".join(self.FACTS),
+            source, before[0], before[0], before[1], limit)]
+
+    def unread_count(self, source: int) -> "Tuple[int, Optional[float]]":
+        """(files whose digest is presumed, since when the first of them is)."""
+        return self.one("SELECT COUNT(*), MIN(doubt) FROM entries WHERE source=? AND doubt IS NOT NULL", source)
+
+    def prove(self, source: "Dict[str, Any]", facts: "Dict[str, Any]", own: bytes, sure: bool = False) -> str:
+        """The server has read a file in full; `facts`: what it was before and after; `own`: its digest.
+
+        Returns "proven"; "changed" (the books know another version by now); "rotten" (it was proven before, and nothing but
+        the content changed); "copies" (its copies were not of this content: they are out of date now); or "other": it is
+        not what its copies have, and whether that is a change or a mass change is for `settle_others` to say.  `sure`: some
+        copy has this content, so it is no mass change.
+        """
+        with self.write() as db:
+            row = db.execute("SELECT size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE id=? AND kind='f'",
+                             (facts["id"],)).fetchone()
+            if not row or row[:4] != tuple(facts[key] for key in ("size", "mtime", "ino", "ctime")):
+                return "changed"
+            digest, doubt, basis = row[4:]
+            if digest in (None, own):
+                if doubt is not None or digest is None:
+                    db.execute("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=? WHERE id=?",
+                               (own, source["gen"], facts["id"]))
+                return "proven"
+            if doubt is None:
+                db.execute("UPDATE entries SET blocked=? WHERE id=?", (ROTTEN, facts["id"]))
+                self.regroup([facts["id"]])
+                return "rotten"
+            db.execute("UPDATE entries SET other=? WHERE id=?", (own, facts["id"]))
+            if basis != "c" and not sure:
+                return "other"
+            self._take_other(source, facts["id"])
+            return "copies"
+
+    def _take_other(self, source: "Dict[str, Any]", number: int) -> None:
+        """What was read is a file's content from now on.  Where another content had been read before it is a new version;
+        else only its copies were wrong."""
+        self.db.execute("UPDATE entries SET version=CASE basis WHEN 'p' THEN ? ELSE version END, digest=other, doubt=NULL, "
+                        "basis='p', other=NULL, gen=? WHERE id=?", (self._next_version(), source["gen"], number))
+        self.db.execute("DELETE FROM declines WHERE file=?", (number,))
+        self._copies_are_old(number)
+        self.regroup([number])
+
+    def settle_others(self, source: "Dict[str, Any]", equal: int, consent: bool = False) -> None:
+        """Decide about files that were found to have another content while size and times are the same: taken over one by
+        one, unless more than half of a source may be so.  Then it waits until that is known, and the source is held.
+
+        equal: how many of its files were read meanwhile and were as presumed; consent: somebody said `accept`.
+        """
+        with self.write() as db:
+            others = [row[0] for row in db.execute(
+                "SELECT id FROM entries WHERE source=? AND other IS NOT NULL ORDER BY id", (source["id"],))]
+            files, unread = self.file_counts(source["id"])[0], self.unread_count(source["id"])[0] - len(others)
+            small = files < HELD_SHARE_OF
+            if not others or source["state"] != "ok" and not consent:
+                return
+            if consent or small or len(others) <= equal or (len(others) + unread) * 2 <= files:
+                for number in others:
+                    self._take_other(source, number)
+            elif self.mostly_other(source["id"]):
+                self.finish_scan(source["name"], state="held", cause="bytes", reason=(
+                    "of the %s in %s, %s have another content than before, while size and time of change are the same"
+                    % (count_of(files, "file"), source["path"], format(len(others), ","))))
+
+    def mostly_other(self, source: int) -> bool:
+        """Whether more than half of a source's files are known to have another content than presumed."""
+        others = self.one("SELECT COUNT(*) FROM entries WHERE source=? AND other IS NOT NULL", source)[0]
+        files = self.file_counts(source)[0]
+        return files >= HELD_SHARE_OF and others * 2 > files
 
     def count_copies(self, backup: int, source: int, rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         """The second step of a confirmation: (path, version, tag) are durable at their place in `backup`.
@@ -2336,9 +2464,10 @@ class Books:
     # -- what a backup must hear --
 
     def todo(self, backup: int, source: int, kind: int, after: int) -> "List[Tuple[Any, ...]]":
-        """A page of rows (cursor, path as the backup has it, tag, WANTED columns or Nones when retired)."""
+        """A page of rows (cursor, path as the backup has it, tag, digest that a counted copy has, WANTED columns or Nones
+        when retired)."""
         return self.rows(
-            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, %s FROM copies c LEFT JOIN entries e ON e.id=c.file "
+            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, CASE c.state WHEN 'k' THEN e.digest END, %s FROM copies c LEFT JOIN entries e ON e.id=c.file "
             "LEFT JOIN gone g ON g.id=c.file WHERE c.backup=? AND c.source=? AND c.todo>0 AND c.todo&? AND c.file>? "
             "ORDER BY c.file LIMIT ?" % self.WANTED, backup, source, kind, after, PAGE)
 
@@ -2478,7 +2607,7 @@ class Books:
         return self.rows(
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
             "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
-            "AND c.state='k') FROM entries "
+            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL FROM entries "
             "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
             "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
 
@@ -2511,6 +2640,8 @@ class Books:
             if blocked:
                 out["blocked_files"] += files
         out["copies"] = {str(k): histogram[k] for k in sorted(histogram)}
+        out["unproven_files"], since = self.unread_count(source["id"])
+        out["unproven_since"] = None if since is None else max(0.0, clock.now() - since)
         return out
 
     def duties(self) -> "Dict[str, int]":
@@ -2572,18 +2703,18 @@ class Books:
 
 SCAN_TABLES = """
 CREATE TEMP TABLE IF NOT EXISTS found(
-    path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER,
-    uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB, blocked TEXT);
+    path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT, size INTEGER, mtime INTEGER,
+    mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB, blocked TEXT);
 CREATE TEMP TABLE IF NOT EXISTS lost(
     id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER, replaced INTEGER);
 CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
 CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
 DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
 """
-"""What one scan found to be different.  how: new | replaced (another inode) | content | suspect | metadata |
-silent.  lost: entries that are gone, and those whose inode was replaced."""
+"""What one scan found to be different.  how: new | replaced (another file) | content | metadata | silent.  doubt: the
+content is presumed to be the same.  lost: entries that are gone, and those that were replaced."""
 
-FOUND_COLUMNS = ("path", "above", "known", "how", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
+FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
                  "target", "blocked")
 APPLY_CHUNK = 5000
 """Rows applied in one transaction, so that a first scan does not keep clients waiting for minutes."""
@@ -2628,8 +2759,10 @@ class Scan:
     one that must not reach the backups by itself.
     """
 
-    def __init__(self, books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None) -> None:
-        self.books, self.source = books, source
+    def __init__(self, books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None,
+                 consent: bool = False) -> None:
+        """consent: somebody said `accept`.  It is for what this scan finds, and ends with it, however it ends."""
+        self.books, self.source, self.consent = books, source, consent
         self.root = os.fsencode(source.path)
         self.excluded = compile_excludes(source.exclude)
         self.pace = pace or Pace(None)
@@ -2652,7 +2785,7 @@ class Scan:
         self._look_at_root()
         self._walk()
         self._match_moves()
-        if not row["accepted"]:
+        if not self.consent:
             self._judge()
         changed = self._apply()
         self._finish()
@@ -2744,7 +2877,7 @@ class Scan:
         return {"path": path, "above": above, "kind": kind, "size": info.st_size if kind == "f" else 0,
                 "mtime": info.st_mtime_ns, "mode": stat.S_IMODE(info.st_mode), "uid": info.st_uid, "gid": info.st_gid,
                 "ino": info.st_ino, "ctime": info.st_ctime_ns, "nlink": info.st_nlink if kind == "f" else 1,
-                "target": None, "blocked": None, "known": None, "how": "new"}
+                "target": None, "blocked": None, "known": None, "how": "new", "doubt": 0}
 
     def _compare(self, row: "Dict[str, Any]", old: "Optional[Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
         """`row` with `known` and `how` filled in; None when nothing is different."""
@@ -2756,8 +2889,10 @@ class Scan:
             return row
         number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked = old
         same_owner = (mode, uid, gid) == (row["mode"], row["uid"], row["gid"])
-        if (size, mtime, ino, ctime, blocked) == (row["size"], row["mtime"], row["ino"], row["ctime"], None) \
-                and same_owner:
+        if same_owner and (size, mtime, ino, ctime) == (row["size"], row["mtime"], row["ino"], row["ctime"]) \
+                and blocked in (None, ROTTEN):
+            if blocked:
+                self._problem(row["path"], "has rotted: its content changed, its size and times did not")
             return None
         row["known"] = number
         self._read_more(row, full)
@@ -2773,17 +2908,13 @@ class Scan:
         return row
 
     def _file_change(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]", same_owner: bool) -> str:
+        """What became of a known file.  The same size and time at the same path is presumed to be the same content, also in
+        another inode: a package that was installed again, a disk that was replaced."""
         _, _, size, mtime, _, _, _, ino, ctime, nlink, _, blocked = old
-        if ino != row["ino"] and ctime != row["ctime"]:
-            return "replaced"
         if (size, mtime) != (row["size"], row["mtime"]):
-            return "content"
-        if ctime == row["ctime"]:
-            # File systems without inodes of their own number them anew at each mount: no sign of a change.
-            return "silent" if same_owner and blocked == row["blocked"] else "metadata"
-        if not same_owner or nlink != row["nlink"] or blocked != row["blocked"]:
-            return "metadata"
-        return "suspect"
+            return "replaced" if ino != row["ino"] and ctime != row["ctime"] else "content"
+        row["doubt"] = int(ino != row["ino"] or ctime != row["ctime"])
+        return "silent" if same_owner and blocked == row["blocked"] and nlink == row["nlink"] else "metadata"
 
     def _read_more(self, row: "Dict[str, Any]", full: bytes) -> None:
         if row["kind"] == "l":
@@ -2843,8 +2974,8 @@ class Scan:
     def _judge(self) -> None:
         gone = self._count("SELECT COUNT(*) FROM lost l WHERE kind='f' AND replaced=0 "
                            "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id)")
-        changed = self._count("SELECT COUNT(*) FROM found f JOIN lost l ON l.id=f.known WHERE f.how='replaced' AND "
-                              "(f.size<>l.size OR f.mtime<>l.mtime) AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id)") \
+        changed = self._count("SELECT COUNT(*) FROM found f WHERE f.how='replaced' AND NOT EXISTS("
+                              "SELECT 1 FROM moves m WHERE m.lost=f.known)") \
             + self._count("SELECT COUNT(*) FROM found WHERE kind='f' AND how='content'")
         path, known = self.source.path, self.known_files
         elsewhere = self.row["device"] is not None and self.row["device"] != self.device \
@@ -2929,23 +3060,28 @@ class Scan:
             if books.one("SELECT 1 FROM moves WHERE lost=?", row["known"]):
                 books.add_entry(self.row, row, self._parent_id(row))
             else:
-                size, mtime = books.one("SELECT size, mtime FROM lost WHERE id=?", row["known"])
-                same = (size, mtime) == (row["size"], row["mtime"])
-                books.change_entry(self.row, row["known"], row, "suspect" if same else "content")
+                books.change_entry(self.row, row["known"], row, "content")
         else:
             books.change_entry(self.row, row["known"], row, row["how"])
 
     def _finish(self) -> None:
-        held, row = False, self.row
-        if row["state"] == "held" and row["cause"] == "report" and not row["accepted"]:
-            bad, total = self.books.mismatch(row["id"])
-            held = bad * 2 > total
+        """The scan's own facts; what others than a scan had held stays held until they say otherwise, or with consent."""
+        books, row = self.books, self.row
         facts: "Dict[str, Any]" = {
             "device": self.device, "fsid": self.fsid, "scanned": clock.now(), "special": self.special,
             "problems": json.dumps({"count": self.problem_count, "some": self.problems})}
-        if not held:
-            facts.update(state="ok", cause=None, reason=None)
-        self.books.finish_scan(self.source.name, **facts)
+        with books.write():
+            if self.consent:
+                books.set_meta("accepted:" + self.source.name, 1)  # these books need not ask again what backups report
+                books.settle_others(row, 0, consent=True)
+            elif row["state"] == "held" and row["cause"] == "report":
+                bad, total = books.mismatch(row["id"])
+                held = bad * 2 > total
+            else:
+                held = row["state"] == "held" and row["cause"] == "bytes" and books.mostly_other(row["id"])
+            if self.consent or not held:
+                facts.update(state="ok", cause=None, reason=None)
+            books.finish_scan(self.source.name, **facts)
 
 
 def _fsid(path: bytes) -> int:
@@ -2958,10 +3094,11 @@ def _fsid(path: bytes) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None) -> bool:
+def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None,
+             consent: bool = False) -> bool:
     """One scan, its verdict recorded.  Returns whether anything was different."""
     try:
-        return Scan(books, source, skip, pace).run()
+        return Scan(books, source, skip, pace, consent).run()
     except Held as held:
         before = books.source_row(source.name)
         if before["state"] != "held" or before["reason"] != str(held):
@@ -2970,37 +3107,69 @@ def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Op
         return False
 
 
-def read_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]", pace: "Pace") -> str:
-    """Compare what a client says of a copy with the source's own file.
+def compare_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]") -> "Tuple[str, Optional[bytes]]":
+    """Compare what a client says of a copy with the source's own file, shortly: (verdict, digest when all was read).
 
-    `facts`: Books.version_of; `given`: size, digest, offsets and samples.  Returns "ok", "changed" (the file
-    is not, or no longer, the version in the books), "bad" (the copy is wrong), "rotten" (our own file is no
-    longer what its digest says, with size, mtime and ctime unchanged) or "unreadable".
+    `facts`: Books.version_of; `given`: size, digest, offsets and samples.  Verdicts: "ok", "changed" (the file is not, or
+    no longer, the version in the books), "bad" (the copy is wrong), "unreadable", or "unproven": only reading all of our own
+    file will tell.  It is not slowed down: the bytes are those that were just sent, or few.
     """
     try:
         descriptor = tree.open(given["path"])
     except OSError as error:
-        return "changed" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else "unreadable"
+        return _why_unopened(error), None
     try:
         if not _is_version(os.fstat(descriptor), facts):
-            return "changed"
-        expected = facts["digest"]
-        disputed = facts["suspect"] or expected is not None and expected != given["digest"]
-        if disputed or facts["size"] <= WHOLE_BELOW or not given["offsets"] and expected is None:
-            own = digest_descriptor(descriptor, pace)[0]
+            return "changed", None
+        own, known = None, facts["digest"]
+        if facts["size"] <= WHOLE_BELOW:
+            own = digest_descriptor(descriptor)[0]
             verdict = "ok" if own == given["digest"] else "bad"
-            if expected is not None and own != expected:
-                verdict = "rotten"
         elif not given["offsets"]:
-            verdict = "ok"
+            verdict = "ok" if given["digest"] == known else "unproven"
+        elif digest_samples(descriptor, given["offsets"]) != given["samples"]:
+            verdict = "unproven" if given["digest"] == known else "bad"
         else:
-            pace.spent(SAMPLES * SAMPLE_BYTES)
-            verdict = "ok" if digest_samples(descriptor, given["offsets"]) == given["samples"] else "bad"
-        return verdict if _is_version(os.fstat(descriptor), facts) else "changed"
+            verdict = "ok" if known in (None, given["digest"]) else "unproven"
+        info = os.fstat(descriptor)
+        if not _is_version(info, facts):
+            return "changed", None
+        return verdict, None if is_fresh(info) else own
     except OSError:
-        return "unreadable"
+        return "unreadable", None
     finally:
         os.close(descriptor)
+
+
+def read_own(tree: Tree, facts: "Dict[str, Any]", pace: Pace) -> "Tuple[str, Optional[bytes]]":
+    """Read one of our own files in full: ("read", its digest), or why not: "changed" (it is not, or no longer, what the
+    books know), "fresh" (it was changed just now, and might be again without that its times show it), "unreadable"."""
+    try:
+        descriptor = tree.open(facts["path"])
+    except OSError as error:
+        return _why_unopened(error), None
+    try:
+        info = os.fstat(descriptor)
+        if not _is_version(info, facts):
+            return "changed", None
+        if is_fresh(info):
+            return "fresh", None
+        own = digest_descriptor(descriptor, pace)[0]
+        return ("read", own) if _is_version(os.fstat(descriptor), facts) else ("changed", None)
+    except OSError:
+        return "unreadable", None
+    finally:
+        os.close(descriptor)
+
+
+def _why_unopened(error: OSError) -> str:
+    return "changed" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else "unreadable"
+
+
+def is_fresh(info: os.stat_result) -> bool:
+    """Whether a file was changed so shortly ago that a further change may leave its times as they are."""
+    margin = FINE_CLOCK if info.st_ctime_ns % 1000000000 else COARSE_CLOCK
+    return abs(time.time() - info.st_ctime) < margin  # the kernel's clock, also where tests set ours
 
 
 def _is_version(info: os.stat_result, facts: "Dict[str, Any]") -> bool:
@@ -4260,14 +4429,14 @@ class Vault:
 
     def _still_whole(self, source: str, path: bytes) -> bool:
         """Whether what was confirmed is still what lies here: when the power failed before it was durable, its bytes may be
-        gone.  What is not, at its place, is set aside."""
+        gone.  What is not, at its place, is set aside, unless it is still the version before."""
         digest = self.one("SELECT digest FROM coming WHERE source=? AND path=?", source, path)[0]
         staged = self.tree.lstat(self.incoming(source, path)) is not None
-        whole = bool(self.tree.digest(
-            self.incoming(source, path) if staged else self.place_of(source, path))[0] == digest)
-        if not whole and not staged:
+        found = self.tree.digest(self.incoming(source, path) if staged else self.place_of(source, path))[0]
+        before = self.held(source, path)
+        if found != digest and not staged and not (before and before[2] == found):
             self.set_aside(source, [path], "bad")
-        return whole
+        return bool(found == digest)
 
     def needs_rebuild(self) -> bool:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
@@ -4288,7 +4457,6 @@ class Vault:
                 continue
             known = self._named_in_catalogs(as_text(name))
             if known or as_text(name) in configured:
-                self.set_meta("rebuilt:" + as_text(name), 1)
                 for rel in self.tree.walk_files(name):
                     path = rel[len(name) + 1:]
                     if not known or self.one("SELECT 1 FROM named WHERE path=?", path):
@@ -4443,7 +4611,8 @@ def _stamp_time(stamp: bytes) -> float:
 @dataclass(frozen=True)
 class CatalogRow:
     """One path of a source at one time.  kind None: no longer there.  link: a number shared by hard links.
-    holders: the backups that had a copy, so that a restore can say who is missing."""
+    holders: the backups that had a copy, so that a restore can say who is missing.  proven: the source's server had read
+    the file in full; else the digest was presumed."""
 
     path: bytes
     kind: "Optional[str]" = None
@@ -4458,25 +4627,27 @@ class CatalogRow:
     target: "Optional[bytes]" = None
     digest: "Optional[bytes]" = None
     holders: "Tuple[str, ...]" = ()
+    proven: bool = True
 
     def to_json(self) -> "List[Any]":
+        """[path], or the 12 columns that every version reads; a thirteenth, 0, only for a file that is not proven."""
         if self.kind is None:
             return [as_text(self.path)]
         extra = self.digest.hex() if self.digest else as_text(self.target) if self.target is not None else None
         return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid, self.user,
-                self.group, self.link, extra, list(self.holders)]
+                self.group, self.link, extra, list(self.holders)] + ([] if self.proven else [0])
 
     @classmethod
     def from_json(cls, row: Any) -> "CatalogRow":
         """Check a row from a peer or a disk.  Raises ProtocolError for anything that is not of the form."""
-        if not isinstance(row, list) or len(row) not in (1, 12) or not isinstance(row[0], str):
+        if not isinstance(row, list) or len(row) not in (1, 12, 13) or not isinstance(row[0], str):
             raise ProtocolError("a catalog row that is not of the form")
         path = as_raw(row[0])
         if path or len(row) == 1 or row[1] != "d":
             check_relative(path)
         if len(row) == 1:
             return cls(path)
-        _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row
+        _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row[:12]
         if kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
                 or not all(type(n) is int and -1 << 63 <= n < 1 << 63 for n in (size, mtime, mode, uid, gid, link or 0)) \
                 or size < 0 or not 0 <= mode <= 0o7777 or not 0 <= min(uid, gid) <= max(uid, gid) < 1 << 32 \
@@ -4498,7 +4669,7 @@ class CatalogRow:
         # A name that no machine can have is as good as none: there is the number.
         user, group = (name if _ACCOUNT.match(name) else "" for name in (user, group))
         return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
-                   tuple(name for name in holders if _NAME.match(name)))
+                   tuple(name for name in holders if _NAME.match(name)), len(row) == 12)
 
 
 _ACCOUNT = re.compile(r"[^\0\ud800-\udfff]{1,255}\Z")
@@ -4663,7 +4834,7 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
     "paths": _is_list, "rows": _is_list,
     "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict),
-    "all": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
+    "all": lambda v: isinstance(v, bool), "proof": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
     "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since",
     "upto")})
@@ -4838,6 +5009,141 @@ class Scanner(threading.Thread):
             return None
 
 
+class Reader(threading.Thread):
+    """Reads, beside everything else, those of this host's files whose digest is only presumed: the proof.
+
+    The last that were presumed are read first: they are still in the page cache; before all others those about which
+    somebody waits to hear (`first`).  What is still to be read is in the books, so that a restart goes on where it was.
+    """
+
+    BATCH, BATCH_SECONDS = 200, 2.0
+    """Files, and seconds of reading, until what was found is committed."""
+
+    def __init__(self, service: "Service") -> None:
+        super().__init__(name="reader", daemon=True)
+        self.service = service
+        self._changed = threading.Condition()
+        self._wanted: "List[int]" = []
+        self._more, self._busy, self._stop = True, True, False
+        self._equal: "Dict[str, int]" = {}
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """There may be something new to be read."""
+        with self._changed:
+            self._more = self._busy = True
+            self._changed.notify_all()
+
+    def first(self, numbers: "Iterable[int]", wait: float) -> None:
+        """Have these files read before all others; returns when they were, or after `wait` seconds."""
+        numbers, deadline = list(numbers), time.monotonic() + wait
+        with self._changed:
+            self._wanted += [number for number in numbers if number not in self._wanted]
+            self._changed.notify_all()
+        if not self.is_alive():  # a Service without a Server
+            self._read_wanted()
+        with self._changed:
+            while not self._stop and set(numbers) & set(self._wanted) and time.monotonic() < deadline:
+                self._changed.wait(deadline - time.monotonic())
+
+    def catch_up(self, wait: float) -> None:
+        """Returns when all is read, as far as it can be, or after `wait` seconds."""
+        deadline = time.monotonic() + wait
+        with self._changed:
+            while self._busy and not self._stop and self.is_alive() and time.monotonic() < deadline:
+                self._changed.wait(deadline - time.monotonic())
+
+    def run(self) -> None:
+        pause: "Optional[float]" = None
+        while not self._stop:
+            with self._changed:
+                if not self._more and not self._wanted:
+                    self._busy = pause is not None
+                    self._changed.notify_all()
+                    self._changed.wait(pause)
+                self._more, self._busy = False, True
+            try:
+                pause = 0.5 if self._round() else None
+            except Exception as error:
+                log.error("comparing files with their copies: %s", reason_of(error),
+                          exc_info=log.isEnabledFor(logging.DEBUG))
+                pause = 5.0  # the books may be damaged, their disk full: others say so
+
+    def _round(self) -> bool:
+        """Read what is to be read, until there is nothing or something newer; whether some was too fresh to be read."""
+        fresh = self._read_wanted()
+        for name in self.service.books.active_sources():
+            with contextlib.suppress(Refused):  # its line has gone meanwhile
+                fresh = self._read_source(name) or fresh
+        return fresh
+
+    def _read_source(self, name: str) -> bool:
+        books, fresh, behind = self.service.books, False, (float("inf"), 1 << 62)
+        while not self._stop and not self._more:
+            source = books.source_row(name)
+            page = books.unread(source["id"], behind, self.BATCH)
+            if not page:
+                books.settle_others(source, self._equal.pop(name, 0))
+                break
+            read = self._read_some(source, page)
+            behind = page[len(read) - 1]["doubt"], page[len(read) - 1]["id"]
+            fresh = self._read_wanted() or fresh or "fresh" in read
+        return fresh
+
+    def _read_some(self, source: "Dict[str, Any]", page: "List[Dict[str, Any]]") -> "List[str]":
+        """Read the first files of a page; a word for each that was come to (see read_own)."""
+        words: "List[str]" = []
+        found, begun = [], time.monotonic()
+        spec = self.service.config.sources.get(source["name"])
+        try:
+            tree = Tree(os.path.realpath(source["path"]))
+        except OSError:  # the scanner says so
+            return ["unreadable"] * len(page)
+        pace = Pace(self.service.config.rate(*[spec] if spec else [], key="read_rate"))
+        with tree:
+            for facts in page:
+                word, own = read_own(tree, facts, pace)
+                words.append(word)
+                if own is not None:
+                    found.append((facts, own))
+                if self._stop or self._wanted or time.monotonic() - begun > self.BATCH_SECONDS:
+                    break
+        self._enter(source, found)
+        return words
+
+    def _enter(self, source: "Dict[str, Any]", found: "List[Tuple[Dict[str, Any], bytes]]") -> None:
+        books, name = self.service.books, source["name"]
+        with books.write():
+            source = books.source_row(name)  # the generation may have moved on
+            for facts, own in found:
+                verdict = books.prove(source, facts, own)
+                self._equal[name] = self._equal.get(name, 0) + (verdict == "proven")
+                self.service.say_of_proof(name, facts["path"], verdict)
+            books.settle_others(source, self._equal.get(name, 0))
+
+    def _read_wanted(self) -> bool:
+        """Read what somebody waits for, in its order.  Returns whether something of it was too fresh to be read."""
+        fresh = False
+        while self._wanted and not self._stop:
+            number = self._wanted[0]
+            try:
+                facts = self.service.books.facts_of(number)
+                name = facts and self.service.books.source_name(facts["source"])
+                if facts and name:
+                    fresh = "fresh" in self._read_some(self.service.books.source_row(name), [facts]) or fresh
+            except Refused as error:
+                log.info("%s", error)
+            finally:
+                with self._changed:
+                    self._wanted.remove(number)
+                    self._changed.notify_all()
+        return fresh
+
+
 class Service:
     """What a server answers.  Knows nothing of sockets: `handle` takes a request and returns the answer, so that
     the same decisions can be tried without a network."""
@@ -4848,6 +5154,7 @@ class Service:
         self.books = books or Books(home.state("books.db"), host)
         self.books.configure(config)
         self.scanner: "Optional[Scanner]" = None
+        self.reader = Reader(self)
         self.names = Names()
         self._scanning = threading.Lock()
 
@@ -4877,13 +5184,14 @@ class Service:
         return "no operation is called %s; update cbackup on %s: this server is version %s (level %d)" % (
             repr(op)[:40], "the machine that asks" if older else self.host, __version__, LEVEL)
 
-    def scan(self, name: str) -> None:
+    def scan(self, name: str, consent: bool = False) -> None:
         source = self.config.sources.get(name)
         if source is None:
             return
         skip = [self.home.state_path] + [b.path for b in self.config.backups_of(self.host)]
         with self._scanning:  # one at a time: `accept` scans in its own thread
-            run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")))
+            run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")), consent)
+        self.reader.wake()
 
     def catch_up_with_home(self) -> None:
         """Take over the configuration as it is in the file, when it is another.  Raises ConfigError for a wrong one."""
@@ -4908,10 +5216,14 @@ class Service:
     # -- a pass begins --
 
     def op_look(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """Make sure that the sources were looked at lately; answers after at most LOOK_WAIT seconds."""
+        """Make sure that the sources were looked at lately; answers after at most LOOK_WAIT seconds, and a few more for
+        reading what is presumed to be the same: what is not is better known before a pass."""
         if self.scanner is None:
             return {"waiting": []}
-        return {"waiting": self.scanner.look(self.config.scan_min, LOOK_WAIT)}
+        waiting = self.scanner.look(self.config.scan_min, LOOK_WAIT)
+        if not waiting:
+            self.reader.catch_up(READ_WAIT)
+        return {"waiting": waiting}
 
     def op_begin(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A backup's first words in a pass; the answer says how each source and the backup's copies stand."""
@@ -4940,7 +5252,7 @@ class Service:
         return {"state": row["state"], "reason": row["reason"], "cause": row["cause"], "replicas": row["replicas"],
                 "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
                 "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
-                "recovering": books.recovering(row["id"])}
+                "recovering": books.recovering(row["id"]), "proof": True}
 
     def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
@@ -4986,7 +5298,8 @@ class Service:
             raise ProtocolError("todo: the field after is wrong")
         rows = self.books.todo(self.books.backup_id(request["backup"]), row["id"], request["kind"], request["after"])
         return {"rows": [[cursor, as_text(path), tag, _files_out([wanted])[0] if wanted[0] is not None else None]
-                         for cursor, path, tag, *wanted in rows]}
+                         for cursor, path, tag, _, *wanted in rows],
+                "digests": [row[3].hex() if row[3] else None for row in rows]}
 
     def op_done(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
@@ -5047,29 +5360,67 @@ class Service:
     def op_confirm(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Compare digests and samples of copies with our own files; the first step of a confirmation.
 
-        rows: [path, version, digest, [offset...], samples' digest]; the answer has one word for each (read_own).
+        rows: [path, version, digest, [offset...], samples' digest]; the answer has one word for each: "ok"; "changed": the
+        file is another by now; "bad": the copy is; "rotten": our own file is no longer what it was, its times are;
+        "unreadable"; "unproven": ask again later, our own file has to be read first.
         """
-        row = self.books.changeable(request["source"])
+        source = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {})
-        spec = self.config.sources[request["source"]]
-        pace = Pace(self.config.rate(spec, key="read_rate"))
-        verdicts: "List[Tuple[str, Optional[int]]]" = []
-        good = []
-        with _open_source(spec) as tree:
-            for given in [self._given(item) for item in request["rows"]]:
-                facts = self.books.version_of(row["id"], given["path"])
-                if facts is None or facts["version"] != given["version"] or facts["blocked"] == "unreadable":
-                    verdicts.append(("changed", None))
+        given = [self._given(item) for item in request["rows"]]
+        words = self._compare_all(source, given)
+        disputed = {at: facts["id"] for at, (word, facts) in enumerate(words) if word == "unproven"}
+        if disputed:
+            self.reader.first(disputed.values(), LOOK_WAIT)
+            for at, file in disputed.items():
+                words[at] = self._decide(file, given[at]), words[at][1]
+        good = [(facts["id"], facts["version"], one["digest"]) for one, (word, facts) in zip(given, words) if word == "ok"]
+        noted = set(self.books.record_check(number, self.books.source_row(request["source"]), good))
+        self.reader.wake()
+        return {"verdicts": [word if word != "ok" or facts["id"] in noted else "changed" for word, facts in words]}
+
+    def _compare_all(self, source: "Dict[str, Any]", given: "List[Dict[str, Any]]",
+                     ) -> "List[Tuple[str, Dict[str, Any]]]":
+        """For each row of a confirmation the word (see op_confirm) and the facts of our file.  Small files are read in full:
+        that is their proof."""
+        words: "List[Tuple[str, Dict[str, Any]]]" = []
+        proofs = []
+        with _open_source(self.config.sources[source["name"]]) as tree:
+            for one in given:
+                facts = self.books.version_of(source["id"], one["path"])
+                if facts is None or facts["version"] != one["version"] or facts["blocked"] == "unreadable":
+                    words.append(("changed", {}))
                     continue
-                verdict = read_own(tree, facts, given, pace)
-                if verdict == "ok":
-                    good.append((facts["id"], facts["version"], given["digest"]))
-                elif verdict == "rotten":
-                    log.warning("%s in %s has rotted: its content changed, its size and times did not",
-                                shown(given["path"]), spec.name)
-                verdicts.append((verdict, facts["id"]))
-        noted = set(self.books.record_check(number, row, good))
-        return {"verdicts": [word if word != "ok" or file in noted else "changed" for word, file in verdicts]}
+                word, own = compare_own(tree, facts, one)
+                if own is not None:
+                    proofs.append((len(words), own))
+                words.append((word, facts))
+        with self.books.write():
+            row = self.books.source_row(source["name"])
+            for at, own in proofs:
+                word, facts = words[at]
+                verdict = self.books.prove(row, facts, own, sure=word == "ok")
+                self.say_of_proof(source["name"], facts["path"], verdict)
+                if verdict in ("changed", "rotten"):
+                    words[at] = verdict, facts
+            self.books.settle_others(row, 0)
+        return words
+
+    def _decide(self, file: int, given: "Dict[str, Any]") -> str:
+        """The word for a copy about which there was a dispute, after our own file was to be read."""
+        facts = self.books.facts_of(file)
+        if facts is None or facts["version"] != given["version"] or facts["path"] != given["path"]:
+            return "changed"
+        if facts["blocked"] == ROTTEN:
+            return "rotten"
+        if facts["doubt"] is None and facts["digest"] is not None:
+            return "ok" if facts["digest"] == given["digest"] else "bad"
+        return "unproven"
+
+    def say_of_proof(self, source: str, path: bytes, verdict: str) -> None:
+        if verdict == "rotten":
+            log.warning("%s in %s has rotted: its content changed, its size and times did not", shown(path), source)
+        elif verdict == "copies":
+            log.info("%s in %s: its copies were of another content, and are made again", shown(path), source)
 
     @staticmethod
     def _given(item: Any) -> "Dict[str, Any]":
@@ -5112,8 +5463,17 @@ class Service:
     def op_drop(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         self.books.expire(self.config.lost_after)
-        granted = self.books.grant_drop(self.books.backup_id(request["backup"]), row, _paths_of(request))
+        backup, paths = self.books.backup_id(request["backup"]), _paths_of(request)
+        self._prove_first(row, paths)
+        granted = self.books.grant_drop(backup, row, paths)
         return {"granted": [as_text(path) for path in granted]}
+
+    def _prove_first(self, source: "Dict[str, Any]", paths: "List[bytes]") -> None:
+        """What may be deleted elsewhere is to be a fact: read those files now, as far as that goes quickly."""
+        facts = [self.books.version_of(source["id"], path) for path in paths]
+        doubtful = [one["id"] for one in facts if one and one["doubt"] is not None]
+        if doubtful:
+            self.reader.first(doubtful, LOOK_WAIT)
 
     def op_relief(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
@@ -5134,8 +5494,10 @@ class Service:
         if cursor[0] >= 0:
             rows = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
-                                      link, target, digest, tuple((holders or "").split(",")) if holders else ()).to_json()
-                           for _, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders in rows]
+                                      link, target, digest, tuple((holders or "").split(",")) if holders else (),
+                                      bool(proven) or not request.get("proof")).to_json()
+                           for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
+                                proven) in rows]
             out["cursor"] = list(rows[-1][:2]) if len(rows) == PAGE else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
@@ -5255,10 +5617,7 @@ class Service:
         if row["cause"] in UNACCEPTABLE:
             raise Refused("held", row["reason"] + "; this cannot be accepted" + (
                 ": mount it, or remove its line" if row["cause"] == "gone" else ""))
-        self.books.set_meta("accepted:" + request["source"], 1)  # these books need not ask again what backups report
-        self.books.finish_scan(request["source"], accepted=1)
-        self.scan(request["source"])
-        self.books.finish_scan(request["source"], accepted=0)
+        self.scan(request["source"], consent=True)
         return {"text": "source %s: accepted" % request["source"]}
 
     def root_for(self, request: "Dict[str, Any]") -> str:
@@ -5397,7 +5756,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "droppable": (Service.op_droppable, ("backup", "source", "need"), ()),
     "drop": (Service.op_drop, ("backup", "source", "paths"), ()),
     "relief": (Service.op_relief, ("backup", "source", "relieved", "gap", "most"), ()),
-    "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ()),
+    "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ("proof",)),
     "status": (Service.op_status, (), ()),
     "plan": (Service.op_plan, (), ()),
     "vaults": (Service.op_vaults, ("source",), ()),
@@ -5541,6 +5900,7 @@ class Server:
         thread = threading.Thread(target=self.listener.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
         thread.start()
         self.service.scanner.start()
+        self.service.reader.start()
         ready()
         taken = last = None  # not what is there now: it may have changed since the server read it
         ticks = 0
@@ -5556,6 +5916,7 @@ class Server:
                 taken = last
                 self._take_over()
         self.service.scanner.stop()
+        self.service.reader.stop()
         self.listener.shutdown()
         self.listener.server_close()
         with contextlib.suppress(sqlite3.Error):
@@ -5817,6 +6178,7 @@ class Pass:
         self.name = vault.name
         self.stuck = self.misplaced = False
         self.clock_wrong = False  # it differs from the servers' by more than CLOCK_SLACK
+        self.waiting: "set[Tuple[str, bytes]]" = set()  # confirmed when their server has read its own file
         self.own_standings: "List[Standing]" = []
         self._moved = 0
         self._early = 0, 0
@@ -5976,11 +6338,13 @@ class Pass:
         """Give back claims that were not carried out, delete what arrived of them, and versions older than `keep`."""
         vault = self.vault
         for standing in self.usable():
-            paths = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)]
-            if paths:
-                vault.give_up(standing.name, paths)
+            paths = [path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)
+                     if (standing.name, path) not in self.waiting]
+            vault.give_up(standing.name, paths)
+            for start in range(0, len(paths), PAGE):
                 self.guarded(standing, lambda s: self.links[s.host].call(
-                    "release", backup=self.name, source=s.name, paths=[], all=True))
+                    "release", backup=self.name, source=s.name, all=False,
+                    paths=[as_text(path) for path in paths[start:start + PAGE]]))
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
         self.keep_what_is_held()
@@ -6013,8 +6377,6 @@ class Pass:
             if standing.usable:
                 self.do_todo(standing)
         if standing.usable:
-            if self.vault.meta("rebuilt:" + standing.name):
-                self.vault.set_meta("rebuilt:" + standing.name, 0)
             if standing.facts["recovering"]:
                 self.links[standing.host].call("caught_up", backup=self.name, source=standing.name)
             self.resume(standing)
@@ -6048,10 +6410,14 @@ class Pass:
             db.execute("DELETE FROM coming WHERE source=? AND books<>?", (standing.name, standing.books))
 
     def _pages(self, standing: Standing, kind: int) -> "Iterator[List[List[Any]]]":
+        """Rows [cursor, path here, tag, the file or null], and for moves also the digest that the copy has to have."""
         after = 0
         while True:
-            rows = self.links[standing.host].call(
-                "todo", backup=self.name, source=standing.name, kind=kind, after=after)["rows"]
+            answer = self.links[standing.host].call(
+                "todo", backup=self.name, source=standing.name, kind=kind, after=after)
+            rows = answer["rows"]
+            if kind == TODO_MOVE:
+                rows = [row + [digest] for row, digest in zip(rows, answer.get("digests") or [None] * len(rows))]
             if rows:
                 yield rows
             if len(rows) < PAGE:
@@ -6074,18 +6440,19 @@ class Pass:
 
     def lift(self, standing: Standing) -> "Tuple[List[List[Any]], List[str]]":
         """All renames at once, so that swaps of whole directories work.  Returns ([cursor, tag] of those that are done
-        already, paths of which we have nothing)."""
+        already, paths of which we have nothing).  Only a copy of just the content that the server names is moved: what is
+        not is reported again, and compared."""
         vault, settled, unknown = self.vault, [], []
         for page in self._pages(standing, TODO_MOVE):
             plan = []
-            for cursor, old_text, tag, row in page:
+            for cursor, old_text, tag, row, digest in page:
                 old, new = check_relative(as_raw(old_text)), Wanted.from_row(row).path
                 have, there = vault.held(standing.name, old), vault.held(standing.name, new)
                 if vault.one("SELECT 1 FROM moving WHERE source=? AND old=? AND new=?", standing.name, old, new):
                     vault.write_cursor(standing.name, old, new, cursor)
-                elif have and have[3] == tag:  # else another file of a swap that is done already lies there
-                    plan.append((cursor, old, new))
-                elif there:
+                elif have and have[3] == tag and digest in (None, have[2].hex()):
+                    plan.append((cursor, old, new))  # else another file of a swap that is done already lies there
+                elif there and digest == there[2].hex():
                     settled.append([cursor, there[3]])
                 else:
                     unknown.append(as_text(old))
@@ -6171,17 +6538,16 @@ class Pass:
         return list(files)
 
     def confirm_again(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
-        """Have the server confirm copies that we hold already (it lost its books, or suspects a change).  Returns those
-        that are not copies of the present version and must be fetched."""
+        """Have the server confirm copies that we hold already (it lost its books, or its file changed).  Returns those
+        that are not copies of the present version and must be fetched; those about which the server cannot say yet stay
+        what they are, and are asked about again by the next pass."""
         vault, link = self.vault, self.links[standing.host]
-        # Digests that were made from what lies here prove nothing: samples are not enough to make one the catalog's.
-        rebuilt = bool(vault.meta("rebuilt:" + standing.name))
         wrong: "List[Wanted]" = []
         for start in range(0, len(files), BATCH_FILES):
             part, rows = [], []
             for f in files[start:start + BATCH_FILES]:
                 held = vault.held(standing.name, f.path)
-                row = self._evidence(vault.place_of(standing.name, f.path), f, held[2], not rebuilt) if held else None
+                row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
                 if row is None:
                     wrong.append(f)
                 else:
@@ -6194,18 +6560,19 @@ class Pass:
             for f, verdict, row in zip(part, verdicts, rows):
                 if verdict == "ok":
                     vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
-                    good.append([as_text(f.path), f.version, vault.held(standing.name, f.path)[3]])
+                    digest = bytes.fromhex(row[2])
+                    if digest != vault.held(standing.name, f.path)[2]:  # mended by hand
+                        vault.hold(standing.name, f.path, f.size, f.mtime, digest, clock.now())
+                    good.append([as_text(f.path), f.version, tag_of(f.path, f.size, f.mtime, digest)])
                 elif verdict in ("bad", "rotten"):
                     wrong.append(f)
             link.call("placed", backup=self.name, source=standing.name, rows=good)
             self.figures.acted()
         return wrong
 
-    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None, samples: bool = True,
-                  ) -> "Optional[List[Any]]":
+    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None) -> "Optional[List[Any]]":
         """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest]; the
-        digest is read from the file unless given.  Without `samples` the server has to know the digest or to read its own
-        file in full.  None when it is no regular file of that size."""
+        digest is read from the file unless given.  None when it is no regular file of that size."""
         try:
             descriptor = self.vault.tree.open(rel)
         except OSError:
@@ -6213,8 +6580,8 @@ class Pass:
         try:
             if os.fstat(descriptor).st_size != f.size:
                 return None
-            offsets = choose_samples(f.size) if samples else []
-            if digest is None or samples and not offsets:
+            offsets = choose_samples(f.size)
+            if digest is None or not offsets:
                 digest = digest_descriptor(descriptor)[0]
             return [as_text(f.path), f.version, digest.hex(), offsets,
                     digest_samples(descriptor, offsets).hex() if offsets else ""]
@@ -6320,6 +6687,9 @@ class Pass:
                 if verdict == "ok":
                     good.append(f)
                     digests[f.path] = bytes.fromhex(row[2])
+                elif verdict == "unproven":
+                    self.waiting.add((standing.name, f.path))
+                    self.figures.acted()
                 else:
                     refused.append((f, self.VERDICTS.get(verdict, verdict)))
         self._place(standing, link, good, digests, refused, updating)
@@ -6624,10 +6994,11 @@ class Pass:
     def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[CatalogRow]":
         """Rows of everything since header["since"], in rounds until the server has nothing newer."""
         link, since = self.own if standing.host == self.host else self.links[standing.host], header["since"]
+        proof = {"proof": True} if standing.facts.get("proof") else {}  # else an older server, that refuses it
         while True:
             cursor, after, upto = [0, 0], "", 0
             while cursor[0] != -2:
-                page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after)
+                page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after, **proof)
                 upto = page["upto"]
                 if upto <= since:
                     return

@@ -443,6 +443,16 @@ def inodes(root):
             for relative, _, info in walk(root) if not stat.S_ISDIR(info.st_mode)}
 
 
+def copy_wrong_bytes(cluster, source, number):
+    """Lines that name the files of a source which have not exactly `number` true copies, or a wrong one besides."""
+    lines = []
+    for relative, holders in cluster.copies_on_disk(source).items():
+        there = [backup for backup in cluster.backups if os.path.lexists(cluster.kept_as(backup, source, relative))]
+        if len(holders) != number or there != holders:
+            lines.append("%s: true copies in %s, something in %s" % (relative, holders, there))
+    return lines
+
+
 # ---- the cluster ------------------------------------------------------------------------------------------------
 
 Source = collections.namedtuple("Source", "name host path options")

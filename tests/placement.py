@@ -134,6 +134,8 @@ class TrialPass(cbackup.Pass):
         found = [(f, service.books.version_of(row["id"], f.path)) for f in files]
         good = [(f, facts["id"]) for f, facts in found if facts and facts["version"] == f.version]
         service.books.record_check(number, row, [(file, f.version, digest_for(f)) for f, file in good])
+        for f, _ in good:
+            service.books.prove(row, service.books.version_of(row["id"], f.path), digest_for(f))
         self.vault.plan_places(standing.name, [(f.path, digest_for(f)) for f, _ in good])
         self._count_in(standing, self.check_links[standing.host],
                        [(f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for f, _ in good])
@@ -330,6 +332,8 @@ class TrialWorld(World):
         with books.write(), vault.write():
             vault.expect(source, books.id, [f for _, f in files])
             books.record_check(number, row, [(file, f.version, digest_for(f)) for file, f in files])
+            for _, f in files:
+                books.prove(row, books.version_of(row["id"], f.path), digest_for(f))
             vault.plan_places(source, [(f.path, digest_for(f)) for _, f in files])
             books.count_copies(number, row["id"], [
                 (f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for _, f in files])
