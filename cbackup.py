@@ -4834,10 +4834,10 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
     "paths": _is_list, "rows": _is_list,
     "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict),
-    "all": lambda v: isinstance(v, bool), "proof": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
+    "all": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
     "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since",
-    "upto")})
+    "upto", "level")})
 FIELDS.update({"free": _is_number})
 """What each field of a request has to look like; lists are checked row by row where they are used."""
 
@@ -5252,7 +5252,7 @@ class Service:
         return {"state": row["state"], "reason": row["reason"], "cause": row["cause"], "replicas": row["replicas"],
                 "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
                 "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
-                "recovering": books.recovering(row["id"]), "proof": True}
+                "recovering": books.recovering(row["id"])}
 
     def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
@@ -5495,7 +5495,7 @@ class Service:
             rows = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
                                       link, target, digest, tuple((holders or "").split(",")) if holders else (),
-                                      bool(proven) or not request.get("proof")).to_json()
+                                      bool(proven) or request.get("level", 1) < 2).to_json()
                            for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
                                 proven) in rows]
             out["cursor"] = list(rows[-1][:2]) if len(rows) == PAGE else [-1, 0]
@@ -5756,7 +5756,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "droppable": (Service.op_droppable, ("backup", "source", "need"), ()),
     "drop": (Service.op_drop, ("backup", "source", "paths"), ()),
     "relief": (Service.op_relief, ("backup", "source", "relieved", "gap", "most"), ()),
-    "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ("proof",)),
+    "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ("level",)),
     "status": (Service.op_status, (), ()),
     "plan": (Service.op_plan, (), ()),
     "vaults": (Service.op_vaults, ("source",), ()),
@@ -6994,11 +6994,10 @@ class Pass:
     def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[CatalogRow]":
         """Rows of everything since header["since"], in rounds until the server has nothing newer."""
         link, since = self.own if standing.host == self.host else self.links[standing.host], header["since"]
-        proof = {"proof": True} if standing.facts.get("proof") else {}  # else an older server, that refuses it
         while True:
             cursor, after, upto = [0, 0], "", 0
             while cursor[0] != -2:
-                page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after, **proof)
+                page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after)
                 upto = page["upto"]
                 if upto <= since:
                     return
@@ -8261,7 +8260,7 @@ def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
     backups = {name: _backup_status(spec, answers, source_hosts) for name, spec in sorted(config.backups.items())}
     return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources,
             "backups": backups, "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
-            "conflicts": home.conflicts(), "warnings": [
+            "warn_after": config.warn_after, "conflicts": home.conflicts(), "warnings": [
                 line for host in sorted(hosts) for line in shared_disks(answers[host].get("mine", {}), host)]}
 
 
@@ -8272,7 +8271,8 @@ def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
     found = answer.get("sources", {}).get(spec.name)
     if found:
         for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
-                    "state", "last_scan", "reason", "cause", "special", "problems", "short"):
+                    "state", "last_scan", "reason", "cause", "special", "problems", "short", "unproven_files",
+                    "unproven_since"):
             out[key] = found.get(key)
     return out
 
@@ -8325,6 +8325,7 @@ def verdict(status: "Dict[str, Any]") -> Verdict:
     found = Verdict(remarks=list(status["warnings"]))
     for name, s in status["sources"].items():
         _judge_source(found, name, s)
+        _judge_proof(found, name, s, status["warn_after"])
     found.remarks += ["%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name
                       for name in status["conflicts"]]
     return found
@@ -8342,6 +8343,18 @@ def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]") -> None:
         found.wrong("%s of %s in %s have fewer than %d copies%s" % (
             format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"],
             s["impossible"] and " (%s)" % s["impossible"]), pending=not s["impossible"])
+
+
+def _judge_proof(found: Verdict, name: str, s: "Dict[str, Any]", warn_after: float) -> None:
+    """Files that are only presumed to have their copies: for a while that is as good as safe."""
+    if not s.get("unproven_files"):
+        return
+    line = "%s of %s are still being compared with their copies, since %s" % (
+        count_of(s["unproven_files"], "file"), name, format_seconds(s["unproven_since"]))
+    if s["unproven_since"] > warn_after:
+        found.wrong(line + ": its server reads too slowly, or cannot read them")
+    else:
+        found.remarks.append(line)
 
 
 def print_status(status: "Dict[str, Any]") -> None:
@@ -8362,7 +8375,7 @@ def print_status(status: "Dict[str, Any]") -> None:
             for path, size, why in s["short"][:5]:
                 print("        %s, %s%s" % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
         elif s["files"]:
-            print("    all safe")
+            print("    all safe" + ("" if not s.get("unproven_files") else ", as far as is known"))
         if s["problems"].get("count"):
             print("    could not be read: %s, for example %s" % (
                 count_of(s["problems"]["count"], "path"), s["problems"]["some"][0]))
@@ -8974,7 +8987,7 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
 
 STATUS_KEYS = {
     "sources": ("host", "path", "replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes",
-                "overserved_files", "state", "last_scan"),
+                "overserved_files", "state", "last_scan", "unproven_files", "unproven_since"),
     "backups": ("host", "path", "capacity", "used", "files", "last_seen", "state")}
 """What `status --json` says of a source and of a backup; the text for people says more."""
 
@@ -8991,7 +9004,7 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     if args.json:
         print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
                           if key in STATUS_KEYS else value for key, value in status.items()
-                          if key not in ("unreachable", "conflicts", "warnings")}))
+                          if key not in ("unreachable", "conflicts", "warnings", "warn_after")}))
     elif args.check:
         print_check(status)
     else:
