@@ -1,0 +1,78 @@
+"""Homes and backups that an earlier version has made: they are taken over, and nothing is copied again.
+
+`data/layout1.tar.gz` has the books of a source, the source and a backup as version 1.0 with layout 1 left them, while the
+backup had not yet heard of two changes: a renamed file, and one of which nothing but the ctime is another.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import time
+import unittest
+
+import cbackup
+from tests.harness import Cluster, TOP, copy_wrong_bytes, read_file, wait_for, write_file
+
+LAYOUT_1 = os.path.join(TOP, "tests", "data", "layout1.tar.gz")
+
+
+def take_over(cluster, archive):
+    """Lays out an archive in a cluster with the hosts s and a, the source docs and the backup ba: of its key."""
+    source = cluster.source("docs", "s")
+    backup = cluster.backup("ba", "a", size="1G")
+    for path in (source, backup):
+        shutil.rmtree(path)
+    with tarfile.open(archive) as tar:
+        tar.extractall(cluster.base)
+    identity = os.path.join(backup, ".cbackup", "identity")
+    words = json.loads(read_file(identity).decode())
+    words["cluster"] = cbackup.Home(cluster.home("a")).cluster_id()
+    write_file(identity, json.dumps(words))
+    return source, backup
+
+
+def layout_of(path):
+    db = sqlite3.connect(path)
+    try:
+        return db.execute("PRAGMA user_version").fetchone()[0]
+    finally:
+        db.close()
+
+
+class Layout1Test(unittest.TestCase):
+
+    def test_books_and_a_backup_of_the_version_before_go_on_without_copying(self):
+        with Cluster("s", "a", replicas=1) as c:
+            source, backup = take_over(c, LAYOUT_1)
+            books = os.path.join(c.home("s"), "state", "books.db")
+            database = os.path.join(backup, ".cbackup", "backup.db")
+            self.assertEqual([layout_of(books), layout_of(database)], [1, 1])
+            c.start()
+            first = c.client("a")
+            self.assertEqual(first.rc, 0, first)
+            self.assertEqual((first.json["copied_files"], first.json["wire_bytes"]), (0, 0), first)
+            c.settle()
+            wait_for(lambda: c.status()["sources"]["docs"]["unproven_files"] == 0, 20, "not read")
+            self.assertEqual(copy_wrong_bytes(c, "docs", 1), [])
+            self.assertEqual(layout_of(books), layout_of(database))
+            self.assertGreater(layout_of(books), 1)
+            self.assertEqual(c.run("a", "status", "--check").rc, 0)
+            self.assertEqual(c.run("a", "verify").rc, 0)
+
+    def test_old_versions_of_the_version_before_can_be_restored(self):
+        with Cluster("s", "a", replicas=1) as c:
+            source, backup = take_over(c, LAYOUT_1)
+            when = min(int(name.split("-")[2].split(".")[0])
+                       for name in os.listdir(os.path.join(backup, ".cbackup", "catalog", "docs")))
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+            c.start()
+            result = c.restore("a", "docs", to=c.path("then"), options=["--at", at])
+            self.assertEqual(result.rc, 0, result)
+            self.assertEqual(read_file(c.path("then", "small")), b"small one")
+            self.assertEqual(read_file(c.path("then", "d", "deleted")), b"gone")
+
+
+if __name__ == "__main__":
+    unittest.main()
