@@ -9,7 +9,7 @@ failure, and any host may be down when it is time to restore.
      +----------------------------+                      +------------------------------+
      | server (passive)           |   TLS, one TCP port  | client (cron)                |
      |   scanner --> catalog      | <-- claim, confirm --|   pass: move, update, retire |
-     |   books (SQLite)           |     todo, drop       |         copy, scrub          |
+     |   reader --> books (SQLite)|     todo, drop       |         copy, scrub          |
      |   rsync --daemon (stdin)   | ==  rsync protocol =>|   rsync --> incoming --> file|
      +----------------------------+                      +------------------------------+
             every host runs a server; restore is a client of the servers of the backups
@@ -28,6 +28,8 @@ What always holds:
 
  * a copy counts only after the server checked its digest against the version that it knows now, and
    after the file is durable at its place in the backup;
+ * a digest is a fact only when the source's server has read its own file in full; what is inferred from inode,
+   size, time or samples is presumed: acted on at once, read in the background, and it grants nothing;
  * no copy is deleted without a grant that is committed at the server before it is answered;
  * a host counts once, and the source's own host never;
  * files are replaced by rename; what was there goes to the attic first;

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import unittest
 
 import cbackup
@@ -324,6 +325,29 @@ class MassChange(ProofTest):
             c.passes("ab")
             self.assertEqual(self.state(c), "held")
             self.assertTrue(os.path.exists(c.kept_as("ba", "docs", sorted(self.FILES)[23])))
+
+
+class FreshTest(unittest.TestCase):
+    """A file that has just been changed may be changed again without that its times show it."""
+
+    def test_a_file_is_read_as_a_proof_only_when_its_times_are_old_enough(self):
+        with tempfile.TemporaryDirectory() as base, cbackup.Tree(base) as tree:
+            path = os.path.join(base, "f")
+            write_file(path, "one")
+            info = os.stat(path)
+            facts = {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns}
+            self.assertEqual(cbackup.read_own(tree, facts, cbackup.Pace(None)), ("fresh", None))
+            wait_for(lambda: cbackup.read_own(tree, facts, cbackup.Pace(None))[0] == "read", 5, "always fresh")
+
+    def test_where_times_are_whole_seconds_it_takes_longer(self):
+        class Info:
+            def __init__(self, age, fraction):
+                now = int(time.time() - age)
+                self.st_ctime, self.st_ctime_ns = now + fraction / 1e9, now * 10 ** 9 + fraction
+        self.assertTrue(cbackup.is_fresh(Info(1, 0)))
+        self.assertFalse(cbackup.is_fresh(Info(4, 0)))
+        self.assertFalse(cbackup.is_fresh(Info(3, 500000000)))
+        self.assertFalse(cbackup.is_fresh(Info(-3600, 0)))      # the clock was set back: no change can have that time
 
 
 class Grants(unittest.TestCase):
