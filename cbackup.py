@@ -200,6 +200,9 @@ RESTORE_DIR = b".cbackup-restore"
 """Working directory of a restore inside its target; never part of a source."""
 RESTORE_MARK = b"whole"
 """A file in it while a whole source is being restored: as long as it is there, the source is held."""
+BEFORE_RESTORE = b".cbackup-before-"
+"""How the directories begin, at the top of a target, into which `restore --force` moves what was in the way; they are
+never part of a source either."""
 
 RSYNC_PACKAGES = {"apt-get": "apt-get install -y rsync", "dnf": "dnf install rsync", "apk": "apk add rsync",
                   "pacman": "pacman -S rsync", "zypper": "zypper install rsync", "pkg": "pkg install rsync",
@@ -792,13 +795,14 @@ def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """A [sources] line.  `exclude`: fnmatch patterns, with a `/` for the whole path, else for any name."""
+    """A [sources] line.  `exclude`: patterns as gitignore has them; `exclude_caches`: leave out what a CACHEDIR.TAG marks."""
 
     name: str
     host: str
     path: str
     replicas: int
     exclude: "Tuple[str, ...]" = ()
+    exclude_caches: bool = False
     read_rate: "Optional[int]" = None
     bwlimit: "Optional[int]" = None
 
@@ -926,6 +930,8 @@ SOURCE_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "replicas": _parse_count, "exclude": str, "read_rate": _parse_rate, "bwlimit": _parse_rate}
 BACKUP_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "size": parse_size, "reserve": parse_size, "read_rate": _parse_rate, "bwlimit": _parse_rate}
+FLAGS = {"leaving": BACKUP_KEYS, "exclude_caches": SOURCE_KEYS}
+"""Keys without a value, and on which lines they are."""
 SECTIONS = ("cluster", "hosts", "sources", "backups")
 
 
@@ -1010,8 +1016,8 @@ class _Parser:
         for word in words[1:]:
             key, equals, value = word.partition("=")
             try:
-                if word == "leaving" and keys is BACKUP_KEYS:
-                    found["leaving"] = True
+                if FLAGS.get(word) is keys:
+                    found[word] = True
                     continue
                 if key not in keys or not equals:
                     raise ValueError("%r is not one of %s" % (word, ", ".join(k + "=..." for k in keys)))
@@ -2743,15 +2749,140 @@ def held_advice(name: str, facts: "Dict[str, Any]") -> str:
     return "%s; if that is right: cbackup.pyz accept %s" % (facts["reason"], name)
 
 
-def compile_excludes(patterns: "Iterable[str]") -> "Callable[[bytes, bytes], bool]":
-    """A test (path, name) -> excluded.  A pattern with `/` is for the whole path, another for any name."""
-    import fnmatch
-    paths = [re.compile(fnmatch.translate(p.strip("/"))) for p in patterns if "/" in p.strip("/")]
-    names = [re.compile(fnmatch.translate(p.strip("/"))) for p in patterns if "/" not in p.strip("/")]
+_NAMED_CLASS = re.compile(r"\[:([^\]]*):\]")
+_NAMED_CLASSES = {
+    "alnum": "0-9A-Za-z", "alpha": "A-Za-z", "blank": " \\t", "cntrl": "\\x00-\\x1f\\x7f", "digit": "0-9", "graph": "!-~",
+    "lower": "a-z", "print": " -~", "punct": "!-/:-@\\[-`{-~", "space": " \\t\\n\\r\\f\\v", "upper": "A-Z",
+    "xdigit": "0-9A-Fa-f"}
 
-    def excluded(path: bytes, name: bytes) -> bool:
-        return any(p.match(as_text(name)) for p in names) or any(p.match(as_text(path)) for p in paths)
-    return excluded if paths or names else lambda path, name: False
+
+def _class_regex(pattern: str, at: int) -> "Optional[Tuple[str, int]]":
+    """(regular expression, where it ends) of the `[...]` that begins at `at`; None when it is none, and matches nothing."""
+    negated = pattern[at + 1:at + 2] in ("!", "^")
+    begin = at = at + 1 + negated
+    items: "List[str]" = []
+    before = ""  # what a `-` would make a range with
+    while at == begin or pattern[at:at + 1] != "]":
+        char, named = pattern[at:at + 1], _NAMED_CLASS.match(pattern, at)
+        ranged = char == "-" and before and pattern[at + 1:at + 2] not in ("", "]")
+        if named:
+            if named.group(1) not in _NAMED_CLASSES:
+                return None
+            items.append(_NAMED_CLASSES[named.group(1)])
+            before, at = "", named.end()
+            continue
+        at += bool(ranged)
+        at += pattern[at:at + 1] == "\\"
+        char = pattern[at:at + 1]
+        if not char:
+            return None
+        if not ranged:
+            items.append(re.escape(char))
+        elif before <= char:
+            items.append("%s-%s" % (re.escape(before), re.escape(char)))
+        before = "" if ranged else char
+        at += 1
+    if negated:
+        return "[^/%s]" % "".join(items), at + 1
+    return ("(?!/)[%s]" % "".join(items) if items else "(?!)"), at + 1
+
+
+def _glob_regex(pattern: str) -> "Optional[str]":
+    """A pattern of gitignore's, without its `!` and its last `/`, as a regular expression; None: it can match nothing."""
+    out: "List[str]" = []
+    at = 0
+    while at < len(pattern):
+        char, rest = pattern[at], pattern[at:].lstrip("*")
+        step = 1
+        if char == "*":
+            step = len(pattern) - at - len(rest)
+            deep = step > 1 and pattern[at - 1:at] in ("", "/") and rest[:1] in ("", "/")
+            out.append("[^/]*" if not deep else "(?:.*/)?" if rest else ".*")
+            if deep and rest:
+                step += 1
+                if out[-2:] == out[-1:] * 2:  # the same again says nothing new, and costs
+                    out.pop()
+        elif char == "?":
+            out.append("[^/]")
+        elif char == "[":
+            found = _class_regex(pattern, at)
+            if found is None:
+                return None
+            out.append(found[0])
+            step = found[1] - at
+        elif char == "\\":
+            if at + 1 == len(pattern):
+                return None
+            out.append(re.escape(pattern[at + 1]))
+            step = 2
+        else:
+            out.append(re.escape(char))
+        at += step
+    return "".join(out)
+
+
+def compile_excludes(patterns: "Iterable[str]") -> "Callable[[bytes, bool], bool]":
+    """A test (path below the source, whether it is a directory) -> excluded, by the rules of gitignore.
+
+    Of several patterns that match, the last one decides.  The test is for one entry of a directory that is not excluded
+    itself: what is below an excluded one must not be asked for, or a `!` would bring it back.
+    """
+    rules = []
+    for pattern in reversed(list(patterns)):
+        keep = pattern.startswith("!")
+        body = pattern[1:] if keep else pattern
+        only_directories = body.endswith("/")
+        body = body[:-1] if only_directories else body
+        anchored = "/" in body
+        regex = _glob_regex(body[1:] if body.startswith("/") else body)
+        if regex:
+            rules.append((re.compile(regex + r"\Z", re.S), anchored, only_directories, not keep))
+
+    def excluded(path: bytes, directory: bool) -> bool:
+        whole = as_text(path)
+        name = whole.rpartition("/")[2]
+        for regex, anchored, only_directories, verdict in rules:
+            if (directory or not only_directories) and regex.match(whole if anchored else name):
+                return verdict
+        return False
+    return excluded if rules else lambda path, directory: False
+
+
+CACHE_TAG, CACHE_SIGNATURE = b"CACHEDIR.TAG", b"Signature: 8a477f597d28d172789f06886806bc55"
+"""The file that marks a directory as a cache, and how it begins (bford.info/cachedir)."""
+
+
+class LeftOut:
+    """What of a source is in no catalog: what its line says, and what is cbackup's own there."""
+
+    def __init__(self, source: Source) -> None:
+        self.root, self.caches = os.fsencode(source.path), source.exclude_caches
+        self._excluded = compile_excludes(source.exclude)
+
+    def entry(self, path: bytes, directory: bool) -> bool:
+        """Whether an entry of a directory that is not left out itself is left out."""
+        return path == RESTORE_DIR or path.startswith(BEFORE_RESTORE) and b"/" not in path \
+            or self._excluded(path, directory)
+
+    def is_cache(self, directory: bytes) -> bool:
+        """Whether of a directory nothing but its CACHE_TAG is wanted.  Never of the root, which the line names itself."""
+        if not self.caches or not directory:
+            return False
+        try:
+            tag = os.open(os.path.join(self.root, directory, CACHE_TAG), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with os.fdopen(tag, "rb") as stream, contextlib.suppress(OSError):
+            return stream.read(len(CACHE_SIGNATURE)) == CACHE_SIGNATURE
+        return False
+
+    def has(self, path: bytes) -> bool:
+        """Whether a file is left out: itself, or with a directory above it."""
+        parts = path.split(b"/")
+        above = [b"/".join(parts[:count]) for count in range(1, len(parts))]
+        return self.entry(path, False) or any(
+            self.entry(directory, True) or self.is_cache(directory) and path != directory + b"/" + CACHE_TAG
+            for directory in above)
 
 
 class Scan:
@@ -2766,7 +2897,7 @@ class Scan:
         """consent: somebody said `accept`.  It is for what this scan finds, and ends with it, however it ends."""
         self.books, self.source, self.consent = books, source, consent
         self.root = os.fsencode(source.path)
-        self.excluded = compile_excludes(source.exclude)
+        self.left_out = LeftOut(source)
         self.pace = pace or Pace(None)
         self.special = 0
         self.problems: "List[str]" = []
@@ -2829,9 +2960,12 @@ class Scan:
             self._problem(directory, reason_of(error))
             return []
         different, below = [], []
+        cache = self.left_out.is_cache(directory)
         try:
             with entries:
                 for entry in entries:
+                    if cache and entry.name != CACHE_TAG:
+                        continue
                     path = directory + b"/" + entry.name if directory else entry.name
                     row = self._look_at(entry, path, directory, known)
                     if row is None:
@@ -2852,9 +2986,9 @@ class Scan:
     def _look_at(self, entry: "os.DirEntry[bytes]", path: bytes, directory: bytes,
                  known: "Dict[bytes, Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
         """The facts of one directory entry; None when it is not for the catalog."""
-        if self.excluded(path, entry.name) or path == RESTORE_DIR:
-            return None
         try:
+            if self.left_out.entry(path, entry.is_dir(follow_symlinks=False)):
+                return None
             info = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             return None
@@ -2983,13 +3117,29 @@ class Scan:
         elsewhere = self.row["device"] is not None and self.row["device"] != self.device \
             and (self.row["fsid"] != self.fsid or not self.fsid)
         if known and gone == known and not self._count("SELECT COUNT(*) FROM found WHERE kind='f'"):
-            raise Held("empty", "%s is empty; it had %s" % (path, count_of(known, "file")))
+            left_out = self._left_out()
+            raise Held("empty", "%s; it had %s" % (
+                "`exclude` on its line leaves out everything in %s" % path if left_out == known else "%s is empty" % path,
+                count_of(known, "file")))
         if elsewhere and gone + changed:
             raise Held("device", "%s is on another file system than before, and %s of its %s are gone or different there"
                        % (path, format(gone + changed, ","), count_of(known, "file")))
         if known >= HELD_SHARE_OF and (gone + changed) * 2 > known:
-            raise Held("mass", "of the %s in %s, %s are gone and %s have changed since the last look"
-                       % (count_of(known, "file"), path, format(gone, ","), format(changed, ",")))
+            left_out = self._left_out()
+            raise Held("mass", "of the %s in %s, %s%s are gone and %s have changed since the last look" % (
+                count_of(known, "file"), path, "%s are left out now by `exclude` on its line, " % format(left_out, ",")
+                if left_out else "", format(gone - left_out, ","), format(changed, ",")))
+
+    def _left_out(self) -> int:
+        """How many of the files that are gone from the catalog are what the source's line leaves out."""
+        count, after = 0, -1
+        while True:
+            page = self.books.rows("SELECT id, path FROM lost l WHERE kind='f' AND replaced=0 AND id>? AND NOT EXISTS("
+                                   "SELECT 1 FROM moves m WHERE m.lost=l.id) ORDER BY id LIMIT ?", after, APPLY_CHUNK)
+            count += sum(1 for _, path in page if self.left_out.has(path))
+            if len(page) < APPLY_CHUNK:
+                return count
+            after = page[-1][0]
 
     # -- applying --
 
@@ -7708,7 +7858,7 @@ class Restore:
         return False
 
     def _move_aside(self, path: bytes) -> None:
-        aside = b".cbackup-before-" + time.strftime("%Y%m%dT%H%M%S", time.localtime(self.started)).encode()
+        aside = BEFORE_RESTORE + time.strftime("%Y%m%dT%H%M%S", time.localtime(self.started)).encode()
         self.tree.rename(path, aside + b"/" + path)
 
     def _set_state(self, path: bytes, state: int, note: "Optional[str]" = None) -> None:
