@@ -1132,11 +1132,20 @@ def config_order(state: "Dict[str, Any]") -> "Tuple[int, int, str]":
     return state["version"], state["stamp"], state["sha256"]
 
 
+ROOT_HOME = "/var/lib/cbackup"
+
+
+def default_home() -> str:
+    """The home when nobody says: ~/.cbackup; for root /var/lib/cbackup, unless only ~/.cbackup is there already."""
+    own = os.path.expanduser("~/.cbackup")
+    return ROOT_HOME if os.geteuid() == 0 and (os.path.isdir(ROOT_HOME) or not os.path.isdir(own)) else own
+
+
 class Home:
     """All that cbackup knows on this machine: configuration, key, the machine's name, state."""
 
     def __init__(self, path: "Optional[str]" = None, host: "Optional[str]" = None) -> None:
-        self.path = os.path.abspath(os.path.expanduser(path or os.environ.get("CBACKUP_HOME") or "~/.cbackup"))
+        self.path = os.path.abspath(os.path.expanduser(path or os.environ.get("CBACKUP_HOME") or default_home()))
         self.config_path = os.path.join(self.path, "cbackup.conf")
         self.key_path = os.path.join(self.path, "cluster.pem")
         self.state_path = os.path.join(self.path, "state")
@@ -8905,8 +8914,10 @@ def cmd_init(args: argparse.Namespace, home: Home) -> int:
     if not made:
         print("%s is complete already; nothing was changed" % home.path)
     elif home.config_path in made:
-        print("now write your sources and backups into %s, and copy both files to %s on the other machines"
-              % (home.config_path, "~/.cbackup"))
+        command = as_typed(args, home)
+        print("1. write the sources and backups of all your machines into %s" % home.config_path)
+        print("2. start the server and the client here, now and at each boot: %s service --install" % command)
+        print("3. for each other machine: %s invite" % command)
     return EXIT_DONE
 
 
@@ -8928,6 +8939,7 @@ def add_join_parser(commands: Any) -> None:
     parser = commands.add_parser("join", help="new machine: fetch the cluster's key and configuration")
     parser.add_argument("address", metavar="HOST[:PORT]", help="a machine of the cluster, as `invite` printed it")
     parser.add_argument("token", metavar="TOKEN", help="what `invite` printed")
+    parser.add_argument("--install", action="store_true", help="start server and client, now and at each boot")
     parser.set_defaults(run=cmd_join)
 
 
@@ -8947,7 +8959,7 @@ def cmd_join(args: argparse.Namespace, home: Home) -> int:
     if args.host:
         atomic_write(host_path, name.encode() + b"\n")
     print_joined(args, home, name, own)
-    return EXIT_DONE
+    return Installer(home).install() if args.install else EXIT_DONE
 
 
 def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> None:
@@ -8955,9 +8967,6 @@ def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> N
     config = home.config()
     lines = ["source " + s.name for s in config.sources_of(name)]
     lines += ["backup " + b.name for b in config.backups_of(name)]
-    command = " ".join(shlex.quote(word) for word in own_command())
-    if args.home or os.environ.get("CBACKUP_HOME"):
-        command += " --home %s" % shlex.quote(home.path)
     print("%s has joined: %s and %s are in place" % (name, home.config_path, home.key_path))
     if lines:
         print("1. the configuration knows it already: %s" % ", ".join(lines))
@@ -8966,10 +8975,17 @@ def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> N
         print("     [hosts]\n     %s = %s    # if the others do not find it by its name" % (name, own))
         print("     [sources]\n     %s-home = %s:%s" % (name, name, shlex.quote(os.path.expanduser("~"))))
         print("     [backups]\n     %s = %s:/srv/cbackup size=100G" % (name, name))
-    print("2. start the server at boot; this prints how: %s service" % command)
-    print("3. make a first pass by hand, which also tells the other machines what you wrote: %s client" % command)
-    print("4. on a machine with a backup let cron do it (crontab -e):")
-    print("     */15 * * * * %s -q client" % command.replace("%", "\\%"))
+    if not args.install:
+        print("2. start the server and the client, now and at each boot:")
+        print("     %s service --install" % as_typed(args, home))
+
+
+def as_typed(args: argparse.Namespace, home: Home) -> str:
+    """How this program is called here, up to the command; the home only when it is not the one that is taken anyway."""
+    words = (["sudo"] if os.environ.get("SUDO_USER") and os.geteuid() == 0 else []) + own_command()
+    if home.path != default_home():
+        words += ["--home", home.path]
+    return " ".join(map(shlex.quote, words))
 
 
 SERVICE_UNITS = {
@@ -8987,6 +9003,10 @@ RestartSec=10
 User={user}
 [Install]
 WantedBy=multi-user.target
+""",
+    "cron": """\
+# These lines belong into the crontab of {user} (crontab -e).
+{crontab}
 """,
     "launchd": """\
 <?xml version="1.0" encoding="UTF-8"?>
@@ -9052,28 +9072,289 @@ def systemd_word(word: str) -> str:
     return word if re.match(r"[\w@%+=:,./-]+\Z", word, re.A) else '"%s"' % word
 
 
-def add_service_parser(commands: Any) -> None:
-    parser = commands.add_parser("service", help="print what starts the server at boot on this system")
-    parser.add_argument("kind", nargs="?", choices=sorted(SERVICE_UNITS), help="default: this system's own")
-    parser.set_defaults(run=cmd_service)
+CLIENT_UNITS = {
+    "cbackup-client.service": """\
+[Unit]
+Description=a pass of the cbackup client
+After=network-online.target
+Wants=network-online.target
+[Service]
+Type=oneshot
+Environment={systemd_path}
+ExecStart={systemd} client
+Nice=10
+IOSchedulingClass=idle
+User={user}
+""",
+    "cbackup-client.timer": """\
+[Unit]
+Description=cbackup client, every quarter of an hour
+[Timer]
+OnCalendar=*:0/15
+RandomizedDelaySec=5min
+Persistent=true
+[Install]
+WantedBy=timers.target
+""",
+    "cbackup.client.plist": """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0"><dict>
+<key>Label</key><string>cbackup.client</string>
+<key>EnvironmentVariables</key><dict><key>PATH</key><string>{xml_path}</string></dict>
+<key>ProgramArguments</key><array>{array}<string>client</string></array>
+<key>UserName</key><string>{user}</string>
+<key>StartInterval</key><integer>900</integer>
+<key>RunAtLoad</key><true/>
+<key>LowPriorityIO</key><true/>
+<key>StandardErrorPath</key><string>/var/log/cbackup.log</string>
+</dict></plist>
+"""}
+"""What starts the client on time where the system has something better than cron.  A pass that is due while a machine
+sleeps is made when it wakes up."""
+
+CRON_MARK = "# cbackup: "
+"""Ends each line of ours in a crontab, with the home behind it: by it the line is found again."""
 
 
-def cmd_service(args: argparse.Namespace, home: Home) -> int:
-    import getpass
-    from xml.sax.saxutils import escape, quoteattr
-    own = "launchd" if sys.platform == "darwin" else "rc.d" if "bsd" in sys.platform else \
+def system_kind() -> str:
+    """What starts services on this kind of system."""
+    return "launchd" if sys.platform == "darwin" else "rc.d" if "bsd" in sys.platform else \
         "smf" if sys.platform.startswith("sunos") else "openrc" if os.path.exists("/sbin/openrc-run") else "systemd"
-    quote, user, words = shlex.quote, getpass.getuser(), own_command() + ["--home", home.path]
-    command = " ".join(map(quote, words))
+
+
+def unit_fields(words: "List[str]", user: str, home: str) -> "Dict[str, str]":
+    """What stands for the fields of the units.  words: the program up to its command."""
+    from xml.sax.saxutils import escape, quoteattr
+    quote, command = shlex.quote, " ".join(map(shlex.quote, words))
     places = [os.path.dirname(shutil.which("rsync") or "/usr/bin/rsync")]
     path = ":".join(dict.fromkeys(places + ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]))
-    print(SERVICE_UNITS[args.kind or own].format(
+    fields = dict(
         user=user, sh_path=quote(path), xml_path=escape(path, {'"': "&quot;"}),
         systemd=" ".join(map(systemd_word, words)), systemd_path=systemd_word("PATH=" + path).replace("$$", "$"),
         smf=quoteattr(command.replace("%", "%%") + " server &"),
         array="".join("<string>%s</string>" % escape(word) for word in words), openrc_program=quote(quote(words[0])),
         openrc_arguments=quote(" ".join(map(quote, words[1:] + ["server"]))),
-        daemon_arguments=quote("-r -P /var/run/cbackup.pid -u %s %s server" % (user, command))), end="")
+        daemon_arguments=quote("-r -P /var/run/cbackup.pid -u %s %s server" % (user, command)))
+    return dict(fields, crontab="\n".join(cron_lines(words, path, home)))
+
+
+def cron_lines(words: "List[str]", path: str, home: str, server: bool = True) -> "List[str]":
+    """The lines of a crontab: the server at boot, where nothing else starts it, and a pass every quarter of an hour, at
+    minutes that are not the same on each machine."""
+    command = ("PATH=%s %s" % (shlex.quote(path), " ".join(map(shlex.quote, words)))).replace("%", "\\%")
+    mark, first = CRON_MARK + shlex.quote(home).replace("%", "\\%"), zlib.crc32(socket.gethostname().encode()) % 15
+    at_boot = ["@reboot %s server >/dev/null %s" % (command, mark)] if server else []
+    return at_boot + ["%s * * * * %s client %s" % (",".join(str(first + n) for n in (0, 15, 30, 45)), command, mark)]
+
+
+def with_cron_lines(text: str, lines: "List[str]", home: str) -> str:
+    """A crontab in which the lines of this home are these, and everything else is as it was."""
+    mark = CRON_MARK + shlex.quote(home).replace("%", "\\%")
+    kept = [line for line in text.splitlines() if not line.endswith(" " + mark)]
+    return "".join(line + "\n" for line in kept + lines)
+
+
+@dataclass
+class Placing:
+    """What puts server and client in place on one kind of system.  Nothing is done here.
+
+    `files`: path -> (text, mode).  `start`: commands after the files were written, `stop`: before they are removed, and
+    `end`: after that; one that begins with "-" may fail.  `cron`: lines of the crontab.
+    """
+
+    files: "Dict[str, Tuple[str, int]]" = field(default_factory=dict)
+    start: "List[List[str]]" = field(default_factory=list)
+    stop: "List[List[str]]" = field(default_factory=list)
+    end: "List[List[str]]" = field(default_factory=list)
+    cron: "List[str]" = field(default_factory=list)
+
+
+def placing_for(kind: str, words: "List[str]", user: str, home: str) -> Placing:
+    """How `kind` of system gets the server at boot and the client on time.  words: the program up to its command."""
+    fields = unit_fields(words, user, home)
+    unit = SERVICE_UNITS[kind].format(**fields)
+    pass_on_time = fields["crontab"].splitlines()[1:]
+    if kind == "systemd":
+        names = ["cbackup.service", "cbackup-client.timer"]
+        files = {"/etc/systemd/system/" + name: (text.format(**fields), 0o644)
+                 for name, text in CLIENT_UNITS.items() if name.startswith("cbackup-client")}
+        return Placing(dict({"/etc/systemd/system/cbackup.service": (unit, 0o644)}, **files),
+                       [["systemctl", "daemon-reload"], ["systemctl", "enable"] + names, ["systemctl", "restart"] + names],
+                       [["-systemctl", "disable", "--now"] + names], [["systemctl", "daemon-reload"]])
+    if kind == "launchd":
+        files = {"/Library/LaunchDaemons/cbackup.server.plist": (unit, 0o644),
+                 "/Library/LaunchDaemons/cbackup.client.plist": (CLIENT_UNITS["cbackup.client.plist"].format(**fields), 0o644)}
+        unload = [["-launchctl", "unload", "-w", path] for path in files]
+        return Placing(files, unload + [["launchctl", "load", "-w", path] for path in files], unload)
+    if kind == "rc.d":
+        return Placing({"/usr/local/etc/rc.d/cbackup": (unit, 0o555)},
+                       [["sysrc", "cbackup_enable=YES"], ["service", "cbackup", "restart"]],
+                       [["-service", "cbackup", "onestop"], ["-sysrc", "-x", "cbackup_enable"]], cron=pass_on_time)
+    if kind == "openrc":
+        return Placing({"/etc/init.d/cbackup": (unit, 0o755)},
+                       [["rc-update", "add", "cbackup"], ["rc-service", "cbackup", "restart"]],
+                       [["-rc-service", "cbackup", "stop"], ["-rc-update", "del", "cbackup"]], cron=pass_on_time)
+    if kind == "smf":
+        path = "/var/svc/manifest/site/cbackup.xml"
+        return Placing({path: (unit, 0o644)}, [["svccfg", "import", path], ["svcadm", "enable", "cbackup"],
+                                               ["svcadm", "restart", "cbackup"]],
+                       [["-svcadm", "disable", "-s", "cbackup"], ["-svccfg", "delete", "cbackup"]], cron=pass_on_time)
+    return Placing(cron=fields["crontab"].splitlines())
+
+
+PROGRAM_PATH = "/usr/local/bin/cbackup.pyz"
+
+CONTROLS = {"systemd": "systemctl", "launchd": "launchctl", "rc.d": "sysrc", "openrc": "rc-update", "smf": "svccfg",
+            "cron": "crontab"}
+
+
+class Installer:
+    """Puts server and client in place on this machine and starts them, or takes them away.
+
+    `top` stands before every path, and `run` runs commands (words, text for standard input; returns (status, output)): a
+    test gives others.
+    """
+
+    def __init__(self, home: Home, kind: "Optional[str]" = None, top: str = "",
+                 run: "Optional[Callable[..., Tuple[int, str]]]" = None) -> None:
+        import getpass
+        self.home, self.top, self.run, self.root = home, top, run or run_command, os.geteuid() == 0 or bool(top)
+        self.user = getpass.getuser()
+        self.kind = kind or self.own_kind()
+        if not home.path.isprintable():
+            raise UsageError("%s: a home with such a name cannot be written into a service" % shown(os.fsencode(home.path)))
+
+    def own_kind(self) -> str:
+        """The system's own way for root, when it is at work here; else cron."""
+        kind = system_kind()
+        works = self.root and shutil.which(CONTROLS[kind]) and (kind != "systemd" or os.path.isdir("/run/systemd/system"))
+        return kind if works else "cron"
+
+    def install(self) -> int:
+        if self.kind not in ("systemd", "launchd") and not self.top and not shutil.which("crontab"):
+            raise UsageError("neither %s nor cron is at work here: install cron; `service` prints what it would be"
+                             % system_kind())
+        words = self.install_program() + ["--home", self.home.path]
+        placing = placing_for(self.kind, words, self.user, self.home.path)
+        for path, (text, mode) in placing.files.items():
+            self.write(path, text.encode(), mode)
+        self.set_crontab(placing.cron)
+        if self.kind == "cron":
+            self.stop_server()
+            self.do(["sh", "-c", "nohup %s server >/dev/null 2>&1 &" % " ".join(map(shlex.quote, words))])
+        for command in placing.start:
+            self.do(command)
+        print("server and client are in place (%s) and start by themselves; `service --remove` undoes it" % self.kind)
+        return EXIT_DONE
+
+    def remove(self) -> int:
+        placing = placing_for(self.kind, own_command() + ["--home", self.home.path], self.user, self.home.path)
+        for command in placing.stop:
+            self.do(command)
+        for path in placing.files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.top + path)
+                print("removed %s" % path)
+        self.set_crontab([])
+        if self.kind == "cron":
+            self.stop_server()
+        for command in placing.end:
+            self.do(command)
+        print("server and client are stopped and start no more; home, program and backups are as they were")
+        return EXIT_DONE
+
+    def install_program(self) -> "List[str]":
+        """The program as it will be called: for root from /usr/local/bin, where it is copied to when it is elsewhere."""
+        interpreter, path = own_command()
+        if not self.root or os.path.realpath(path) == os.path.realpath(self.top + PROGRAM_PATH):
+            return [interpreter, path]
+        with open(path, "rb") as stream:
+            data = stream.read()
+        self.write(PROGRAM_PATH, data, 0o755)
+        return [interpreter, PROGRAM_PATH]
+
+    def write(self, path: str, data: bytes, mode: int) -> None:
+        os.makedirs(os.path.dirname(self.top + path), exist_ok=True)
+        atomic_write(self.top + path, data, mode)
+        os.chmod(self.top + path, mode)  # whatever the umask is
+        print("wrote %s" % path)
+
+    def set_crontab(self, lines: "List[str]") -> None:
+        """Makes `lines` those of this home in the user's crontab; leaves one alone in which nothing is to be changed."""
+        if not self.top and not shutil.which("crontab"):
+            return
+        status, before = self.run(["crontab", "-l"], None)
+        before = before if status == 0 else ""
+        after = with_cron_lines(before, lines, self.home.path)
+        if after != before and (after or status == 0):
+            self.do(["crontab", "-"], after)
+            print("changed the crontab of %s" % self.user)
+
+    def stop_server(self) -> None:
+        """Ends the server of this home, when one is running, and waits for its end."""
+        try:
+            with self.home.lock("server.lock", wait=False):
+                return
+        except Busy:
+            pid = read_json(self.home.state("server.json")).get("pid")
+        if isinstance(pid, int) and pid > 1:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        for _ in range(200):
+            with contextlib.suppress(Busy), self.home.lock("server.lock", wait=False):
+                return
+            time.sleep(0.1)
+        raise CBackupError("the server that runs here does not end; end it by hand, and do this again")
+
+    def do(self, command: "List[str]", text: "Optional[str]" = None) -> None:
+        """Raises CBackupError when a command that must not fail fails; one that begins with "-" may."""
+        words = [command[0].lstrip("-")] + command[1:]
+        status, output = self.run(words, text)
+        if status and not command[0].startswith("-"):
+            said = output.strip().splitlines()
+            raise CBackupError("%s failed: %s" % (" ".join(words), said[-1] if said else "status %d" % status))
+
+
+def run_command(words: "List[str]", text: "Optional[str]") -> "Tuple[int, str]":
+    """(status, what it printed) of a command; `text` is its standard input."""
+    with tempfile.TemporaryFile() as output:  # what it leaves running in the background may keep this open
+        try:
+            done = subprocess.run(words, input=(text or "").encode(), stdout=output, stderr=subprocess.STDOUT)
+        except OSError as error:
+            return 127, reason_of(error)
+        output.seek(0)
+        return done.returncode, output.read().decode(errors="replace")
+
+
+def add_service_parser(commands: Any) -> None:
+    parser = commands.add_parser("service", help="start the server at boot and the client on time")
+    parser.add_argument("kind", nargs="?", metavar="KIND", choices=sorted(SERVICE_UNITS),
+                        help="%s; default: this system's own" % ", ".join(sorted(SERVICE_UNITS)))
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--install", action="store_true", help="put it in place and start it")
+    change.add_argument("--remove", action="store_true", help="stop it and take it away")
+    parser.set_defaults(run=cmd_service)
+
+
+def cmd_service(args: argparse.Namespace, home: Home) -> int:
+    import getpass
+    if args.install:
+        home.check_key()
+        home.host(home.config())
+        return Installer(home, args.kind).install()
+    if args.remove:
+        return Installer(home, args.kind).remove()
+    kind = args.kind or system_kind()
+    fields = unit_fields(own_command() + ["--home", home.path], getpass.getuser(), home.path)
+    print(SERVICE_UNITS[kind].format(**fields), end="")
+    if kind in ("rc.d", "openrc"):
+        print("# The client's line in the crontab of %s; `service --install` puts all of it in place:" % fields["user"])
+        print("# " + fields["crontab"].splitlines()[1])
+    elif kind == "systemd":
+        for name in ("cbackup-client.service", "cbackup-client.timer"):
+            print("#\n# /etc/systemd/system/%s; `service --install` puts all three in place:" % name)
+            print("".join("# %s\n" % line for line in CLIENT_UNITS[name].format(**fields).splitlines()), end="")
     return EXIT_DONE
 
 
@@ -9097,7 +9378,11 @@ def cmd_server(args: argparse.Namespace, home: Home) -> int:
             signal.signal(signal.SIGINT, stop)
             print("cbackup server %s: listening on %s" % (host, server.where), flush=True)
 
+        note = home.state("server.json")  # for `service`, which may have to end it
+        atomic_write(note, json.dumps({"pid": os.getpid()}).encode())
         server.run(ready)
+        with contextlib.suppress(OSError):
+            os.unlink(note)
     return EXIT_DONE
 
 
@@ -9418,19 +9703,28 @@ def cmd_demo(args: argparse.Namespace, home: Home) -> int:
             demo.stop()
 
 
+def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
+    """What every command takes, before its name and behind it.  default: nothing, or how absence is left alone."""
+    parser.add_argument("--home", metavar="DIR", help="configuration, key and state; default $CBACKUP_HOME, for root "
+                        "%s, else ~/.cbackup" % ROOT_HOME, **default)
+    parser.add_argument("--host", metavar="NAME", help="this machine's name in the configuration", **default)
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="count", help="say more; twice: everything", **(default or {"default": 0}))
+    volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress",
+                        **default)
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="cbackup.pyz", description="A backup that lives on the free space of the UNIX machines you have.")
-    parser.add_argument("--home", metavar="DIR", help="configuration, key and state; default $CBACKUP_HOME or ~/.cbackup")
-    parser.add_argument("--host", metavar="NAME", help="this machine's name in the configuration")
+    add_common_options(parser)
     parser.add_argument("--version", action="version", version="cbackup " + __version__)
-    volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: everything")
-    volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser,
                 add_client_parser, add_status_parser, add_plan_parser, add_restore_parser, add_find_parser,
                 add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
         add(commands)
+    for command in commands.choices.values():
+        add_common_options(command, default=argparse.SUPPRESS)
     return parser
 
 
