@@ -3037,7 +3037,8 @@ class Scan:
         if same_owner and (size, mtime, ino, ctime) == (row["size"], row["mtime"], row["ino"], row["ctime"]) \
                 and blocked in (None, ROTTEN):
             if blocked:
-                self._problem(row["path"], "has rotted: its content changed, its size and times did not")
+                self._problem(row["path"], "has rotted: its content changed, its size and times did not; bring "
+                              "it back with `restore`, or `touch` it if it is right")
             return None
         row["known"] = number
         self._read_more(row, full)
@@ -3054,11 +3055,12 @@ class Scan:
 
     def _file_change(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]", same_owner: bool) -> str:
         """What became of a known file.  The same size and time at the same path is presumed to be the same content, also in
-        another inode: a package that was installed again, a disk that was replaced."""
+        another inode: a package that was installed again, a disk that was replaced.  With the same ctime besides it is known
+        to be: file systems without inodes of their own number them anew at each mount."""
         _, _, size, mtime, _, _, _, ino, ctime, nlink, _, blocked = old
         if (size, mtime) != (row["size"], row["mtime"]):
             return "replaced" if ino != row["ino"] and ctime != row["ctime"] else "content"
-        row["doubt"] = int(ino != row["ino"] or ctime != row["ctime"])
+        row["doubt"] = int(ctime != row["ctime"])
         return "silent" if same_owner and blocked == row["blocked"] and nlink == row["nlink"] else "metadata"
 
     def _read_more(self, row: "Dict[str, Any]", full: bytes) -> None:
