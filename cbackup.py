@@ -186,6 +186,9 @@ of 3 copies on 5 unequal hosts with 3 % to spare, 3 % were made in vain; with 1.
 SHAPES = 20000
 """Groups of files that a server keeps in memory in parsed form, about 1 KiB each."""
 
+OVERDUE_LEAST, OVERDUE_PERIODS, OVERDUE_TIMES = 3600.0, 4, 3
+"""A source that was not looked at for an hour, for 4 times `scan` and for 3 times as long as a look takes is not safe."""
+
 HELD_SHARE_OF = 20
 """Mass-change rule: more than half of at least this many files gone or changed within one scan."""
 
@@ -308,6 +311,14 @@ def format_seconds(seconds: float) -> str:
     if seconds < 48 * 3600:
         return "%.1f h" % (seconds / 3600)
     return "%d days" % round(seconds / 86400)
+
+
+def format_age(seconds: float) -> str:
+    """How long ago, in words: "5 minutes", "3 hours", "3 days"."""
+    for unit, word, least in ((86400, "day", 2), (3600, "hour", 1), (60, "minute", 1)):
+        if seconds >= least * unit:
+            return count_of(int(seconds // unit), word)
+    return count_of(max(0, int(seconds)), "second")
 
 
 def count_of(number: int, word: str) -> str:
@@ -1259,6 +1270,21 @@ class Home:
         with contextlib.suppress(OSError):
             return sorted(name for name in os.listdir(self.path) if name.startswith("cbackup.conf.conflict-"))
         return []
+
+    def last_answers(self) -> "Dict[str, Tuple[float, Any]]":
+        """host -> (seconds ago, what its server answered to `status` then), as `note_answers` kept it; unchecked."""
+        found = read_json(os.path.join(self.state_path, "heard.json"))
+        return {host: (max(0.0, clock.now() - row[0]), row[1]) for host, row in found.items()
+                if isinstance(row, list) and len(row) == 2 and isinstance(row[0], (int, float))}
+
+    def note_answers(self, answers: "Dict[str, Any]", hosts: "Iterable[str]") -> None:
+        """Keep what servers answered just now, for the time when they are asleep; of no others than `hosts`.  A home that
+        cannot be written to remembers nothing."""
+        with contextlib.suppress(OSError), self.lock("heard.lock"):
+            found = read_json(self.state("heard.json"))
+            found.update((host, [clock.now(), answer]) for host, answer in answers.items())
+            kept = {host: row for host, row in found.items() if host in hosts}
+            atomic_write(self.state("heard.json"), json.dumps(kept).encode())
 
     def to_forget(self) -> "Dict[str, List[str]]":
         """backup -> the sources, no longer configured, whose copies in it may go: somebody said `forget`."""
@@ -2698,6 +2724,16 @@ class Books:
         return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND k<?",
                         source["id"], source["replicas"])[0]
 
+    def stuck_files(self, source: int, replicas: int, limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
+        """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
+        their contents cannot be trusted; without those that cannot be read, which the scan names."""
+        rows = self.rows(
+            "SELECT e.path, e.blocked FROM groups g JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 AND g.files>0 "
+            "AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) FROM declines d "
+            "JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp WHERE g.source=?1 AND g.k<?2 AND d.version=e.version "
+            "AND d.reason<>'no room' GROUP BY e.id ORDER BY 1", source, replicas)
+        return len(rows), rows[:limit]
+
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
         """(path, size, why) of files that are short of copies, the largest first: what fits nowhere is among them."""
         largest: "Dict[str, int]" = {}
@@ -2730,6 +2766,9 @@ DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
 """
 """What one scan found to be different.  how: new | replaced (another file) | content | metadata | silent.  doubt: the
 content is presumed to be the same.  lost: entries that are gone, and those that were replaced."""
+
+REPRESENTABLE = 1 << 62
+"""Times in nanoseconds have to be below: so far they travel (until 2116)."""
 
 FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
                  "target", "blocked")
@@ -3003,6 +3042,12 @@ class Scan:
             return None
         except OSError as error:
             self._problem(path, reason_of(error))
+            known.pop(path, None)
+            return None
+        if not all(-REPRESENTABLE < number < REPRESENTABLE for number in (info.st_mtime_ns, info.st_ctime_ns)) \
+                or info.st_ino >> 63:
+            self._problem(path, "its time cannot be represented (%d s since 1970)" % info.st_mtime if info.st_ino >> 63 == 0
+                          else "its inode number cannot be represented (%d)" % info.st_ino)
             known.pop(path, None)
             return None
         if stat.S_ISDIR(info.st_mode):
@@ -5319,6 +5364,7 @@ class Service:
         self.scanner: "Optional[Scanner]" = None
         self.reader = Reader(self)
         self.names = Names()
+        self.failures: "Dict[str, str]" = {}
         self._scanning = threading.Lock()
 
     def hello(self) -> "Dict[str, Any]":
@@ -5353,8 +5399,28 @@ class Service:
             return
         skip = [self.home.state_path] + [b.path for b in self.config.backups_of(self.host)]
         with self._scanning:  # one at a time: `accept` scans in its own thread
-            run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")), consent)
+            begun = clock.steady()
+            try:
+                run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")), consent)
+                self.books.set_meta("took:" + name, clock.steady() - begun)
+            except Exception as error:  # in memory: the books may be what failed
+                self.failures[name] = "%s (%s)" % (reason_of(error), error.__class__.__name__)
+                raise
+            self.failures.pop(name, None)
         self.reader.wake()
+
+    def overdue_after(self) -> float:
+        """Seconds after which a look at a source is too old: some of the periods, or several times as long as looking at all
+        of them took, but an hour at least."""
+        took = sum(self.books.meta("took:" + name) or 0.0 for name in self.books.active_sources())
+        return max(OVERDUE_LEAST, OVERDUE_PERIODS * self.config.scan, OVERDUE_TIMES * took)
+
+    def look_facts(self, row: "Dict[str, Any]") -> "Dict[str, Any]":
+        """What a source's server says of its looks at it: `last_scan`, seconds ago; `late`, whether that is too long ago;
+        `failed`, why the last look failed, or None; and `problems`, what could not be read."""
+        ago = None if row["scanned"] is None else max(0.0, clock.now() - row["scanned"])
+        return {"last_scan": ago, "late": ago is not None and ago > self.overdue_after(),
+                "failed": self.failures.get(row["name"]), "problems": json.loads(row["problems"] or "{}")}
 
     def catch_up_with_home(self) -> None:
         """Take over the configuration as it is in the file, when it is another.  Raises ConfigError for a wrong one."""
@@ -5679,23 +5745,32 @@ class Service:
             figures = books.figures(row)
             figures.update(host=self.host, path=row["path"], replicas=row["replicas"], state=row["state"],
                            reason=row["reason"], cause=row["cause"], special=row["special"],
-                           problems=json.loads(row["problems"] or "{}"),
-                           last_scan=None if row["scanned"] is None else max(0.0, clock.now() - row["scanned"]),
-                           short=[[as_text(path), size, why] for path, size, why in
+                           stuck=self._stuck(row), **self.look_facts(row))
+            figures.update(short=[[as_text(path), size, why] for path, size, why in
                                   books.short_files(row["id"], row["replicas"], 10)])
             sources[name] = figures
         return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(), "duties": books.duties(),
                 "config_version": self.home.config_state().get("version", 0)}
 
+    def _stuck(self, row: "Dict[str, Any]") -> "Dict[str, Any]":
+        count, some = self.books.stuck_files(row["id"], row["replicas"], 20)
+        return {"count": count, "some": ["%s: %s" % (shown(path), why) for path, why in some]}
+
     def _own_backups(self) -> "Dict[str, Any]":
-        """The backups of this host as they lie here now: used bytes, files, capacity, or why they cannot be read."""
-        out = {}
+        """The backups of this host as they lie here now: used bytes, files, capacity, and what is wrong with them.  `new`: no
+        client has been at work in it."""
+        out: "Dict[str, Any]" = {}
+        known = read_json(os.path.join(self.home.state_path, "backups.json"))
         for spec in self.config.backups_of(self.host):
-            reader = VaultReader(spec)
+            reader, facts = VaultReader(spec), {}
             try:
-                out[spec.name] = dict(reader.facts(), disk=os.stat(spec.path).st_dev)
+                wrong = reader.misplaced(self.home.cluster_id(), known.get(spec.name)) or reader.not_writable()
+                facts = {"state": wrong or "ok", "new": not wrong and spec.name not in known}
+                facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev, **({"state": wrong} if wrong else {}))
             except (CBackupError, OSError) as error:
-                out[spec.name] = {"state": str(error)}
+                if facts.get("state", "ok") == "ok":
+                    facts["state"] = str(error)
+            out[spec.name] = facts
         return out
 
     def op_plan(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -5850,8 +5925,30 @@ class VaultReader:
     def facts(self) -> "Dict[str, Any]":
         files, held, other = self._query("SELECT (SELECT COALESCE(SUM(files), 0) FROM sums), (SELECT COALESCE(SUM(bytes), 0) "
                                          "FROM sums), (SELECT SUM(bytes) FROM used)")[0]
-        return {"state": "ok", "used": held + other, "files": files, "capacity": room_limit(self.spec, held + other),
+        used, capacity = held + other, room_limit(self.spec, held + other)
+        state = "ok" if used <= capacity else "%s are used, and only %s may be" % (format_size(used), format_size(capacity))
+        return {"state": state, "used": used, "files": files, "capacity": capacity,
                 "sources": dict(self._query("SELECT source, files FROM sums WHERE files>0"))}
+
+    def misplaced(self, cluster: str, expected: "Optional[str]") -> str:
+        """Why the directory is not this backup's; "" when it is, or when nothing is there and nothing is expected."""
+        identity = read_json(os.path.join(self.spec.path, META_DIR.decode(), "identity"))
+        if not identity.get("id"):
+            return "%s has lost its .cbackup: is its disk mounted?" % self.spec.path if expected else ""
+        if identity.get("cluster") != cluster:
+            return "%s belongs to another cluster" % self.spec.path
+        if identity.get("backup") != self.spec.name or expected not in (None, identity["id"]):
+            return "%s is the backup %s (%s), not the one that was here" % (
+                self.spec.path, shown(str(identity.get("backup")).encode()), str(identity["id"])[:6])
+        return ""
+
+    def not_writable(self) -> str:
+        """Why no client can write into it; "" also when the directory is still to be made."""
+        if not os.path.isdir(self.spec.path):
+            return ""
+        if os.statvfs(self.spec.path).f_flag & os.ST_RDONLY:
+            return "%s is on a file system that is read-only" % self.spec.path
+        return "" if os.access(self.spec.path, os.W_OK | os.X_OK) else "%s cannot be written to" % self.spec.path
 
     def _usable(self) -> bool:
         """Whether the database can be read and is complete.  If not, the files are there all the same."""
@@ -6196,7 +6293,7 @@ class Figures:
         self.lock = threading.Lock()
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.actions = 0
-        self.unreachable: "set[str]" = set()
+        self.unreachable: "Dict[str, str]" = {}
         self.short = 0
         self.trouble = False
         self.broken = False
@@ -6231,14 +6328,19 @@ class Figures:
         self.broken = True
         self.complain(line)
 
-    def gone(self, error: Unreachable) -> None:
+    def silent(self, error: Unreachable) -> None:
+        """A host that could not be reached."""
         with self.lock:
-            self.unreachable.add(error.host)
+            self.unreachable[error.host] = str(error)
+
+    def gone(self, error: Unreachable) -> None:
+        """A host that could not be reached, and that was needed."""
+        self.silent(error)
         self.complain(str(error))
 
     def as_json(self) -> "Dict[str, Any]":
         return dict(self.counts, unreachable=sorted(self.unreachable),
-                    settled=not (self.actions or self.short or self.broken))
+                    settled=not (self.actions or self.short or self.broken or self.unreachable))
 
 
 def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]") -> None:
@@ -7319,21 +7421,24 @@ class Client:
                 known[vault.name] = vault.identity
                 atomic_write(self.home.state("backups.json"), json.dumps(known).encode())
 
-    def exchange_config(self) -> None:
+    def exchange_config(self, figures: "Optional[Figures]" = None) -> None:
         """Take a newer configuration from the servers of all hosts, give them a newer one of ours: also those of hosts
         without sources, which the edit may just have changed.  Again when ours became another: what one server knew and
-        the others did not."""
+        the others did not.  Hosts that cannot be reached are entered in `figures`."""
+        told = figures or Figures()
         for _ in range(2):
             before = self.home.config_state()
-            in_parallel(self._exchange_with, (host for host in self.config.all_hosts() if host != self.host))
+            in_parallel(lambda host: self._exchange_with(host, told), self.config.all_hosts())
             self.config = self.home.config()
             if self.home.config_state() == before:
                 return
 
-    def _exchange_with(self, host: str) -> None:
+    def _exchange_with(self, host: str, figures: Figures) -> None:
         link = Link(host, self.config, self.context)
         try:
             link.connect().close()
+            if host == self.host:  # the same home; what matters is that restore can ask it for what lies here
+                return
             theirs, ours = link.hello.get("config"), self.home.config_state()
             if not isinstance(theirs, list) or len(theirs) != 3 or ours and tuple(theirs) == config_order(ours):
                 return
@@ -7341,8 +7446,8 @@ class Client:
             if not ours or tuple(theirs) > config_order(ours) \
                     or link.call("new_config", config=self.home.config_offer()).get("taken") is False:
                 self.home.take_config(check_offer(link.call("config").get("config")))
-        except Unreachable:
-            pass  # the pass itself reports it
+        except Unreachable as error:  # of hosts that are needed the pass itself says so
+            figures.silent(error)
         except (Refused, ProtocolError, ConfigError, TypeError) as error:
             log.warning("%s: the configurations could not be compared: %s", host, str(error).replace("\n", "; "))
         finally:
@@ -7352,7 +7457,7 @@ class Client:
         """One pass over every backup of this host."""
         figures = Figures()
         with contextlib.suppress(OSError):
-            self.exchange_config()
+            self.exchange_config(figures)
         disks: "Dict[Any, List[Backup]]" = {}
         for spec in self.config.backups_of(self.host):
             try:
@@ -7392,8 +7497,8 @@ class Client:
                 (work or Pass.run)(one)
                 if one.standings and not one.misplaced:
                     self.remember(vault)
-        except Busy as error:
-            figures.remark(str(error))
+        except Busy as error:  # nothing that cron would have to mail
+            (figures.remark if work or sys.stderr.isatty() else log.info)(str(error))
         except sqlite3.Error as error:
             if is_damage(error) and again:
                 damage = error
@@ -8412,48 +8517,109 @@ def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **field
     return answers, down
 
 
-def collect_status(home: Home, config: Config) -> "Dict[str, Any]":
-    """What is safe and what is not, from all servers that answer: the object that `status --json` prints."""
-    hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
-    answers, down = ask_all(home, config, sorted(hosts), "status")
-    answers.update((host, {"error": why}) for host, why in down.items())
-    sources = {name: dict(_source_status(spec, answers[spec.host]), impossible=config.too_few_hosts(spec))
-               for name, spec in sorted(config.sources.items())}
-    source_hosts = {s.host for s in config.sources.values()}
-    backups = {name: _backup_status(spec, answers, source_hosts) for name, spec in sorted(config.backups.items())}
+def collect_status(home: Home, config: Config, down: "Optional[Dict[str, str]]" = None) -> "Dict[str, Any]":
+    """What is safe and what is not, from all servers that answer, and from what the others said last (kept in `state/`).
+
+    `down`: hosts that are not to be asked, because they were just found not to answer, and why.  `hosts` in what is
+    returned: for each, the seconds since its server answered here (`answered`), and since it or a backup of it was heard
+    of by anybody (`silent`); None: never.
+    """
+    hosts = sorted({s.host for s in config.sources.values()} | {b.host for b in config.backups.values()})
+    answers, silent = ask_all(home, config, [host for host in hosts if host not in (down or {})], "status")
+    for host, answer in list(answers.items()):
+        if not is_status_answer(answer):
+            silent[host] = "%s: its answer makes no sense: is its cbackup another version?" % host
+            del answers[host]
+    then = {host: _aged(answer, ago) for host, (ago, answer) in home.last_answers().items()
+            if host not in answers and is_status_answer(answer)}
+    home.note_answers(answers, hosts)
+    silent.update((down or {}).items())
+    sources = {name: dict(_source_status(spec, answers.get(spec.host), then.get(spec.host)),
+                          impossible=config.too_few_hosts(spec)) for name, spec in sorted(config.sources.items())}
+    backups = {name: _backup_status(spec, config, answers, then) for name, spec in sorted(config.backups.items())}
+    answered = {host: 0.0 if host in answers else then[host]["age"] if host in then else None for host in hosts}
+    heard = {host: [age for age in [answered[host]] + [b["last_seen"] for b in backups.values() if b["host"] == host]
+                    if age is not None] for host in hosts}
     return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources,
-            "backups": backups, "unreachable": sorted(host for host, answer in answers.items() if "error" in answer),
-            "warn_after": config.warn_after, "conflicts": home.conflicts(), "warnings": [
-                line for host in sorted(hosts) for line in shared_disks(answers[host].get("mine", {}), host)]}
+            "backups": backups, "unreachable": sorted(host for host in hosts if host not in answers),
+            "hosts": {host: {"answered": answered[host], "silent": min(ages, default=None)} for host, ages in heard.items()},
+            "warn_after": config.warn_after, "scan": config.scan, "conflicts": home.conflicts(), "warnings": [
+                line for host in hosts for line in shared_disks(answers.get(host, {}).get("mine", {}), host)],
+            "config_age": max(0.0, clock.now() - home.config_state().get("stamp", clock.now()))}
 
 
-def _source_status(spec: Source, answer: "Dict[str, Any]") -> "Dict[str, Any]":
+def is_status_answer(answer: Any) -> bool:
+    """Whether a server's answer to `status` has all that is used of it.  Not only peers may be wrong: what `state/` has
+    of an earlier answer is checked too."""
+    def numbers(facts: Any, *keys: str) -> bool:
+        return isinstance(facts, dict) and all(
+            facts.get(key) is None or isinstance(facts[key], (int, float)) and not isinstance(facts[key], bool) for key in keys)
+
+    def some(facts: Any) -> bool:
+        return numbers(facts, "count") and isinstance(facts.get("some", []), list) and all(
+            isinstance(line, str) for line in facts.get("some", []))
+
+    def a_source(s: Any) -> bool:
+        return numbers(s, "last_scan", "unproven_files", "unproven_since") and all(_is_count(s.get(key)) for key in (
+            "files", "bytes", "replicas", "underserved_files", "underserved_bytes", "overserved_files")) \
+            and s.get("state") in ("ok", "held") and isinstance(s.get("reason"), (str, type(None))) \
+            and isinstance(s.get("copies"), dict) and all(k.isdigit() and _is_count(n) for k, n in s["copies"].items()) \
+            and some(s.get("problems")) and some(s.get("stuck", {})) and isinstance(s.get("failed"), (str, type(None))) \
+            and isinstance(s.get("short"), list) and all(
+                isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and _is_count(row[1]) for row in s["short"])
+
+    def a_backup(b: Any) -> bool:
+        return numbers(b, "used", "files", "capacity", "disk") and isinstance(b.get("state"), str) \
+            and numbers(b.get("sources", {}), *b.get("sources", {}))
+    return isinstance(answer, dict) and all(isinstance(answer.get(key), dict) for key in ("sources", "mine", "duties")) \
+        and all(map(a_source, answer["sources"].values())) and all(map(a_backup, answer["mine"].values())) \
+        and numbers(answer["duties"], *answer["duties"]) and isinstance(answer.get("backups"), list) and all(
+            numbers(words, "age", "capacity", "used", "files") and isinstance(words.get("name"), str)
+            for words in answer["backups"])
+
+
+def _aged(answer: "Dict[str, Any]", ago: float) -> "Dict[str, Any]":
+    """What a server said some time ago (`age`), with all that counts from a moment that much older."""
+    def older(facts: "Dict[str, Any]", key: str) -> "Dict[str, Any]":
+        return facts if facts.get(key) is None else dict(facts, **{key: facts[key] + ago})
+    sources = {name: older(older(s, "last_scan"), "unproven_since") for name, s in answer["sources"].items()}
+    return dict(answer, age=ago, sources=sources,
+                backups=[older(words, "age") for words in answer["backups"]])
+
+
+def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]", then: "Optional[Dict[str, Any]]") -> "Dict[str, Any]":
+    """From its server; when that does not answer, what it said last is `then` (None when it never did)."""
     out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
                              "copies": {}, "underserved_files": None, "underserved_bytes": None, "overserved_files": None,
-                             "state": "unreachable", "last_scan": None}
-    found = answer.get("sources", {}).get(spec.name)
+                             "state": "unreachable", "last_scan": None, "then": None}
+    found = (answer or {}).get("sources", {}).get(spec.name)
     if found:
         for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
-                    "state", "last_scan", "reason", "cause", "special", "problems", "short", "unproven_files",
-                    "unproven_since"):
+                    "state", "last_scan", "reason", "cause", "special", "problems", "short", "stuck", "late", "failed",
+                    "unproven_files", "unproven_since"):
             out[key] = found.get(key)
+    elif answer:
+        out["state"] = "unknown"
+    elif then and spec.name in then["sources"]:
+        out["then"] = dict(_source_status(spec, then, None), impossible="")
     return out
 
 
-def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]", source_hosts: "set[str]") -> "Dict[str, Any]":
+def _backup_status(spec: Backup, config: Config, answers: "Dict[str, Dict[str, Any]]",
+                   then: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
     """From its own host when that is up, else from the last words that the others remember."""
     out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "capacity": spec.size, "used": None, "files": None,
-                             "last_seen": None, "state": "unreachable" if "error" in answers[spec.host] else "ok"}
-    for answer in answers.values():
-        for words in answer.get("backups", []):
-            if words["name"] == spec.name and words["age"] is not None \
+                             "last_seen": None, "state": "ok" if spec.host in answers else "unreachable"}
+    for answer in list(answers.values()) + list(then.values()):
+        for words in answer["backups"]:
+            if words["name"] == spec.name and words.get("age") is not None \
                     and (out["last_seen"] is None or words["age"] < out["last_seen"]):
                 out.update(last_seen=words["age"], capacity=words["capacity"], used=words["used"], files=words["files"])
-                if words["lost"] and out["state"] == "unreachable":
+                if words.get("lost") and out["state"] == "unreachable":
                     out["state"] = "lost"
-    out.update(answers[spec.host].get("mine", {}).get(spec.name, {}))
+    out.update(answers.get(spec.host, {}).get("mine", {}).get(spec.name, {}))
     if spec.leaving:
-        counts = [answers[host].get("duties", {}).get(spec.name) for host in source_hosts]
+        counts = [answers.get(host, {}).get("duties", {}).get(spec.name) for host in {s.host for s in config.sources.values()}]
         out.update(leaving=True, duties=None if None in counts else sum(counts))
     return out
 
@@ -8461,8 +8627,8 @@ def _backup_status(spec: Backup, answers: "Dict[str, Dict[str, Any]]", source_ho
 @dataclass
 class Verdict:
     """What everything that is known comes to.  `trouble`: why it is not safe, a sentence each; `pending`: those of them
-    that the next passes are expected to mend, and that a pass therefore does not report; `remarks`: what else one should
-    know.  The same sentences everywhere: in `status`, in its --check, in each pass."""
+    that the next passes are expected to mend, or that another machine's passes report, so that a pass says nothing of
+    them; `remarks`: what else one should know.  The same sentences everywhere: in `status`, in its --check, in each pass."""
 
     trouble: "List[str]" = field(default_factory=list)
     pending: "List[str]" = field(default_factory=list)
@@ -8478,46 +8644,111 @@ class Verdict:
         if pending:
             self.pending.append(line)
 
+    def note(self, line: str) -> None:
+        if line not in self.remarks:
+            self.remarks.append(line)
+
     def lasting(self) -> "List[str]":
-        """The trouble that does not pass by itself."""
+        """The trouble that a pass reports."""
         return [line for line in self.trouble if line not in self.pending]
 
 
 def verdict(status: "Dict[str, Any]") -> Verdict:
     """Whether everything is safe, and why not.  `status`: what `collect_status` returns."""
-    found = Verdict(remarks=list(status["warnings"]))
+    found = Verdict()
     for name, s in status["sources"].items():
-        _judge_source(found, name, s)
-        _judge_proof(found, name, s, status["warn_after"])
-    found.remarks += ["%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name
-                      for name in status["conflicts"]]
+        _judge_source(found, name, s, status)
+        _judge_proof(found, name, s["then"] or s, status["warn_after"])
+    for name, b in status["backups"].items():
+        _judge_backup(found, name, b, status)
+    for line in status["warnings"] + [
+            "%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name
+            for name in status["conflicts"]]:
+        found.note(line)
     return found
 
 
-def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]") -> None:
-    if s["state"] == "unreachable":
-        found.wrong("%s is unreachable: its server on %s does not answer" % (name, s["host"]))
-        return
+def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]", status: "Dict[str, Any]") -> None:
+    """Enter what is wrong with a source, as its server says now, or said when it was last awake."""
+    if s["state"] == "unknown":
+        found.wrong("%s is not known to its server on %s: is its configuration the same?" % (name, s["host"]), pending=True)
+    elif s["state"] != "unreachable":
+        for line, pending in source_trouble(name, s):
+            found.wrong(line, pending)
+    elif s["then"] is None:
+        found.wrong("%s is unreachable: its server on %s does not answer, and nothing is known of it here" % (name, s["host"]))
+    elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:
+        found.wrong("%s was last heard of %s ago, and nothing is known of %s since" % (
+            s["host"], format_age(status["hosts"][s["host"]]["answered"]), name))
+    else:
+        asleep = "%s asleep since %s" % (s["host"], format_age(status["hosts"][s["host"]]["answered"]))
+        before = source_trouble(name, s["then"])
+        for line, pending in before:
+            found.wrong("%s; then: %s" % (asleep, line), pending)
+        if not before:
+            found.note(asleep + "; safe then")
+
+
+def source_trouble(name: str, s: "Dict[str, Any]") -> "List[Tuple[str, bool]]":
+    """Why a source is not safe: (a sentence, whether the next passes are expected to mend it).  `s`: of `_source_status`."""
+    out = []
     if s["state"] == "held":
-        found.wrong("%s is held: %s" % (name, held_advice(name, s)))
+        out.append(("%s is held: %s" % (name, held_advice(name, s)), False))
     if s["last_scan"] is None:
-        found.wrong("%s has not been looked at yet" % name, pending=True)
+        out.append(("%s has not been looked at yet" % name, s["state"] != "held"))
     elif s["underserved_files"]:
-        found.wrong("%s of %s in %s have fewer than %d copies%s" % (
+        out.append(("%s of %s in %s have fewer than %d copies%s" % (
             format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"],
-            s["impossible"] and " (%s)" % s["impossible"]), pending=not s["impossible"])
+            s["impossible"] and " (%s)" % s["impossible"]), True))
+    if s["failed"]:
+        out.append(("%s cannot be looked at: %s; what has changed since is not backed up" % (name, s["failed"]), False))
+    elif s["late"]:
+        out.append(("%s was last looked at %s ago, which is too long" % (name, format_age(s["last_scan"])), False))
+    for facts, word, what in ((s["problems"], "path", "could not be read"), (s["stuck"] or {}, "file", "cannot be copied")):
+        if facts.get("count"):
+            some = facts["some"][:3]
+            out.append(("%s: %s %s: %s%s" % (name, count_of(facts["count"], word), what, ", ".join(some),
+                                             ", ..." if facts["count"] > len(some) else ""), False))
+    return out
+
+
+def without_named(status: "Dict[str, Any]", lines: "List[str]") -> None:
+    """Take out of a status the files that a pass could not copy, and named itself just now in these lines."""
+    for name, s in status["sources"].items():
+        stuck = s.get("stuck") or {"some": [], "count": 0}
+        rest = [line for line in stuck["some"] if not any(said.endswith(": %s: %s" % (name, line)) for said in lines)]
+        s["stuck"] = {"some": rest, "count": stuck["count"] - len(stuck["some"]) + len(rest)}
+
+
+def _judge_backup(found: Verdict, name: str, b: "Dict[str, Any]", status: "Dict[str, Any]") -> None:
+    """Enter what is wrong with a backup.  Its own machine's passes report what is wrong with its disk, other machines' that
+    it is silent while its host cannot be reached."""
+    silent = b["last_seen"] if b["state"] not in ("unreachable", "lost") else status["hosts"][b["host"]]["silent"]
+    here = "%s on %s" % (name, b["host"])
+    if b["state"] not in ("ok", "unreachable", "lost") and not b.get("new"):
+        found.wrong("%s: %s" % (here, b["state"]), pending=True)
+    if silent is None:
+        if status["config_age"] > status["warn_after"]:
+            found.wrong("%s has not been heard of yet: does its client run?" % here, pending=b["state"] != "unreachable")
+    elif silent > status["warn_after"]:
+        found.wrong("%s was last heard of %s ago%s" % (
+            here, format_age(silent), ", and its copies no longer count" if b["state"] == "lost" else ""),
+            pending=b["state"] not in ("unreachable", "lost"))
+    elif b["state"] in ("unreachable", "lost") and not any(
+            line.startswith(b["host"] + " asleep since ") for line in found.remarks + found.trouble):
+        found.note("%s asleep since %s" % (b["host"], format_age(silent)))
 
 
 def _judge_proof(found: Verdict, name: str, s: "Dict[str, Any]", warn_after: float) -> None:
     """Files that are only presumed to have their copies: for a while that is as good as safe."""
-    if not s.get("unproven_files"):
+    if not s.get("unproven_files") or s.get("unproven_since") is None:
         return
     line = "%s of %s are still being compared with their copies, since %s" % (
         count_of(s["unproven_files"], "file"), name, format_seconds(s["unproven_since"]))
     if s["unproven_since"] > warn_after:
         found.wrong(line + ": its server reads too slowly, or cannot read them")
     else:
-        found.remarks.append(line)
+        found.note(line)
 
 
 def print_status(status: "Dict[str, Any]") -> None:
@@ -8525,8 +8756,12 @@ def print_status(status: "Dict[str, Any]") -> None:
         print("%s  (%s:%s)" % (name, s["host"], s["path"]))
         if s["impossible"]:
             print("    IMPOSSIBLE: %s" % s["impossible"])
-        if s["state"] == "unreachable":
-            print("    its server does not answer: nothing is known of it from here")
+        if s["state"] == "unreachable" and s["then"]:
+            print("    its server does not answer; what it said %s ago:" % format_age(status["hosts"][s["host"]]["answered"]))
+            s = s["then"]
+        if s["state"] in ("unreachable", "unknown"):
+            print("    its server %s" % ("does not answer: nothing is known of it from here" if s["state"] == "unreachable"
+                                         else "does not know it: is its configuration the same?"))
             continue
         if s["state"] == "held":
             print("    HELD, nothing changes in the backups: %s" % held_advice(name, s))
@@ -8537,11 +8772,13 @@ def print_status(status: "Dict[str, Any]") -> None:
                 ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items() if int(k) < s["replicas"])))
             for path, size, why in s["short"][:5]:
                 print("        %s, %s%s" % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
-        elif s["files"]:
+        elif s["files"] and not source_trouble(name, s):
             print("    all safe" + ("" if not s.get("unproven_files") else ", as far as is known"))
-        if s["problems"].get("count"):
-            print("    could not be read: %s, for example %s" % (
-                count_of(s["problems"]["count"], "path"), s["problems"]["some"][0]))
+        for facts, what in ((s["problems"], "could not be read: %s"), (s["stuck"] or {}, "cannot be copied: %s")):
+            for line in facts.get("some", []):
+                print("    " + what % line)
+            if facts.get("count", 0) > len(facts.get("some", [])):
+                print("    " + what % "and %d more" % (facts["count"] - len(facts["some"])))
     for name, b in status["backups"].items():
         seen = "never heard of" if b["last_seen"] is None else "heard of %s ago" % format_seconds(b["last_seen"])
         figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
@@ -8563,7 +8800,7 @@ def print_check(status: "Dict[str, Any]") -> None:
     """The one line of `status --check`."""
     found = verdict(status)
     if found.safe:
-        files = sum(s["files"] for s in status["sources"].values())
+        files = sum((s["then"] or s)["files"] for s in status["sources"].values())
         print("; ".join(["safe: %s of %s have all their copies" % (
             count_of(files, "file"), count_of(len(status["sources"]), "source"))] + found.remarks))
     else:
@@ -9407,6 +9644,10 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     total: "Optional[Figures]" = None
     while True:
         figures = client.run()
+        status = collect_status(home, client.config, figures.unreachable)
+        without_named(status, figures.lines)
+        for line in verdict(status).lasting():
+            figures.complain(line)
         for line in figures.lines[:50]:
             if not (args.quiet and any(line.startswith(gone + ": cannot be reached") for gone in figures.unreachable)):
                 print("cbackup: " + line, file=sys.stderr)
@@ -9443,14 +9684,14 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     if args.json:
         print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
                           if key in STATUS_KEYS else value for key, value in status.items()
-                          if key not in ("unreachable", "conflicts", "warnings", "warn_after")}))
+                          if key in ("cluster", "config_version", "sources", "backups")}))
     elif args.check:
         print_check(status)
     else:
         print_status(status)
     if args.check:
         return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE
-    return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) else EXIT_DONE
+    return EXIT_INCOMPLETE if any(s["state"] in ("unreachable", "unknown") for s in status["sources"].values()) else EXIT_DONE
 
 
 PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes", "largest_bytes", "largest_path", "problems")

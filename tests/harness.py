@@ -667,6 +667,7 @@ class Cluster:
 
         `orders`: names of hosts, or one such list for each round, used in turns: one client after the other. Without
         it, all hosts with a backup at the same time. Fails when a pass does not exit 0, and after `limit` rounds.
+        While a server is not running, no pass is settled: then a round in which nothing was done is enough.
         """
         if orders and isinstance(orders[0], str):
             orders = [orders]
@@ -681,9 +682,14 @@ class Cluster:
                 if result.rc != 0:
                     raise AssertionError("a client's pass failed: %s" % result)
             figures += [result.json for result in results]
-            if all(result.json["settled"] for result in results):
+            if all(self._is_settled(result.json) for result in results):
                 return figures
         raise AssertionError("not settled after %d rounds; the last one:\n%s" % (limit, "\n".join(map(str, results))))
+
+    def _is_settled(self, figures):
+        down = set(figures["unreachable"])
+        return figures["settled"] or bool(down) and not down & set(self.servers) and not any(
+            value for value in figures.values() if isinstance(value, int))
 
     def restore(self, host, source, *paths, to=None, options=(), **more):
         """Runs `restore SOURCE [PATH ...]` on a host, into the directory `to`; returns the Result."""

@@ -65,12 +65,14 @@ class DeclinedTest(Case):
         self.assertEqual(1, result.json["failed_files"], str(result))
         self.assertOneError(result, *words)
 
-    def assertStill(self):
-        """Passes over what has not changed say nothing, transfer nothing and touch nothing."""
+    def assertStill(self, named=None):
+        """Passes over what has not changed say nothing but what cannot be done, transfer nothing and touch nothing."""
         before = {name: self.c.kept_inodes(name) for name in self.c.backups}
         for host in "ab":
             result = self.c.client(host)
-            self.assertRc(0, result)
+            self.assertRc(1 if named else 0, result)
+            if named:
+                self.assertOneError(result, "docs", named)
             self.assertEqual((0, 0, 0, 0), tuple(result.json[key] for key in (
                 "copied_files", "dropped_files", "failed_files", "wire_bytes")), str(result))
         self.assertEqual(before, {name: self.c.kept_inodes(name) for name in self.c.backups})
@@ -169,11 +171,12 @@ class DeclinedTest(Case):
         self.add(dict(FILES, secret=200))
         secret = os.path.join(self.source, "secret")
         os.chmod(secret, 0)
-        for host in "ab":       # it is not even offered
-            self.assertSilent(self.c.run(host, "client"))
+        for host in "ab":       # it is not even offered, but named
+            self.assertEqual("cbackup: docs: 1 path could not be read: secret: cannot be read by the server\n",
+                             self.c.run(host, "client").stderr)
         self.assertEqual(dict(dict.fromkeys(FILES, "ba"), secret=""), self.where())
         self.assertNamed("secret", "unreadable")
-        self.assertStill()
+        self.assertStill(named="secret")
         os.chmod(secret, 0o600)
         self.assertRc(0, self.c.client("a"))
         self.assertCopies(self.c, "docs", 1)

@@ -643,7 +643,7 @@ class TwiceTest(FaultCase):
         verify.signal(signal.SIGSTOP)
         write_file(os.path.join(source, "f0"), "changed")
         before = tree(kept)
-        result = cluster.client("a")
+        result = cluster.client("a", "-v")
         self.assertRc(0, result)
         self.assertRegex(result.stderr, r"(?i)\bb1\b.*at work")
         self.assertEqual(before, tree(kept))

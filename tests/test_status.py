@@ -147,8 +147,10 @@ class CheckTest(StatusCase):
         self.c.settle()
         self.check(0)
         self.c.kill("b")            # a backup that is down has lost nothing
-        self.c.kill("s")            # of a source that is down nobody knows
-        self.assertIn("s", self.check(1))
+        self.c.kill("s")            # of a source that is down it is known what it was like
+        self.assertRegex(self.check(0), r"^safe: 11 files .*; s asleep since \d+ seconds?; safe then")
+        os.unlink(os.path.join(self.c.home("a"), "state", "heard.json"))
+        self.assertRegex(self.check(1), r"^NOT SAFE: docs .*nothing is known")
 
 
 class ForPeopleTest(StatusCase):

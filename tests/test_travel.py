@@ -213,7 +213,7 @@ class OneTextTest(TravelCase):
         self.assertIn(str(port), c.servers["t"].stderr)
         c.stop("t")
         c.start("t")
-        self.assertEqual(["t"], c.client("a").json["unreachable"])      # nobody can ask t at its new address
+        self.assertIn("t", c.client("a").json["unreachable"])           # nobody can ask t at its new address
         self.assertRc(0, c.client("t"))                                 # but t can tell them
         make_tree(c.sources["pics"].path, {"p2": b"22"})
         c.settle()
