@@ -106,7 +106,8 @@ class BackupStateTest(SaidCase):
             self.assertIn(word, text)
         self.assertNotEqual("ok", self.c.status("s")["backups"]["ba"]["state"])
 
-    def test_not_there_of_another_backup_or_cluster_over_its_size_read_only(self):
+    def test_not_there_of_another_backup_or_cluster_over_its_size(self):
+        self.c.settle("a")
         self.c.settle()
         self.check(0)
         path = self.c.backups["ba"].path
