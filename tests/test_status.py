@@ -6,7 +6,7 @@ import unittest
 from tests.harness import Case, make_tree, write_file
 
 SOURCE_KEYS = {"host", "path", "replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes",
-               "overserved_files", "state", "last_scan"}
+               "overserved_files", "state", "last_scan", "unproven_files", "unproven_since"}
 BACKUP_KEYS = {"host", "path", "capacity", "used", "files", "last_seen", "state"}
 
 
