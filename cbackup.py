@@ -1145,6 +1145,21 @@ def config_order(state: "Dict[str, Any]") -> "Tuple[int, int, str]":
 
 ROOT_HOME = "/var/lib/cbackup"
 
+PASSES_LIMIT = 1 << 20
+"""Bytes of the log of passes: with one every quarter of an hour it reaches back a month or two."""
+
+PASS_COUNTS = ("copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files", "dropped_bytes",
+               "wire_bytes", "failed_files")
+"""What a pass counts."""
+
+
+def is_pass_record(record: Any) -> bool:
+    """Whether it has the form of what Client.run notes: time, seconds, PASS_COUNTS, unreachable, settled, wrong."""
+    return isinstance(record, dict) and all(
+        isinstance(record.get(key), (int, float)) and abs(record[key]) < 1 << 62 for key in ("time", "seconds") + PASS_COUNTS) \
+        and all(isinstance(record.get(key), list) and all(isinstance(word, str) for word in record[key])
+                for key in ("unreachable", "wrong"))
+
 
 def default_home() -> str:
     """The home when nobody says: ~/.cbackup; for root /var/lib/cbackup, unless only ~/.cbackup is there already."""
@@ -1301,6 +1316,34 @@ class Home:
                 names = set(todo.get(backup, [])) - {source} | ({source} if forget else set())
                 todo[backup] = sorted(names)
             atomic_write(self.state("forget.json"), json.dumps({"todo": {b: n for b, n in todo.items() if n}}).encode())
+
+    def note_pass(self, record: "Dict[str, Any]") -> None:
+        """Append what a pass did to the log in `state/`; beyond PASSES_LIMIT its older half goes.  A log that cannot be
+        written stops nothing."""
+        with contextlib.suppress(OSError), self.lock("passes.lock"):
+            path = self.state("passes.jsonl")
+            with open(path, "ab") as stream:
+                stream.write(json.dumps(record).encode() + b"\n")
+                size = stream.tell()
+            if size > PASSES_LIMIT:
+                with open(path, "rb") as stream:
+                    stream.seek(size // 2)
+                    stream.readline()
+                    kept = stream.read()
+                atomic_write(path, kept)
+
+    def passes(self) -> "Iterator[Dict[str, Any]]":
+        """What the passes of this host did, the newest first, as Client.run notes it; damaged lines are left out."""
+        try:
+            with open(os.path.join(self.state_path, "passes.jsonl"), "rb") as stream:
+                lines = stream.read().splitlines()
+        except OSError:
+            return
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line.decode())
+                if is_pass_record(record):
+                    yield record
 
     def void_forgets(self, config: Config) -> None:
         """A source that is configured again is no longer to be forgotten."""
@@ -6286,8 +6329,7 @@ class Server:
 class Figures:
     """What a pass did, as `client --json` prints it; several backups add up."""
 
-    COUNTS = ("copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files", "dropped_bytes",
-              "wire_bytes", "failed_files")
+    COUNTS = PASS_COUNTS
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -7455,7 +7497,7 @@ class Client:
 
     def run(self) -> Figures:
         """One pass over every backup of this host."""
-        figures = Figures()
+        figures, begun, since = Figures(), clock.now(), clock.steady()
         with contextlib.suppress(OSError):
             self.exchange_config(figures)
         disks: "Dict[Any, List[Backup]]" = {}
@@ -7467,6 +7509,8 @@ class Client:
             disks.setdefault(disk, []).append(spec)
         in_parallel(lambda specs: [self.run_one(spec, figures) for spec in specs], disks.values())
         self.progress.clear()
+        self.home.note_pass(dict(figures.as_json(), time=round(begun), seconds=round(clock.steady() - since, 1),
+                                 wrong=figures.lines[:20]))
         return figures
 
     def links(self) -> "Dict[str, Link]":
