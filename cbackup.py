@@ -5084,6 +5084,7 @@ FIELDS: "Dict[str, Callable[[Any], bool]]" = {
     "sums": lambda v: isinstance(v, dict) and len(v) < 10000, "after": lambda v: isinstance(v, (int, str)),
     "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
     "paths": _is_list, "rows": _is_list,
+    "path": lambda v: isinstance(v, str) and len(v) <= 8192,
     "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict),
     "all": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
 FIELDS.update({key: _is_count for key in (
@@ -5873,6 +5874,18 @@ class Service:
                           for source, path, size, mtime, since in rows[:FIND_LIMIT]]
         return {"rows": found, "more": more}
 
+    def op_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """What a backup of this host has directly in a directory of a source: copies, with `kind` 2 older versions.  Of level
+        2 on.  `next`: what to go on with as `after`, null at the end."""
+        spec = self.config.backups.get(request["backup"])
+        if spec is None or spec.host != self.host:
+            raise Refused("unknown", "%s has no backup %s" % (self.host, request["backup"]))
+        directory, after = as_raw(request["path"]), as_raw(str(request["after"]))
+        rows, following = VaultReader(spec).list_directory(
+            request["source"], check_relative(directory) if directory else b"", request.get("kind") == 2, after)
+        return {"rows": [[as_text(row[0])] + list(row[1:]) for row in rows],
+                "next": None if following is None else as_text(following)}
+
     def op_forget_source(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Remember that the copies of a source that is no longer configured may go; the clients of this host do it."""
         self.catch_up_with_home()
@@ -5951,6 +5964,12 @@ class VaultReader:
         return list(self._each(sql, *values))
 
     def _each(self, sql: str, *values: Any) -> "Iterator[Tuple[Any, ...]]":
+        with self._database() as db:
+            for row in db.execute(sql, values):
+                yield row
+
+    @contextlib.contextmanager
+    def _database(self) -> "Iterator[sqlite3.Connection]":
         path = os.path.join(self.spec.path, META_DIR.decode(), "backup.db")
         if not os.path.exists(path):
             raise Refused("unknown", "%s has nothing in it yet (no client has run)" % self.spec.path
@@ -5958,8 +5977,7 @@ class VaultReader:
         try:
             db = sqlite3.connect(path, timeout=30)
             try:
-                for row in db.execute(sql, values):
-                    yield row
+                yield db
             finally:
                 db.close()
         except sqlite3.Error as error:
@@ -6025,6 +6043,37 @@ class VaultReader:
                         return found
         return found
 
+    def list_directory(self, source: str, directory: bytes, old: bool, after: bytes,
+                       ) -> "Tuple[List[Tuple[bytes, Optional[int], int, float]], Optional[bytes]]":
+        """What is directly in a directory of a source, or is that path: copies, or with `old` older versions; from the path
+        `after` on, about a PAGE.
+
+        Returns rows (name, empty for the path itself; size, None for a directory with something in it; mtime; until when it
+        was the present version) and the path to go on with, None at the end.  What is deeper down is skipped by index.
+        """
+        table, more = ("attic", "since AS until") if old else ("held", "0 AS until")
+        rows = "SELECT path, size, mtime, %s FROM %s WHERE source=?1 AND %s%%s" % (
+            more, table, "done=1 AND why<>'bad' AND " if old else "")
+        found: "List[Tuple[bytes, Optional[int], int, float]]" = []
+        prefix, end = (directory + b"/", directory + b"0") if directory else (b"", b"\xff" * 8)  # "0" comes after "/"
+        with self._database() as db:
+            if directory and not after:
+                found += [(b"",) + row[1:] for row in db.execute(rows % "path=?2 LIMIT 100", (source, directory))]
+            at = max(prefix, after)
+            while len(found) < PAGE:
+                first = db.execute(rows % "path>=?2 AND path<?3 ORDER BY path LIMIT 1", (source, at, end)).fetchone()
+                if first is None:
+                    return found, None
+                name, slash, _ = first[0][len(prefix):].partition(b"/")
+                if slash:
+                    found.append((name, None, 0, 0))
+                elif old:
+                    found += [(name,) + row[1:] for row in db.execute(rows % "path=?2 LIMIT 100", (source, first[0]))]
+                else:
+                    found.append((name,) + first[1:])
+                at = prefix + name + (b"0" if slash else b"\0")
+        return found, at
+
     def old_versions(self, source: str, after: int) -> "List[Tuple[Any, ...]]":
         """(number, path, name in the attic, size, mtime, digest or None) of old versions, by number."""
         if self._usable():
@@ -6064,6 +6113,7 @@ OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]]
     "plan": (Service.op_plan, (), ()),
     "vaults": (Service.op_vaults, ("source",), ()),
     "holdings": (Service.op_holdings, ("backup", "source", "after"), ("kind",)),
+    "list": (Service.op_list, ("backup", "source", "path", "after"), ("kind",)),
     "accept": (Service.op_accept, ("source",), ()),
     "find": (Service.op_find, ("pattern",), ()),
     "forget_source": (Service.op_forget_source, ("source",), ()),
@@ -7765,6 +7815,7 @@ class Restore:
         self.holders: "List[Any]" = []
         self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those that cannot be reached
         self.unmatched: "List[bytes]" = []
+        self.only: "Optional[bytes]" = None  # for a listing: load nothing but this path and what is directly in it
         self.notes: "Dict[str, int]" = {}
         self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes", "kept_files"), 0)
         self.lock = threading.RLock()
@@ -7853,6 +7904,8 @@ class Restore:
         for row in rows:
             if (row.path + b"/").startswith(RESTORE_DIR + b"/"):
                 continue  # no source has that, and what is laid there would be in the hands of a later run
+            if self.only is not None and row.path != self.only and row.path.rpartition(b"/")[0] != self.only:
+                continue
             if row.kind is None:
                 self.db.execute("DELETE FROM want WHERE path=?", (row.path,))
             else:
@@ -8496,6 +8549,12 @@ class Restore:
                 "seconds": round(max([seconds for _, _, seconds in share.values()], default=0.0), 1),
                 "holders": {self.holders[n].name: {"files": files, "bytes": size, "rate": int(self._rates[n])}
                             for n, (files, size, _) in sorted(share.items())}}
+
+    def catalog_of(self, directory: bytes, scratch: str) -> "List[Tuple[Any, ...]]":
+        """(path, kind, size, mtime, target, holders) of a path and of what is directly in it, as the catalog says."""
+        self.only = directory
+        self.open_plan(scratch)
+        return self._rows("SELECT path, kind, size, mtime, target, holders FROM want ORDER BY path")
 
     def measure(self) -> None:
         """The rate of each holder, all at once as in a restore: a first batch is fetched, and thrown away."""
@@ -9165,7 +9224,157 @@ class Demo:
         return {path for path in set(before) | set(after) if before.get(path) != after.get(path)}
 
 
-# ==== 16. The command line ============================================================================
+# ==== 16. Looking back: what was there, what passes did ===============================================
+
+
+def ask_lists(home: Home, config: Config, source: str, directory: bytes,
+              ) -> "Tuple[List[Tuple[str, str, Optional[int], int, float, bool]], Dict[str, str]]":
+    """What all backups have directly in a directory of a source, or of that path: rows (backup, name, size or None for a
+    directory, mtime, until when it was the present version, whether it is an old version); and host -> why it is not
+    known."""
+    context, lock = tls_context(home, server_side=False), threading.Lock()
+    found: "List[Tuple[str, str, Optional[int], int, float, bool]]" = []
+    down: "Dict[str, str]" = {}
+
+    def ask(host: str) -> None:
+        link = Link(host, config, context)
+        try:
+            if link.peer_level() < 2:
+                raise Refused("old", "%s: its cbackup is too old to be asked for this; update it" % host)
+            for backup, kind in itertools.product(config.backups_of(host), (1, 2)):
+                with contextlib.suppress(EmptyBackup):
+                    for row in list_pages(link, backup.name, source, directory, kind):
+                        with lock:
+                            found.append((backup.name, row[0], row[1], row[2], row[3], kind == 2))
+        except (Unreachable, Refused, ProtocolError) as error:
+            down[host] = str(error)
+        finally:
+            link.close()
+
+    in_parallel(ask, sorted({b.host for b in config.backups.values()}))
+    return found, down
+
+
+class EmptyBackup(CBackupError):
+    """A backup in which nothing is yet, or whose disk is not mounted."""
+
+
+def list_pages(link: Link, backup: str, source: str, directory: bytes, kind: int) -> "Iterator[List[Any]]":
+    """The checked rows of `list`, page by page."""
+    after: "Optional[str]" = ""
+    while after is not None:
+        try:
+            answer = link.call("list", backup=backup, source=source, path=as_text(directory), kind=kind, after=after)
+        except Refused as error:
+            if error.reason == "unknown":
+                raise EmptyBackup(str(error))
+            raise
+        for row in answer.get("rows", []):
+            if not isinstance(row, list) or len(row) != 4 or not isinstance(row[0], str) \
+                    or not (row[1] is None or _is_count(row[1])) or not all(isinstance(n, (int, float)) for n in row[2:]):
+                raise ProtocolError("%s: a listing that is not of the form" % link.host)
+            yield row
+        before, after = after, answer.get("next")
+        if after is not None and not (isinstance(after, str) and as_raw(after) > as_raw(before)):
+            raise ProtocolError("%s: a listing without an end" % link.host)
+
+
+def collect_listing(home: Home, config: Config, source: str, directory: bytes, at: "Optional[float]") -> "Dict[str, Any]":
+    """What a directory of a source had: the object that `ls --json` prints.  Raises CBackupError when it was not there.
+
+    An entry's `copies`: on how many other hosts this version is, None for what is no file; `older`: how many other
+    versions there are.  `gone`: names of which there are old versions only.
+    """
+    restore = Restore(source, os.devnull, [], at, False, Progress(True))
+    restore.find_holders(config, tls_context(home, server_side=False))
+    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+        rows = restore.catalog_of(directory, scratch)
+    own = [row for row in rows if row[0] == directory]
+    if directory and not own:
+        raise CBackupError("%s had no %s on %s; `find` looks everywhere" % (
+            source, shown(directory), format_time(restore.catalog_time)))
+    single = bool(own) and own[0][1] != "d"
+    there, down = ask_lists(home, config, source, directory)
+    held: "Dict[str, List[Any]]" = {}
+    for row in there:
+        held.setdefault(row[1], []).append(row)
+    shown_rows = own if single else [row for row in rows if row[0] != directory]
+    entries = [_listed(config, source, row, held.get("" if single else as_text(row[0].rpartition(b"/")[2]), []),
+                       {config.backups[row[0]].host for row in there} | set(down)) for row in shown_rows]
+    names = {entry["name"] for entry in entries}
+    return {"source": source, "path": as_text(directory), "catalog_time": restore.catalog_time, "entries": entries,
+            "gone": sorted(name for name, rows in held.items() if name and name not in names and any(r[5] for r in rows)),
+            "unreachable": sorted(set(down) | {config.backups[b].host for b in restore.down}),
+            "reasons": sorted(set(down.values()) | {"%s cannot be asked" % name for b, name in restore.down.items()
+                                                    if config.backups[b].host not in down})}
+
+
+def _listed(config: Config, source: str, row: "Tuple[Any, ...]", held: "List[Any]", asked: "set[str]") -> "Dict[str, Any]":
+    """One entry of a listing.  row: of `Restore.catalog_of`; held: what the backups have under that name."""
+    path, kind, size, mtime, target, holders = row
+    out = {"name": as_text(path.rpartition(b"/")[2]), "kind": {"f": "file", "d": "directory", "l": "symlink"}[kind],
+           "size": size if kind == "f" else None, "mtime": mtime / 1e9, "target": None if target is None else as_text(target),
+           "copies": None, "older": None}
+    if kind == "f":
+        own = config.sources[source].host
+        hosts = {config.backups[r[0]].host for r in held if (r[2], r[3]) == (size, mtime)}
+        hosts |= {config.backups[b].host for b in holders.split(",") if b in config.backups} - asked  # as of the catalog
+        out["copies"] = len(hosts - {own})
+        out["older"] = len({(r[2], r[3]) for r in held if r[5] and (r[2], r[3]) != (size, mtime)})
+    return out
+
+
+def print_listing(listing: "Dict[str, Any]") -> None:
+    for entry in listing["entries"]:
+        name = shown(as_raw(entry["name"])) + ("/" if entry["kind"] == "directory" else "")
+        if entry["kind"] == "symlink":
+            name += " -> " + shown(as_raw(entry["target"]))
+        facts = "" if entry["copies"] is None else "%s%s" % (
+            count_of(entry["copies"], "copy") if entry["copies"] == 1 else "%d copies" % entry["copies"],
+            ", %d older" % entry["older"] if entry["older"] else "")
+        print("%s %10s  %-18s  %s" % (format_time(entry["mtime"]), "" if entry["size"] is None else format_size(entry["size"]),
+                                      facts, name))
+    if listing["gone"]:
+        names = ["%s" % shown(as_raw(name)) for name in listing["gone"][:10]]
+        print("gone, with old versions: %s%s" % (", ".join(names), ", ..." if len(listing["gone"]) > 10 else ""))
+    print("as of %s" % format_time(listing["catalog_time"]))
+
+
+def pass_text(record: "Dict[str, Any]") -> str:
+    """What a pass did, for people.  record: of `Home.passes`."""
+    parts = []
+    for key, word in (("copied", "copied"), ("updated", "changed"), ("moved", "moved"), ("dropped", "dropped"),
+                      ("failed", "failed")):
+        files = record[key + "_files"]
+        if files:
+            size = record.get(key + "_bytes")
+            parts.append("%s %s%s" % (format(files, ","), word, " (%s)" % format_size(size) if size else ""))
+    return ", ".join(parts) or "nothing to do"
+
+
+def pass_lines(records: "Iterable[Dict[str, Any]]") -> "Iterator[Tuple[float, float, str, List[str]]]":
+    """(time of the first, of the last, what was done, what was wrong) of passes, the newest first; passes in a row that
+    had nothing to do and nothing to say are one."""
+    idle: "List[Dict[str, Any]]" = []
+
+    def idle_line() -> "List[Tuple[float, float, str, List[str]]]":
+        if not idle:
+            return []
+        return [(idle[-1]["time"], idle[0]["time"], "nothing to do" if len(idle) == 1 else
+                 "%d passes with nothing to do" % len(idle), [])]
+
+    for record in records:
+        if pass_text(record) == "nothing to do" and not record["wrong"] and not record["unreachable"]:
+            idle.append(record)
+            continue
+        yield from idle_line()
+        idle.clear()
+        yield (record["time"], record["time"], "%s, in %s" % (pass_text(record), format_seconds(max(1, record["seconds"]))),
+               record["wrong"])
+    yield from idle_line()
+
+
+# ==== 18. The command line ============================================================================
 
 
 class Parser(argparse.ArgumentParser):
@@ -9899,6 +10108,71 @@ def cmd_find(args: argparse.Namespace, home: Home) -> int:
     return EXIT_INCOMPLETE if down or not files else EXIT_DONE
 
 
+def add_ls_parser(commands: Any) -> None:
+    parser = commands.add_parser("ls", help="what a directory of a source had, now or then")
+    parser.add_argument("source", help="the source's name")
+    parser.add_argument("path", nargs="?", metavar="PATH", default="", help="a directory or a file in it; default: its root")
+    parser.add_argument("--at", metavar="TIME", help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
+    parser.add_argument("--times", action="store_true", help="the times of which there is a catalog, for --at")
+    parser.add_argument("--json", action="store_true", help="print it as one JSON object")
+    parser.set_defaults(run=cmd_ls)
+
+
+def cmd_ls(args: argparse.Namespace, home: Home) -> int:
+    config = home.config()
+    check_source(args.source, config)
+    if args.times:
+        return list_times(args, home, config)
+    path = os.path.normpath("/" + args.path).lstrip("/")
+    at = None if args.at is None else parse_time(args.at)
+    listing = collect_listing(home, config, args.source, os.fsencode(path), at)
+    if args.json:
+        print(json.dumps({key: value for key, value in listing.items() if key != "reasons"}))
+    else:
+        print_listing(listing)
+    for line in listing["reasons"]:
+        print("cbackup: %s; what it has is not in this list" % line, file=sys.stderr)
+    return EXIT_INCOMPLETE if listing["unreachable"] else EXIT_DONE
+
+
+def check_source(name: str, config: Config) -> None:
+    if name not in config.sources:
+        raise UsageError("there is no source %s; there are: %s" % (name, ", ".join(config.sources) or "none"))
+
+
+def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
+    """The times of all catalogs of a source that can be had, the newest first."""
+    restore = Restore(args.source, os.devnull, [], None, False, Progress(True))
+    restore.find_holders(config, tls_context(home, server_side=False))
+    times = sorted({file.time for holder in restore.holders for file in holder.catalogs}, reverse=True)
+    if args.json:
+        print(json.dumps({"source": args.source, "times": times}))
+    else:
+        for when in times:
+            print(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)))
+    for name in sorted(restore.down.values()):
+        print("cbackup: %s cannot be asked" % name, file=sys.stderr)
+    return EXIT_INCOMPLETE if restore.down or not times else EXIT_DONE
+
+
+def add_log_parser(commands: Any) -> None:
+    parser = commands.add_parser("log", help="what the passes of this host did, the newest first")
+    parser.add_argument("--json", action="store_true", help="print them as one JSON object")
+    parser.set_defaults(run=cmd_log)
+
+
+def cmd_log(args: argparse.Namespace, home: Home) -> int:
+    home.config()  # a home that is none is no empty log
+    if args.json:
+        print(json.dumps({"passes": list(home.passes())}))
+        return EXIT_DONE
+    for begun, last, text, wrong in pass_lines(home.passes()):
+        print("%s  %s" % (format_time(begun) + ("" if last == begun else " to " + format_time(last)), text))
+        for line in wrong:
+            print("    " + line)
+    return EXIT_DONE
+
+
 def add_forget_parser(commands: Any) -> None:
     parser = commands.add_parser("forget", help="delete the copies of a source that is no longer in the configuration")
     parser.add_argument("source", help="the source's name")
@@ -10008,7 +10282,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser,
                 add_client_parser, add_status_parser, add_plan_parser, add_restore_parser, add_find_parser,
-                add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
+                add_ls_parser, add_log_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
         add(commands)
     for command in commands.choices.values():
         add_common_options(command, default=argparse.SUPPRESS)
