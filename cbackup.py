@@ -325,6 +325,19 @@ def count_of(number: int, word: str) -> str:
     return "%s %s%s" % (format(number, ","), word, "" if number == 1 else "s")
 
 
+def may_be_time(there: int, wanted: int) -> bool:
+    """Whether a file system may say the time `there` (ns) of a file whose time was set to `wanted`: FAT counts in 2 s, HFS+ and
+    ext3 in 1 s, exFAT in 10 ms, NTFS in 100 ns."""
+    return there == wanted or any(there % step == 0 and abs(there - wanted) < step
+                                  for step in (100, 1000, 10 ** 7, 10 ** 9, 2 * 10 ** 9))
+
+
+def in_batches(items: "Iterable[Any]", most: int = 500) -> "Iterator[List[Any]]":
+    """Lists of up to `most` items: each one transaction, where one for every item would wait for the disk every time."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, most)), [])
+
+
 def as_text(raw: bytes) -> str:
     """A name as it travels in JSON: UTF-8, what is not UTF-8 as lone surrogates."""
     return raw.decode("utf-8", "surrogateescape")
@@ -1502,6 +1515,7 @@ CREATE TABLE copies(
 CREATE INDEX copies_todo ON copies(backup, source, file) WHERE todo > 0;
 CREATE INDEX copies_expires ON copies(backup, expires) WHERE expires IS NOT NULL;
 CREATE INDEX copies_backup ON copies(backup, source, file);
+CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
 
 -- Which backups have told new books everything that they hold (see Books.recovering).
 CREATE TABLE caught_up(backup INTEGER, source INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
@@ -1550,6 +1564,7 @@ CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
 
 
 BOOKS_UPGRADES: "Dict[int, str]" = {1: """
+CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
 ALTER TABLE entries ADD COLUMN doubt REAL;
 ALTER TABLE entries ADD COLUMN basis TEXT;
 ALTER TABLE entries ADD COLUMN other BLOB;
@@ -1567,6 +1582,8 @@ def open_database(path: str, schema: str, version: int, journal: str,
     """A database of ours, made when absent, brought to the present layout when it is older.  One that SQLite calls damaged
     is set aside and a new one made: everything in our databases can be rebuilt.  Raises CBackupError for one of a newer
     cbackup."""
+    if _wrong_header(path):
+        set_database_aside(path, "its first bytes are not SQLite's")
     for attempt in (1, 2):
         connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
@@ -1582,22 +1599,45 @@ def open_database(path: str, schema: str, version: int, journal: str,
                 connection.executescript("BEGIN IMMEDIATE;" + upgrades[found]
                                          + "PRAGMA user_version=%d;COMMIT;" % (found + 1))
                 found += 1
+            if not 0 <= found < 1000:  # a layout that no version of this program will ever have
+                raise sqlite3.DatabaseError("malformed")
             if found not in (0, version):
                 raise CBackupError("%s was written by another version of cbackup (layout %d, this one has %d)"
                                    % (path, found, version))
-            if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok" if attempt == 1 and _unclean(path) \
-                    else False:
-                raise sqlite3.DatabaseError("damaged")
+            if attempt == 1 and (_unclean(path) or os.path.getsize(path) < CHECKED_BELOW):
+                if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                    raise sqlite3.DatabaseError("malformed")
             return connection
-        except sqlite3.OperationalError as error:
-            connection.close()
-            raise CBackupError("%s: %s" % (path, error))
         except sqlite3.DatabaseError as error:
             connection.close()
-            if attempt == 2:
-                raise CBackupError("%s: %s" % (path, error))
+            if attempt == 2 or not is_damage(error):
+                raise CBackupError("%s: %s" % (path, database_words(error, path)))
             set_database_aside(path, str(error))
     raise AssertionError("not reached")
+
+
+CHECKED_BELOW = 8 << 20
+"""Databases up to this many bytes are checked whenever they are opened (10 ms), larger ones when they were not closed: what
+else is wrong with them shows when it is read."""
+
+
+def _wrong_header(path: str) -> bool:
+    """Whether a file is there that SQLite would not take for its own, or only for reading."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(100)
+    except OSError:
+        return False
+    return len(head) == 100 and (head[:16] != b"SQLite format 3\0" or head[18] not in (1, 2) or head[19] not in (1, 2))
+
+
+def database_words(error: BaseException, path: str) -> str:
+    """What a database's error means; a full disk has many names in SQLite, and is called as the system does."""
+    with contextlib.suppress(OSError):
+        info = os.statvfs(os.path.dirname(path))
+        if "is full" in str(error) or "I/O" in str(error) and info.f_bavail * info.f_frsize < 64 << 10:
+            return os.strerror(errno.ENOSPC)
+    return str(error)
 
 
 def _unclean(path: str) -> bool:
@@ -1608,7 +1648,8 @@ def _unclean(path: str) -> bool:
 def is_damage(error: "sqlite3.Error") -> bool:
     """Whether SQLite says that the file itself is wrong, not that it is locked or its disk full."""
     return isinstance(error, sqlite3.DatabaseError) and any(
-        word in str(error) for word in ("malformed", "not a database", "corrupt"))
+        word in str(error) for word in ("malformed", "not a database", "corrupt", "unsupported file format", "no such table",
+                                        "Could not decode"))
 
 
 def set_database_aside(path: str, why: str) -> None:
@@ -1653,7 +1694,14 @@ class Books:
         self.path, self.host = path, host
         self.lock = threading.RLock()
         self.random = random.Random()
-        self._open()
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:  # whichever page was hit
+            if not is_damage(error):
+                raise
+            self.db.close()
+            set_database_aside(self.path, str(error))
+            self._open()
 
     def _open(self) -> None:
         self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL", BOOKS_UPGRADES)
@@ -2077,10 +2125,11 @@ class Books:
                        list(facts.values()) + [name])
 
     def mismatch(self, source: int) -> "Tuple[int, int]":
-        """(copies that backups hold of something that the source does not have like that, all copies)."""
+        """(copies that backups hold of something that the source does not have like that, all copies).  A disk may have kept
+        its time in steps of 2 s."""
         bad, total = self.one(
-            "SELECT COALESCE(SUM(e.id IS NULL OR e.size IS NOT c.held_size OR e.mtime IS NOT c.held_mtime), 0), COUNT(*) "
-            "FROM copies c LEFT JOIN entries e ON e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL", source)
+            "SELECT COALESCE(SUM(e.id IS NULL OR e.size IS NOT c.held_size OR COALESCE(ABS(e.mtime-c.held_mtime)>=2000000000, 1)"
+            "), 0), COUNT(*) FROM copies c LEFT JOIN entries e ON e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL", source)
         return bad, total
 
     # -- placing: claims, confirmations, drops, relief (the rules of a pass are in section 13) --
@@ -2534,10 +2583,10 @@ class Books:
         with self.write() as db:
             for path in paths:
                 for (number,) in self.rows(
-                        "SELECT c.file FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND e.source=? "
-                        "AND COALESCE(c.path, e.path)=? UNION SELECT c.file FROM copies c JOIN gone g ON g.id=c.file "
-                        "WHERE c.backup=? AND g.source=? AND COALESCE(c.path, g.path)=?",
-                        backup, source, path, backup, source, path):
+                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? UNION SELECT c.file FROM entries e "
+                        "CROSS JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.source=? AND e.path=? AND c.path IS NULL "
+                        "UNION SELECT c.file FROM gone g CROSS JOIN copies c ON c.file=g.id AND c.backup=? "
+                        "WHERE g.source=? AND g.path=? AND c.path IS NULL", *(backup, source, path) * 3):
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
                     self._holders_changed(number)
@@ -2634,10 +2683,11 @@ class Books:
                 self._after_retire(number)
             self.regroup(missing)
             counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0", source["id"])[0]
-            bad, total = self.mismatch(source["id"])
+            if source["state"] != "ok" or counted or self.meta("accepted:" + source["name"]):
+                return
+            bad, total = self.mismatch(source["id"])  # reads all that is known of copies
             empty = total and bad == total and not self.file_counts(source["id"])[0]
-            if source["state"] == "ok" and not counted and not self.meta("accepted:" + source["name"]) \
-                    and (empty or total >= HELD_SHARE_OF and bad * 2 > total):
+            if empty or total >= HELD_SHARE_OF and bad * 2 > total:
                 self.finish_scan(source["name"], state="held", cause="report",
                                  reason="backups hold %s of it, and %s of these are not in it like that now"
                                  % (count_of(total, "file"), format(bad, ",")))
@@ -4353,9 +4403,8 @@ class Vault:
                 break
             self.drop([Grant(source, row[0]) for row in page])
             count += len(page)
-        old = self.rows("SELECT id, stored FROM attic WHERE source=?", source)
-        for start in range(0, len(old), 500):
-            self._delete_old(old[start:start + 500])
+        for old in in_batches(self.rows("SELECT id, stored FROM attic WHERE source=?", source)):
+            self._delete_old(old)
         self.tree.clear_empty(source.encode(), links=True)
         shutil.rmtree(os.path.join(self.meta_path, "catalog", source), ignore_errors=True)
         return count
@@ -4708,13 +4757,13 @@ class Vault:
                 continue
             known = self._named_in_catalogs(as_text(name))
             if known or as_text(name) in configured:
-                for rel in self.tree.walk_files(name):
-                    path = rel[len(name) + 1:]
-                    if not known or self.one("SELECT 1 FROM named WHERE path=?", path):
-                        count += self._enter(as_text(name), path, rel, say)
+                paths = (rel[len(name) + 1:] for rel in self.tree.walk_files(name))
+                for batch in in_batches(path for path in paths if not known or self.one(
+                        "SELECT 1 FROM named WHERE path=?", path)):
+                    count += self._enter(as_text(name), batch, say)
         for kind in (b"attic", b"bad", b"moving"):
-            for rel in list(self.tree.walk_files(META_DIR + b"/" + kind)):
-                self._enter_old(kind, rel)
+            for batch in in_batches(self.tree.walk_files(META_DIR + b"/" + kind)):
+                self._enter_old(kind, batch)
         self.tree.sync_all()  # what had just been copied may not have been
         return count
 
@@ -4734,31 +4783,38 @@ class Vault:
             return False
         return self.one("SELECT 1 FROM named LIMIT 1") is not None
 
-    def _enter_old(self, kind: bytes, rel: bytes) -> None:
-        """An old version, named KIND/SOURCE/TIME/path; or what a rename that was cut off has left in `moving`."""
-        parts, info = rel.split(b"/", 4), self.tree.lstat(rel)
-        if info is None or not stat.S_ISREG(info.st_mode):
-            return
-        source, path, since = (as_text(parts[2]), parts[4], _stamp_time(parts[3])) if len(parts) == 5 else \
-            ("", rel, clock.now())
-        why = "deleted" if kind == b"attic" else "bad"
+    def _enter_old(self, kind: bytes, paths: "List[bytes]") -> None:
+        """Old versions, named KIND/SOURCE/TIME/path; or what a rename that was cut off has left in `moving`."""
         with self.write() as db:
-            db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) VALUES(?,?,?,?,?,?,?,1)",
-                       (source, path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns, since, why))
+            for rel in paths:
+                parts, info = rel.split(b"/", 4), self.tree.lstat(rel)
+                if info is None or not stat.S_ISREG(info.st_mode):
+                    continue
+                source, path, since = (as_text(parts[2]), parts[4], _stamp_time(parts[3])) if len(parts) == 5 else \
+                    ("", rel, clock.now())
+                db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) VALUES(?,?,?,?,?,?,?,1)",
+                           (source, path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns, since,
+                            "deleted" if kind == b"attic" else "bad"))
 
-    def _enter(self, source: str, path: bytes, rel: bytes, say: "Callable[[bytes], None]") -> int:
-        try:
-            descriptor = self.tree.open(rel)
-        except OSError:
-            return 0
-        try:
-            say(path)
-            info = os.fstat(descriptor)
-            digest, size = digest_descriptor(descriptor)
-        finally:
-            os.close(descriptor)
-        self.hold(source, path, size, info.st_mtime_ns, digest, clock.now())
-        return 1
+    def _enter(self, source: str, paths: "List[bytes]", say: "Callable[[bytes], None]") -> int:
+        """Read copies and enter them; returns how many.  The database is not held up while they are read."""
+        found = []
+        for path in paths:
+            try:
+                descriptor = self.tree.open(self.place_of(source, path))
+            except OSError:
+                continue
+            try:
+                say(path)
+                info = os.fstat(descriptor)
+                digest, size = digest_descriptor(descriptor)
+            finally:
+                os.close(descriptor)
+            found.append((path, size, info.st_mtime_ns, digest))
+        with self.write():
+            for path, size, mtime, digest in found:
+                self.hold(source, path, size, mtime, digest, clock.now())
+        return len(found)
 
     # -- catalogs, configuration, skeleton --
 
@@ -5404,12 +5460,20 @@ class Service:
         self.home, self.config, self.host = home, config, host
         self.address = config.address(host)
         self.books = books or Books(home.state("books.db"), host)
-        self.books.configure(config)
+        self._configure(config)
         self.scanner: "Optional[Scanner]" = None
         self.reader = Reader(self)
         self.names = Names()
         self.failures: "Dict[str, str]" = {}
         self._scanning = threading.Lock()
+
+    def _configure(self, config: Config) -> None:
+        try:
+            self.books.configure(config)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            self.books.start_again(config, str(error))
 
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
@@ -5475,7 +5539,7 @@ class Service:
     def reload(self, config: Config) -> None:
         """Put a configuration in force in the running server."""
         self.config = config
-        self.books.configure(config)
+        self._configure(config)
         self.home.void_forgets(config)
         log.info("took over the changed configuration")
         for source in config.sources_of(self.host):
@@ -6877,7 +6941,7 @@ class Pass:
             for _, _, _, row in page:
                 f = Wanted.from_row(row)
                 held = self.vault.held(standing.name, f.path)
-                (same if held and held[:2] == (f.size, f.mtime) else batch).append(f)
+                (same if held and held[0] == f.size and may_be_time(held[1], f.mtime) else batch).append(f)
             batch = sorted(batch + self.confirm_again(standing, same), key=lambda f: f.path)
             while batch and standing.usable and not self.stuck:
                 part = self._next_part(batch)
@@ -6918,7 +6982,8 @@ class Pass:
                 if verdict == "ok":
                     vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
                     digest = bytes.fromhex(row[2])
-                    if digest != vault.held(standing.name, f.path)[2]:  # mended by hand
+                    held = vault.held(standing.name, f.path)
+                    if (f.mtime, digest) != held[1:3]:  # mended by hand, or entered with a disk's coarse time
                         vault.hold(standing.name, f.path, f.size, f.mtime, digest, clock.now())
                     good.append([as_text(f.path), f.version, tag_of(f.path, f.size, f.mtime, digest)])
                 elif verdict in ("bad", "rotten"):
@@ -7501,17 +7566,22 @@ class Client:
 
     def open_vault(self, spec: Backup) -> Vault:
         """The backup's directory, when it is the one that was used before (state/backups.json remembers)."""
-        with self.home.lock("backups.lock"):
-            known = read_json(self.home.state("backups.json"))
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a home on a full disk is good enough for a pass
+                stack.enter_context(self.home.lock("backups.lock"))
+            known = read_json(os.path.join(self.home.state_path, "backups.json"))
             return Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name)
 
-    def remember(self, vault: Vault) -> None:
+    def remember(self, vault: Vault, figures: Figures) -> None:
         """Its directory is the one that the servers know, or they know of none."""
-        with self.home.lock("backups.lock"):
-            known = read_json(self.home.state("backups.json"))
-            if known.get(vault.name) != vault.identity:
-                known[vault.name] = vault.identity
-                atomic_write(self.home.state("backups.json"), json.dumps(known).encode())
+        path = os.path.join(self.home.state_path, "backups.json")
+        if read_json(path).get(vault.name) == vault.identity:
+            return
+        try:
+            with self.home.lock("backups.lock"):
+                atomic_write(path, json.dumps(dict(read_json(path), **{vault.name: vault.identity})).encode())
+        except OSError as error:
+            figures.complain("%s: %s" % (path, reason_of(error)))
 
     def exchange_config(self, figures: "Optional[Figures]" = None) -> None:
         """Take a newer configuration from the servers of all hosts, give them a newer one of ours: also those of hosts
@@ -7575,12 +7645,10 @@ class Client:
         """A pass over one backup, or other `work` that needs one.  With a damaged database a second time (`again`): what
         lies in the directory is entered into a new one."""
         damage: "Optional[sqlite3.Error]" = None
+        vault: "Optional[Vault]" = None
+        database = os.path.join(spec.path, META_DIR.decode(), "backup.db")
         try:
             vault = self.open_vault(spec)
-        except (Misplaced, sqlite3.Error) as error:
-            figures.broke("%s: %s" % (spec.name, error) if isinstance(error, sqlite3.Error) else str(error))
-            return
-        try:
             with vault.locked():
                 one = Pass(vault, self.config, self.host, self.links(), figures, self.progress,
                            adopt=self.adopt == spec.name, own=self.own_link())
@@ -7590,21 +7658,28 @@ class Client:
                     self.home.note_forget(name, [spec.name], forget=False)
                 (work or Pass.run)(one)
                 if one.standings and not one.misplaced:
-                    self.remember(vault)
+                    self.remember(vault, figures)
         except Busy as error:  # nothing that cron would have to mail
             (figures.remark if work or sys.stderr.isatty() else log.info)(str(error))
+        except Misplaced as error:
+            figures.broke(str(error))
+        except UsageError:
+            raise
         except sqlite3.Error as error:
             if is_damage(error) and again:
                 damage = error
             else:
-                figures.broke("%s: its database: %s" % (spec.name, error))
-                vault.empty_incoming()
-        except OSError as error:
-            figures.broke("%s: %s: %s" % (spec.name, shown(os.fsencode(error.filename or spec.path)), reason_of(error)))
+                figures.broke("%s: %s: its database: %s" % (spec.name, spec.path, database_words(error, database)))
+                if vault is not None:
+                    vault.empty_incoming()
+        except (OSError, CBackupError) as error:
+            where = error.filename or spec.path if isinstance(error, OSError) else None
+            figures.broke("%s: %s" % (spec.name, "%s: %s" % (shown(os.fsencode(where)), reason_of(error)) if where else error))
         finally:
-            vault.close()
+            if vault is not None:
+                vault.close()
         if damage is not None:
-            set_database_aside(os.path.join(vault.meta_path, "backup.db"), str(damage))
+            set_database_aside(database, str(damage))
             self.run_one(spec, figures, work, again=False)
 
 
