@@ -142,8 +142,8 @@ class RealWorld(placement.World):
         for name in self.planted:
             backups[name] = backups[name]._replace(options={"size": str(self.cluster.kept_bytes(name))})
         self.edited()
-        for host in sorted({backups[name].host for name in self.planted}):
-            self.one_pass(host)
+        for name in sorted(self.planted):   # a directory with something in it is taken only when somebody says so
+            self.one_pass(backups[name].host, "--adopt", name)
         assert not self.copied and not self.dropped, "what was planted was not recognised"
         for name in self.planted:
             backups[name] = backups[name]._replace(options=options[name])
@@ -165,9 +165,9 @@ class RealWorld(placement.World):
             self.settled = False    # it counts copies only, and somebody has still too many
         return (self.copied, self.dropped) != (copied, dropped)
 
-    def one_pass(self, host):
+    def one_pass(self, host, *words):
         before = self.lying()
-        result = self.cluster.client(host)
+        result = self.cluster.client(host, *words)
         self.useless += self.useless_of(host, before)
         assert result.rc in (0, 1), str(result)
         figures = result.json
