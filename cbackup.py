@@ -51,7 +51,12 @@ will be short of files those of which only they could take all missing copies (`
 made in vain where N is 3 and hosts are unequal that spares most.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 8):  # what is written here can be read by 3.6 and 3.7, so that they get as far as this
+    sys.stderr.write("cbackup: needs Python 3.8 or newer, and this is %d.%d; start it with another one, as in: python3.8 %s\n"
+                     % (sys.version_info[0], sys.version_info[1], " ".join(sys.argv)))
+    sys.exit(2)
 
 import argparse
 import base64
@@ -75,7 +80,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
