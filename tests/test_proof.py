@@ -350,6 +350,36 @@ class FreshTest(unittest.TestCase):
         self.assertFalse(cbackup.is_fresh(Info(-3600, 0)))      # the clock was set back: no change can have that time
 
 
+class PowerCutTest(unittest.TestCase):
+
+    def test_the_version_before_is_no_bad_copy_of_the_one_that_did_not_become_durable(self):
+        """Confirmed, renamed, and the power failed: the old version is at its place again, the new one nowhere."""
+        with tempfile.TemporaryDirectory() as base:
+            vault = cbackup.Vault(cbackup.Backup("b", "h", base, size=1 << 30), "cluster")
+            self.addCleanup(vault.close)
+            os.makedirs(os.path.join(base, "docs"))
+            place = os.path.join(base, "docs", "f")
+            write_file(place, "old")
+            old, new = (cbackup.new_digest() for _ in range(2))
+            old.update(b"old")
+            new.update(b"new")
+            vault.hold("docs", b"f", 3, os.stat(place).st_mtime_ns, old.digest(), 0.0)
+            vault.expect("docs", "books", [cbackup.Wanted(b"f", 3, 1, 0o644, 0, 0, 2)])
+            vault.plan_places("docs", [(b"f", new.digest())])
+            vault.recover()
+            self.assertEqual(read_file(place), b"old")
+            self.assertEqual(vault.held("docs", b"f")[2], old.digest())
+            self.assertEqual(vault.rows("SELECT * FROM coming"), [])
+            self.assertEqual(vault.rows("SELECT * FROM attic"), [])
+            # but what is neither of both is set aside
+            vault.expect("docs", "books", [cbackup.Wanted(b"f", 3, 1, 0o644, 0, 0, 2)])
+            vault.plan_places("docs", [(b"f", new.digest())])
+            write_file(place, "???")
+            vault.recover()
+            self.assertFalse(os.path.exists(place))
+            self.assertIsNone(vault.held("docs", b"f"))
+
+
 class Grants(unittest.TestCase):
     """The server's decisions in this process, without a reader that would prove what is asked about."""
 
