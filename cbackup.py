@@ -891,6 +891,7 @@ class Config:
     scan_min: float = 30.0
     scrub: float = 30 * 86400.0
     warn_after: float = 2 * 86400.0
+    alert_after: float = 86400.0
     lost_after: float = 14 * 86400.0
     read_rate: "Optional[int]" = None
     bwlimit: "Optional[int]" = None
@@ -953,6 +954,7 @@ def _parse_rate(word: str) -> int:
 CLUSTER_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "name": _parse_name, "port": _parse_port, "replicas": _parse_count, "keep": parse_duration,
     "scan": parse_duration, "scan_min": parse_duration, "scrub": parse_duration, "warn_after": parse_duration,
+    "alert_after": parse_duration,
     "lost_after": parse_duration, "read_rate": _parse_rate, "bwlimit": _parse_rate}
 SOURCE_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "replicas": _parse_count, "exclude": str, "read_rate": _parse_rate, "bwlimit": _parse_rate}
@@ -2820,6 +2822,12 @@ class Books:
         """How many files have fewer than N confirmed copies."""
         return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND k<?",
                         source["id"], source["replicas"])[0]
+
+    def short_since(self, source: int, replicas: int) -> "Optional[float]":
+        """For how many seconds at most, by their ctime, files have been as they are and short of copies; None: there is none."""
+        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id WHERE g.source=? AND g.k<? "
+                          "AND g.files>0", source, replicas)[0]
+        return None if oldest is None else max(0.0, clock.now() - oldest / 1e9)
 
     def stuck_files(self, source: int, replicas: int, limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
         """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
@@ -5858,7 +5866,7 @@ class Service:
             figures.update(host=self.host, path=row["path"], replicas=row["replicas"], state=row["state"],
                            reason=row["reason"], cause=row["cause"], special=row["special"],
                            stuck=self._stuck(row), **self.look_facts(row))
-            figures.update(short=[[as_text(path), size, why] for path, size, why in
+            figures.update(short_since=books.short_since(row["id"], row["replicas"]), short=[[as_text(path), size, why] for path, size, why in
                                   books.short_files(row["id"], row["replicas"], 10)])
             sources[name] = figures
         return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(), "duties": books.duties(),
@@ -8742,7 +8750,7 @@ def is_status_answer(answer: Any) -> bool:
             isinstance(line, str) for line in facts.get("some", []))
 
     def a_source(s: Any) -> bool:
-        return numbers(s, "last_scan", "unproven_files", "unproven_since") and all(_is_count(s.get(key)) for key in (
+        return numbers(s, "last_scan", "short_since", "unproven_files", "unproven_since") and all(_is_count(s.get(key)) for key in (
             "files", "bytes", "replicas", "underserved_files", "underserved_bytes", "overserved_files")) \
             and s.get("state") in ("ok", "held") and isinstance(s.get("reason"), (str, type(None))) \
             and isinstance(s.get("copies"), dict) and all(k.isdigit() and _is_count(n) for k, n in s["copies"].items()) \
@@ -8777,8 +8785,8 @@ def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]", then: "Opti
     found = (answer or {}).get("sources", {}).get(spec.name)
     if found:
         for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
-                    "state", "last_scan", "reason", "cause", "special", "problems", "short", "stuck", "late", "failed",
-                    "unproven_files", "unproven_since"):
+                    "short_since", "state", "last_scan", "reason", "cause", "special", "problems", "short", "stuck", "late", "failed",
+                    "unproven_files", "unproven_since", "short_since"):
             out[key] = found.get(key)
     elif answer:
         out["state"] = "unknown"
@@ -8815,6 +8823,7 @@ class Verdict:
     trouble: "List[str]" = field(default_factory=list)
     pending: "List[str]" = field(default_factory=list)
     remarks: "List[str]" = field(default_factory=list)
+    at_most: "Dict[str, float]" = field(default_factory=dict)  # trouble -> seconds: it cannot have lasted longer
 
     @property
     def safe(self) -> bool:
@@ -8857,6 +8866,8 @@ def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]", status: "Dict[
     elif s["state"] != "unreachable":
         for line, pending in source_trouble(name, s):
             found.wrong(line, pending)
+            if pending and s["underserved_files"] and s.get("short_since") is not None:
+                found.at_most[line] = s["short_since"]
     elif s["then"] is None:
         found.wrong("%s is unreachable: its server on %s does not answer, and nothing is known of it here" % (name, s["host"]))
     elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:
@@ -9453,6 +9464,124 @@ def pass_lines(records: "Iterable[Dict[str, Any]]") -> "Iterator[Tuple[float, fl
     yield from idle_line()
 
 
+# ==== 17. Being told ==================================================================================
+
+ALERT_SECONDS = 60.0
+"""An `alert` has so long; then it is ended."""
+
+ALERT_AGAIN, ALERT_RETRY = 86400.0, 3600.0
+"""While something stays wrong it is told again after a day; when the telling failed, after an hour."""
+
+
+def trouble_key(line: str) -> str:
+    """What stays the same in a sentence of a verdict while its figures, and the files that it names, change."""
+    line = re.sub(r"\A\S+ asleep since [^;]*; then: ", "", line)
+    line = re.sub(r"(?<![\w.-])[0-9][0-9,.]*(?: (?:second|minute|hour|day|file|path)s?)?(?![\w-])", "#", line)
+    return ": ".join(line.split(": ")[:2])[:300]
+
+
+class Watch:
+    """Since when what is wrong has been wrong, and what of it the user was told: `state/watch.json`.
+
+    Its `wrong` has, for each `trouble_key`: `since`, `line`, and `told` (seconds since 1970, or None).  `over`: sentences
+    that were told and are no longer true, until that is told too.
+    """
+
+    def __init__(self, home: Home, after: float) -> None:
+        self.home, self.after = home, after
+        self.now = clock.now()
+        self.wrong: "Dict[str, Dict[str, Any]]" = {}
+        self.over: "List[str]" = []
+
+    def note(self, found: Verdict) -> None:
+        """Enter a verdict.  Trouble that was not there the last time begins now."""
+        with contextlib.suppress(OSError), self.home.lock("watch.lock"):
+            before = self._read()
+            self.wrong, old = {}, dict(self.wrong)
+            for line in found.trouble:
+                known = old.get(trouble_key(line), {"since": self.now, "told": None, "tried": None})
+                since = min(self.now, max(known["since"], self.now - found.at_most.get(line, float("inf"))))
+                self.wrong[trouble_key(line)] = dict(known, since=since, line=line)
+            self.over += [facts["line"] for key, facts in old.items() if facts.get("told") is not None and key not in self.wrong]
+            self._write(before)
+
+    def _read(self) -> str:
+        """What the last verdict left; what is not of the form counts as nothing.  Returns its text."""
+        found = read_json(self.home.state("watch.json"))
+        wrong, over = found.get("wrong"), found.get("over")
+        self.wrong = {key: facts for key, facts in (wrong.items() if isinstance(wrong, dict) else ())
+                      if isinstance(facts, dict) and isinstance(facts.get("line"), str)
+                      and isinstance(facts.get("since"), (int, float)) and all(
+                          isinstance(facts.get(key), (int, float, type(None))) for key in ("told", "tried"))}
+        self.over = [line for line in over if isinstance(line, str)] if isinstance(over, list) else []
+        return json.dumps({"wrong": self.wrong, "over": self.over})
+
+    def _write(self, before: str) -> None:
+        text = json.dumps({"wrong": self.wrong, "over": self.over})
+        if text != before:
+            atomic_write(self.home.state("watch.json"), text.encode())
+
+    def tell(self) -> None:
+        """Run the home's `alert` when there is something to be told: trouble that has lasted long enough, once and then once
+        a day, and once that all of what was told is over.  Says on standard error when that failed."""
+        program = os.path.join(self.home.path, "alert")
+        if not (os.path.isfile(program) and os.access(program, os.X_OK)):
+            return
+        try:
+            with self.home.lock("alert.lock", wait=False):
+                self._read()
+                old = [facts for facts in self.wrong.values() if self.now - facts["since"] >= self.after]
+                due = [facts for facts in old
+                       if (facts.get("told") is None or not 0 <= self.now - facts["told"] < ALERT_AGAIN)
+                       and (facts.get("tried") is None or not 0 <= self.now - facts["tried"] < ALERT_RETRY)]
+                if due:
+                    self._tell_trouble(program, old)
+                elif self.over and not any(facts.get("told") is not None for facts in self.wrong.values()):
+                    if self._run(program, "well", ["well again: " + line for line in self.over]):
+                        self._settle({}, [])
+        except Busy:
+            pass  # another pass is telling it just now
+        except OSError as error:
+            print("cbackup: alert: %s" % reason_of(error), file=sys.stderr)
+
+    def _tell_trouble(self, program: str, old: "List[Dict[str, Any]]") -> None:
+        done = self._run(program, "trouble", [facts["line"] for facts in old])
+        times = {"told": self.now, "tried": None} if done else {"tried": self.now}
+        self._settle({trouble_key(facts["line"]): times for facts in old}, self.over)
+
+    def _settle(self, times: "Dict[str, Dict[str, Any]]", over: "List[str]") -> None:
+        """Note what was told, in what is there by now."""
+        with self.home.lock("watch.lock"):
+            before = self._read()
+            for key, changed in times.items():
+                if key in self.wrong:
+                    self.wrong[key].update(changed)
+            self.over = over
+            self._write(before)
+
+    def _run(self, program: str, word: str, lines: "List[str]") -> bool:
+        """Whether `alert` took the sentences; if not, that is said."""
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+            given.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+            given.seek(0)
+            process = subprocess.Popen([program, word], stdin=given, stdout=output, stderr=subprocess.STDOUT,
+                                       cwd=self.home.path, start_new_session=True)
+            try:
+                status: "Optional[int]" = process.wait(ALERT_SECONDS)
+            except subprocess.TimeoutExpired:
+                status = None
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            said = shown(output.read().strip().rpartition(b"\n")[2][:300])
+        if status == 0:
+            return True
+        print("cbackup: %s %s %s%s" % (program, word, "took longer than %d s and was ended" % ALERT_SECONDS
+                                       if status is None else "failed with status %d" % status,
+                                       said and ": " + said), file=sys.stderr)
+        return False
+
+
 # ==== 18. The command line ============================================================================
 
 
@@ -9965,9 +10094,17 @@ def add_client_parser(commands: Any) -> None:
     parser.set_defaults(run=cmd_client)
 
 
+def known_host(home: Home, config: Config) -> "Tuple[Config, str]":
+    """The configuration and this machine's name in it; when it does not mention it, after a look whether the other
+    machines have a newer one that does.  Raises UsageError."""
+    if home.own_name() not in config.all_hosts():
+        Client(home, config, home.own_name(), Progress(True)).exchange_config()
+        config = home.config()
+    return config, home.host(config)
+
+
 def cmd_client(args: argparse.Namespace, home: Home) -> int:
-    config = home.config()
-    host = home.host(config)
+    config, host = known_host(home, home.config())
     if args.adopt and args.adopt not in {b.name for b in config.backups_of(host)}:
         raise UsageError("this host has no backup %s" % args.adopt)
     if not config.backups_of(host):
@@ -9977,6 +10114,8 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     while True:
         figures = client.run()
         status = collect_status(home, client.config, figures.unreachable)
+        watch = Watch(home, client.config.alert_after)
+        watch.note(verdict(status))
         without_named(status, figures.lines)
         for line in verdict(status).lasting():
             figures.complain(line)
@@ -9992,6 +10131,7 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
         total = figures
         if not args.until_settled or not progressed:
             break
+    watch.tell()
     if args.json:
         print(json.dumps(total.as_json()))
     return EXIT_INCOMPLETE if total.trouble else EXIT_DONE
@@ -10012,7 +10152,10 @@ def add_status_parser(commands: Any) -> None:
 
 
 def cmd_status(args: argparse.Namespace, home: Home) -> int:
-    status = collect_status(home, home.config())
+    config = home.config()
+    status = collect_status(home, config)
+    if args.check:
+        Watch(home, config.alert_after).note(verdict(status))
     if args.json:
         print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
                           if key in STATUS_KEYS else value for key, value in status.items()

@@ -176,6 +176,22 @@ class OptionsTest(Case):
             getattr(parse(["--home", "/h", "status", "--check"]), name) for name in ("home", "host", "verbose", "quiet")))
         self.assertTrue(parse(["client", "-q"]).quiet)
 
+    def test_a_new_machine_whose_lines_were_written_on_another_one_finds_them(self):
+        c = self.cluster("s", "a")
+        c.source("docs", "s", {"f": 1})
+        c.backup("ba", "a", "7M")
+        c.start()
+        c.add_host("new")
+        old = c.config().replace("new = ", "other = ")          # what the new machine got when it joined
+        c.backup("bnew", "new", "7M")
+        c.write_config("s")
+        write_file(os.path.join(c.home("new"), "cbackup.conf"), old)
+        self.assertRc(0, c.client("new"))
+        self.assertEqual(["f"], os.listdir(os.path.join(c.backups["bnew"].path, "docs")))
+        result = c.run("new", "client", "--host", "nobody")
+        self.assertRc(2, result)
+        self.assertOneError(result, "nobody")
+
     def test_installing_is_refused_where_this_machine_has_no_part(self):
         cluster = self.cluster("s")
         result = cluster.run("s", "service", "--install", "--host", "elsewhere")
