@@ -3514,6 +3514,270 @@ def tls_context(home: Home, server_side: bool) -> "ssl.SSLContext":
     return context
 
 
+# -- the messages: one table of what may be said, by which both sides check --
+#
+# A shape is a test (a function that says whether a value is right), or is built of shapes:
+#   [shape]           a list of at most LIST_LIMIT of them       (shape, shape)   a list of exactly these
+#   {"key": shape}    an object; keys that are not named here are ignored, and missing ones an error, unless
+#   May(shape)        the key may be missing; May(shape, default): it is there afterwards
+#   Maybe(shape)      or null                                    Each(shape)      an object of names and such values
+#   Every(shape, n)   a list with a bound of its own
+# What is newer than level 1 is a May, in requests and in answers: the other side may be older.
+
+LIST_LIMIT = 2 * PAGE
+
+
+class May:
+    def __init__(self, of: Any, *default: Any) -> None:
+        self.of, self.default = of, default
+
+
+class Maybe:
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+
+class Each:
+    def __init__(self, of: Any, most: int = 10000) -> None:
+        self.of, self.most = of, most
+
+
+class Every:
+    def __init__(self, of: Any, most: int) -> None:
+        self.of, self.most = of, most
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NAME.match(value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 62) < value < 1 << 62
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e18 < value < 1e18
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= CONFIG_LIMIT
+
+
+def _is_hex(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 128 and bool(re.match(r"(?:[0-9a-f]{2})*\Z", value))
+
+
+def _is_mode(value: Any) -> bool:
+    return _is_count(value) and value <= 0o7777
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(check_relative(as_raw(value)))
+    except ProtocolError:
+        return False
+
+
+def _is_hex_word(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.match(r"[0-9a-f]{1,64}\Z", value))
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 4096
+
+
+def _is_text_or_number(value: Any) -> bool:
+    return _is_text(value) or _is_number(value)
+
+
+def _is_holding(value: Any) -> bool:
+    if isinstance(value, list) and len(value) == 6:
+        return _is_count(value[0]) and not misfit(value[1:], (_is_path, _is_path, _is_count, _is_number, Maybe(_is_hex)))
+    return not misfit(value, (_is_path, _is_count, _is_number, Maybe(_is_hex)))
+
+
+def _is_anything(value: Any) -> bool:
+    return True
+
+
+def _one_of(*values: Any) -> "Callable[[Any], bool]":
+    def is_known(value: Any) -> bool:
+        return isinstance(value, (str, int)) and not isinstance(value, bool) and value in values
+    return is_known
+
+
+def misfit(value: Any, shape: Any) -> str:
+    """What is wrong with a value from a peer, and where in it; "" when it has the shape.  Enters defaults into objects."""
+    if isinstance(shape, Maybe):
+        return misfit(value, shape.of) if value is not None else ""
+    if isinstance(shape, dict):
+        return _misfit_of_object(value, shape)
+    if isinstance(shape, Each):
+        if not isinstance(value, dict) or len(value) > shape.most:
+            return " is no object, or one that is too large"
+        parts: "Iterable[Tuple[Any, Any, Any]]" = ((key, each, shape.of) for key, each in value.items())
+        if not all(map(_is_name, value)):
+            return " has a key that is no name"
+    elif isinstance(shape, (list, Every)):
+        of, most = (shape.of, shape.most) if isinstance(shape, Every) else (shape[0], LIST_LIMIT)
+        if not isinstance(value, (list, tuple)) or len(value) > most:
+            return " is no list, or one that is too long"
+        parts = ((number, each, of) for number, each in enumerate(value))
+    elif isinstance(shape, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) != len(shape):
+            return " is no list of %d" % len(shape)
+        parts = zip(itertools.count(), value, shape)
+    else:
+        return "" if shape(value) else " is " + shape.__name__.lstrip("_").replace("is_", "no ")
+    for key, each, of in parts:
+        wrong = misfit(each, of)
+        if wrong:
+            return ".%s%s" % (key, wrong)
+    return ""
+
+
+def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
+    if not isinstance(value, dict):
+        return " is no object"
+    for key, of in shape.items():
+        if key not in value and isinstance(of, May):
+            for default in of.default:
+                value[key] = default() if callable(default) else default
+            continue
+        if key not in value:
+            return ".%s is missing" % key
+        wrong = misfit(value[key], of.of if isinstance(of, May) else of)
+        if wrong:
+            return ".%s%s" % (key, wrong)
+    return ""
+
+
+class Operation:
+    """What is sent, what is answered (beside "ok"), and the function of the server that does it (see `answers`)."""
+
+    def __init__(self, request: "Dict[str, Any]", answer: "Dict[str, Any]") -> None:
+        self.request, self.answer = request, answer
+        self.handler: "Optional[Callable[[Any, Dict[str, Any]], Dict[str, Any]]]" = None
+
+
+SERVED = ("source", "backup", "attic", "catalog")
+
+WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is_count)
+"""A file that is to be copied: see Wanted."""
+FOUND = (_is_path, _is_count)
+STANDING = {
+    "state": _is_text, "reason": Maybe(_is_text), "cause": Maybe(_is_text), "replicas": _is_count, "scanned": _is_flag,
+    "todo": _is_count, "sum": (_is_count, _is_count, _is_number), "gen": _is_count, "recovering": _is_flag}
+WORDS = {
+    "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number), "want": Maybe(_is_count),
+    "used": Maybe(_is_count), "files": Maybe(_is_count), "age": Maybe(_is_real), "period": Maybe(_is_real),
+    "lost": _is_flag, "droppable": _is_count}
+"""The last words of a backup."""
+OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _is_text, "history": Every(_is_text, 1000)}
+"""A configuration: Home.config_offer."""
+SOME = {"count": May(_is_count, 0), "some": May([_is_text], list)}
+FIGURES = dict(dict.fromkeys((
+    "files", "bytes", "underserved_files", "underserved_bytes", "overserved_files", "missing_bytes", "claimed_files",
+    "blocked_files", "replicas"), _is_count), state=_is_text, reason=Maybe(_is_text), cause=Maybe(_is_text),
+    copies=Each(_is_count), special=Maybe(_is_count), last_scan=Maybe(_is_real),
+    problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_text)), unproven_files=May(_is_count),
+    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_text)])
+"""A source in the answer of `status`."""
+HERE = {"state": _is_text, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
+        "sources": May(Each(_is_count)), "disk": May(_is_number), "new": May(_is_flag)}
+"""A backup in its own host's answer of `status`."""
+PLANNED = {"state": _is_text, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
+           "bare": (_is_count, _is_count), "without": Each((_is_count, _is_count)), "largest": (_is_count, _is_text)}
+
+_OF = {"backup": _is_name, "source": _is_name}
+_ROOM = dict(_OF, free=_is_number)
+
+OPERATIONS: "Dict[str, Operation]" = {
+    "look": Operation({}, {"waiting": [_is_text]}),
+    "begin": Operation({"backup": _is_name, "identity": _is_hex_word, "adopt": _is_flag, "capacity": _is_count,
+                        "free": _is_number, "used": _is_count, "files": _is_count, "sums": Each(_is_anything)},
+                       {"books": _is_text, "sources": Each(STANDING)}),
+    "standing": Operation(_OF, STANDING),
+    "caught_up": Operation(_OF, {}),
+    "told": Operation({"backup": _is_name, "capacity": May(_is_count), "free": May(_is_number), "want": May(_is_count),
+                       "used": May(_is_count), "files": May(_is_count), "rows": May([(_is_name, _is_path)], list)}, {}),
+    "demand": Operation({"backup": _is_name, "capacity": _is_count, "free": _is_number, "beyond": May(_is_flag, False)}, {
+        "sources": Each({"missing": _is_count, "replicas": _is_count, "lacking": _is_count, "lacking_files": _is_count,
+                         "short": _is_count, "beyond": May(_is_count, 0)}), "backups": [WORDS]}),
+    "todo": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), after=_is_count),
+                      {"rows": [(_is_count, _is_path, Maybe(_is_number), Maybe(WANTED))],
+                       "digests": May([Maybe(_is_hex)], list)}),
+    "done": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), rows=[(_is_number, Maybe(_is_number))]), {}),
+    "forget": Operation(dict(_OF, paths=[_is_path]), {}),
+    "report_start": Operation(_OF, {"serial": _is_count}),
+    "report": Operation(dict(_OF, serial=_is_count, rows=[(_is_path, _is_number, _is_number, _is_number)]), {}),
+    "report_end": Operation(dict(_OF, serial=_is_count), STANDING),
+    "claim": Operation(dict(_ROOM, most_files=_is_count, most_bytes=_is_count), {"rows": [WANTED]}),
+    "claims": Operation(_OF, {"rows": [WANTED]}),
+    "claim_paths": Operation(dict(_ROOM, paths=[_is_path], relieved=Maybe(_is_name)), {"rows": [WANTED]}),
+    "release": Operation(dict(_OF, paths=[_is_path], all=_is_flag), {}),
+    "confirm": Operation(dict(_OF, rows=[(_is_path, _is_count, _is_hex, Every(_is_count, 64), _is_hex)]),
+                         {"verdicts": [_is_text]}),
+    "placed": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_number)]), {"counted": [_is_path]}),
+    "decline": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_text)]), {}),
+    "smallest": Operation(dict(_OF, above=_is_count, most=_is_count), {"file": Maybe(FOUND)}),
+    "droppable": Operation(dict(_OF, need=_is_count), {"rows": [FOUND]}),
+    "drop": Operation(dict(_OF, paths=[_is_path]), {"granted": [_is_path]}),
+    "relief": Operation(dict(_OF, relieved=_is_name, gap=_is_count, most=_is_count), {"rows": [FOUND]}),
+    # The rows of a catalog are checked where they are read, as those of a file are: CatalogRow.from_json.
+    "catalog": Operation({"source": _is_name, "since": _is_count, "upto": _is_count, "cursor": (_is_number, _is_number),
+                          "after": _is_text_or_number},
+                         {"upto": _is_count, "time": _is_real, "books": _is_text, "rows": [_is_anything],
+                          "cursor": (_is_number, _is_number)}),
+    "status": Operation({}, {"sources": Each(FIGURES), "backups": [WORDS], "mine": Each(HERE), "duties": Each(_is_count),
+                             "config_version": _is_count}),
+    "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
+    "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
+    # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
+    "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)), {"rows": [_is_holding]}),
+    # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
+    "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
+                      {"rows": [(_is_text, Maybe(_is_count), _is_real, _is_real)], "next": Maybe(_is_text)}),
+    "accept": Operation({"source": _is_name}, {"text": _is_text}),
+    "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "rows": Every(
+        (_is_name, _is_text, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
+    "forget_source": Operation({"source": _is_name}, {}),
+    "config": Operation({}, {"config": OFFER}),
+    "new_config": Operation({"config": OFFER}, {"taken": _is_flag}),
+    "rsync": Operation({"of": _one_of(*SERVED), "name": _is_name, "source": _is_name}, {}),
+}
+"""Every operation that a server knows: beside its line here, a function of Service that is marked with `answers(name)`
+(`rsync`: Service.root_for)."""
+
+
+def answers(name: str) -> "Callable[[Any], Any]":
+    """Marks the function that does an operation."""
+    def mark(function: Any) -> Any:
+        OPERATIONS[name].handler = function
+        return function
+    return mark
+
+
+def check_offer(offer: Any) -> "Dict[str, Any]":
+    """A configuration from a peer, when it has the form of Home.config_offer.  Raises ProtocolError."""
+    wrong = misfit(offer, OFFER)
+    if wrong:
+        raise ProtocolError("a configuration that is not of the form: it%s" % wrong)
+    try:
+        offer["text"].encode()
+    except UnicodeEncodeError:
+        raise ProtocolError("a configuration that is not text")
+    return offer
+
+
 class Channel:
     """JSON messages, one a line, over a connected socket.  Long ones travel as {"z": base64 of zlib}."""
 
@@ -3652,10 +3916,24 @@ class Link:
                 if fresh or attempt == 2 or isinstance(error, socket.timeout):
                     raise Unreachable(self.host, reason_of(error))
                 continue
-            if answer.get("ok") is True:
-                return answer
-            raise Refused(str(answer.get("error"))[:40], "%s: %s" % (self.host, str(answer.get("text"))[:2000]))
+            return self._checked(op, answer)
         raise AssertionError("not reached")
+
+    def _checked(self, op: str, answer: "Dict[str, Any]") -> "Dict[str, Any]":
+        if answer.get("ok") is True:
+            wrong = misfit(answer, OPERATIONS[op].answer) if op in OPERATIONS else ""
+            if wrong:
+                self.close()
+                raise self.nonsense("the answer to %s%s" % (op, wrong))
+            return answer
+        if not isinstance(answer.get("error"), str) or not isinstance(answer.get("text"), str):
+            self.close()
+            raise self.nonsense("the answer to %s is neither one nor a refusal" % op)
+        raise Refused(answer["error"][:40], "%s: %s" % (self.host, answer["text"][:2000]))
+
+    def nonsense(self, what: str) -> Unreachable:
+        """The error for a server that answers what no server would: it is out, the others go on."""
+        return Unreachable(self.host, "talks nonsense: %s" % what[:300])
 
     def stream(self, **fields: Any) -> socket.socket:
         """A new connection on which the rsync protocol follows.  Raises like `call`."""
@@ -3666,9 +3944,11 @@ class Link:
         except (OSError, ProtocolError) as error:
             channel.close()
             raise Unreachable(self.host, reason_of(error))
-        if answer.get("ok") is not True:
+        try:
+            self._checked("rsync", answer)
+        except CBackupError:
             channel.close()
-            raise Refused(str(answer.get("error"))[:40], "%s: %s" % (self.host, str(answer.get("text"))[:2000]))
+            raise
         return channel.socket
 
 
@@ -5129,41 +5409,6 @@ def prune_catalogs(directory: str, keep: float) -> None:
 # ==== 12. The server ==================================================================================
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(_NAME.match(value))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 62) < value < 1 << 62
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 2 * PAGE
-
-
-FIELDS: "Dict[str, Callable[[Any], bool]]" = {
-    "backup": _is_name, "source": _is_name, "relieved": lambda v: v is None or _is_name(v), "name": _is_name,
-    "identity": lambda v: isinstance(v, str) and bool(re.match(r"[0-9a-f]{1,64}\Z", v)),
-    "adopt": lambda v: isinstance(v, bool), "kind": lambda v: v in (1, 2, 4, 8), "of": lambda v: v in SERVED,
-    "sums": lambda v: isinstance(v, dict) and len(v) < 10000, "after": lambda v: isinstance(v, (int, str)),
-    "cursor": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
-    "paths": _is_list, "rows": _is_list,
-    "path": lambda v: isinstance(v, str) and len(v) <= 8192,
-    "pattern": lambda v: isinstance(v, str) and 0 < len(v) <= 4096, "config": lambda v: isinstance(v, dict),
-    "all": lambda v: isinstance(v, bool), "beyond": lambda v: isinstance(v, bool)}
-FIELDS.update({key: _is_count for key in (
-    "capacity", "want", "used", "files", "most_files", "most_bytes", "need", "above", "most", "gap", "serial", "since",
-    "upto", "level")})
-FIELDS.update({"free": _is_number})
-"""What each field of a request has to look like; lists are checked row by row where they are used."""
-
-SERVED = ("source", "backup", "attic", "catalog")
-
-
 def shared_disks(backups: "Dict[str, Dict[str, Any]]", host: str) -> "List[str]":
     """A line for each disk of a host that has several backups.  backups: name -> facts, with `disk`, of that host."""
     disks: "Dict[int, List[str]]" = {}
@@ -5174,43 +5419,13 @@ def shared_disks(backups: "Dict[str, Dict[str, Any]]", host: str) -> "List[str]"
             % (" and ".join(names), host) for names in disks.values() if len(names) > 1]
 
 
-def check_offer(offer: Any) -> "Dict[str, Any]":
-    """A configuration from a peer, when it has the form of Home.config_offer.  Raises ProtocolError."""
-    if not isinstance(offer, dict) or not _is_count(offer.get("version")) or not _is_count(offer.get("stamp")) \
-            or not all(isinstance(offer.get(key), str) for key in ("sha256", "text")) or len(offer["text"]) > CONFIG_LIMIT \
-            or not isinstance(offer.get("history"), list) or not all(isinstance(h, str) for h in offer["history"]):
-        raise ProtocolError("a configuration that is not of the form")
-    try:
-        offer["text"].encode()
-    except UnicodeEncodeError:
-        raise ProtocolError("a configuration that is not text")
-    return offer
-
-
 def _paths_of(request: "Dict[str, Any]") -> "List[bytes]":
-    if not all(isinstance(path, str) for path in request["paths"]):
-        raise ProtocolError("paths that are not text")
-    return [check_relative(as_raw(path)) for path in request["paths"]]
+    return [as_raw(path) for path in request["paths"]]
 
 
-def _rows_of(request: "Dict[str, Any]", *kinds: Any) -> "List[Tuple[Any, ...]]":
-    """The rows of a request, each of the given types; `bytes` stands for a path, None for "int or null"."""
-    out = []
-    for row in request["rows"]:
-        if not isinstance(row, list) or len(row) != len(kinds):
-            raise ProtocolError("a row that is not of the form")
-        values: "List[Any]" = []
-        for value, kind in zip(row, kinds):
-            if kind is bytes and isinstance(value, str):
-                values.append(check_relative(as_raw(value)))
-            elif kind is int and _is_number(value) or kind is str and isinstance(value, str):
-                values.append(value)
-            elif kind is None and (value is None or _is_number(value)):
-                values.append(value)
-            else:
-                raise ProtocolError("a row with a value of the wrong type")
-        out.append(tuple(values))
-    return out
+def _rows_of(request: "Dict[str, Any]") -> "List[Tuple[Any, ...]]":
+    """The rows of a request that begin with a path."""
+    return [(as_raw(row[0]),) + tuple(row[1:]) for row in request["rows"]]
 
 
 def _files_out(rows: "Iterable[Tuple[Any, ...]]") -> "List[List[Any]]":
@@ -5498,15 +5713,13 @@ class Service:
         op = request.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
             raise Refused("unknown-op", self._unknown_operation(op, request.get("level")))
-        function, required, optional = OPERATIONS[op]
-        for key in required:
-            if key not in request:
-                raise ProtocolError("%s: the field %s is missing" % (op, key))
-        known = {key: value for key, value in request.items() if key in required or key in optional}
-        for key, value in known.items():
-            if not FIELDS[key](value):
-                raise ProtocolError("%s: the field %s is wrong" % (op, key[:40]))
-        return dict(function(self, known), ok=True)
+        operation = OPERATIONS[op]
+        known = {key: value for key, value in request.items() if key in operation.request}
+        known["level"] = request["level"] if _is_count(request.get("level")) else 1
+        wrong = misfit(known, operation.request)
+        if wrong or operation.handler is None:
+            raise ProtocolError("%s%s" % (op, wrong))
+        return dict(operation.handler(self, known), ok=True)
 
     def _unknown_operation(self, op: Any, level: Any) -> str:
         older = isinstance(level, int) and level < LEVEL
@@ -5564,6 +5777,7 @@ class Service:
 
     # -- a pass begins --
 
+    @answers("look")
     def op_look(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Make sure that the sources were looked at lately; answers after at most LOOK_WAIT seconds, and a few more for
         reading what is presumed to be the same: what is not is better known before a pass."""
@@ -5574,6 +5788,7 @@ class Service:
             self.reader.catch_up(READ_WAIT)
         return {"waiting": waiting}
 
+    @answers("begin")
     def op_begin(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A backup's first words in a pass; the answer says how each source and the backup's copies stand."""
         books, name = self.books, request["backup"]
@@ -5603,25 +5818,29 @@ class Service:
                 "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
                 "recovering": books.recovering(row["id"])}
 
+    @answers("standing")
     def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         return self._standing(self.books.backup_id(request["backup"]), row)
 
+    @answers("caught_up")
     def op_caught_up(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A backup has told these books all that it holds of a source."""
         self.books.catch_up(self.books.backup_id(request["backup"]), self.books.source_row(request["source"])["id"])
         return {}
 
+    @answers("told")
     def op_told(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A backup's words between the others; rows: (source, path) of files whose update is under way in it."""
         books = self.books
         number = books.hear(request["backup"], {key: request.get(key) for key in (
             "capacity", "free", "want", "used", "files")})
         active = books.active_sources()
-        books.renew_updates(number, [(books.source_row(source)["id"], path) for source, path in _rows_of(request, str, bytes)
-                                     if source in active] if "rows" in request else [])
+        books.renew_updates(number, [(books.source_row(source)["id"], as_raw(path)) for source, path in request["rows"]
+                                     if source in active])
         return {}
 
+    @answers("demand")
     def op_demand(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """For the rules: what is missing of each source, what this backup lacks, everybody's last words."""
         books = self.books
@@ -5641,36 +5860,40 @@ class Service:
 
     # -- what became of copies --
 
+    @answers("todo")
     def op_todo(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
-        if not _is_count(request["after"]):
-            raise ProtocolError("todo: the field after is wrong")
         rows = self.books.todo(self.books.backup_id(request["backup"]), row["id"], request["kind"], request["after"])
         return {"rows": [[cursor, as_text(path), tag, _files_out([wanted])[0] if wanted[0] is not None else None]
                          for cursor, path, tag, _, *wanted in rows],
                 "digests": [row[3].hex() if row[3] else None for row in rows]}
 
+    @answers("done")
     def op_done(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         self.books.done(self.books.backup_id(request["backup"]), row["id"], request["kind"],
-                        _rows_of(request, int, None))
+                        request["rows"])
         return {}
 
+    @answers("forget")
     def op_forget(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         self.books.forget_copies(self.books.backup_id(request["backup"]), row["id"], _paths_of(request))
         return {}
 
+    @answers("report_start")
     def op_report_start(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         self.books.source_row(request["source"])
         return {"serial": self.books.start_report()}
 
+    @answers("report")
     def op_report(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         self.books.report(self.books.backup_id(request["backup"]), row, request["serial"],
-                          _rows_of(request, bytes, int, int, int))
+                          _rows_of(request))
         return {}
 
+    @answers("report_end")
     def op_report_end(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         backup = self.books.backup_id(request["backup"])
@@ -5679,6 +5902,7 @@ class Service:
 
     # -- claims and confirmations --
 
+    @answers("claim")
     def op_claim(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         self.books.expire(self.config.lost_after)
@@ -5688,24 +5912,28 @@ class Service:
         return {"rows": _files_out(self.books.claim(number, row, request["free"], min(request["most_files"], PAGE),
                                                     request["most_bytes"]))}
 
+    @answers("claims")
     def op_claims(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The claims that a backup has: those of an earlier pass that did not come to its end."""
         row = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {})
         return {"rows": _files_out(claim[1:] for claim in self.books.own_claims(number, row["id"], PAGE))}
 
+    @answers("claim_paths")
     def op_claim_paths(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {"free": request["free"]})
         relieved = None if request["relieved"] is None else self.books.backup_id(request["relieved"])
         return {"rows": _files_out(self.books.claim_paths(number, row, _paths_of(request), relieved))}
 
+    @answers("release")
     def op_release(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         self.books.release(self.books.backup_id(request["backup"]), row["id"],
                            None if request["all"] else _paths_of(request))
         return {}
 
+    @answers("confirm")
     def op_confirm(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Compare digests and samples of copies with our own files; the first step of a confirmation.
 
@@ -5772,43 +6000,41 @@ class Service:
             log.info("%s in %s: its copies were of another content, and are made again", shown(path), source)
 
     @staticmethod
-    def _given(item: Any) -> "Dict[str, Any]":
-        if not isinstance(item, list) or len(item) != 5 or not isinstance(item[0], str) or not _is_count(item[1]) \
-                or not isinstance(item[2], str) or not isinstance(item[3], list) or len(item[3]) > 64 \
-                or not all(map(_is_count, item[3])) or not isinstance(item[4], str):
-            raise ProtocolError("confirm: a row that is not of the form")
-        try:
-            return {"path": check_relative(as_raw(item[0])), "version": item[1], "digest": bytes.fromhex(item[2]),
-                    "offsets": item[3], "samples": bytes.fromhex(item[4])}
-        except ValueError:
-            raise ProtocolError("confirm: a digest that is none")
+    def _given(item: "List[Any]") -> "Dict[str, Any]":
+        return {"path": as_raw(item[0]), "version": item[1], "digest": bytes.fromhex(item[2]), "offsets": item[3],
+                "samples": bytes.fromhex(item[4])}
 
+    @answers("placed")
     def op_placed(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         paths = self.books.count_copies(self.books.backup_id(request["backup"]), row["id"],
-                                        _rows_of(request, bytes, int, int))
+                                        _rows_of(request))
         test_point("counted-not-told")
         return {"counted": [as_text(path) for path in paths]}
 
+    @answers("decline")
     def op_decline(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         self.books.decline(self.books.backup_id(request["backup"]), row["id"],
-                           _rows_of(request, bytes, int, str))
+                           _rows_of(request))
         return {}
 
     # -- making room --
 
+    @answers("smallest")
     def op_smallest(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         found = None if self.books.recovering(row["id"]) else self.books.smallest_underserved(
             self.books.backup_id(request["backup"]), row, request["above"], request["most"])
         return {"file": [as_text(found[0]), found[1]] if found else None}
 
+    @answers("droppable")
     def op_droppable(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         rows = self.books.droppable(self.books.backup_id(request["backup"]), row, request["need"])
         return {"rows": _files_out(rows)}
 
+    @answers("drop")
     def op_drop(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         self.books.expire(self.config.lost_after)
@@ -5824,6 +6050,7 @@ class Service:
         if doubtful:
             self.reader.first(doubtful, LOOK_WAIT)
 
+    @answers("relief")
     def op_relief(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         rows = [] if self.books.recovering(row["id"]) else self.books.relief_offers(
@@ -5833,6 +6060,7 @@ class Service:
 
     # -- catalogs --
 
+    @answers("catalog")
     def op_catalog(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A page of the news since a generation, up to `upto` (0: the newest).  First the entries, cursor (gen, id),
         then, with cursor (-1, 0) and `after` a path, the paths that are no more."""
@@ -5844,7 +6072,7 @@ class Service:
             rows = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
                                       link, target, digest, tuple((holders or "").split(",")) if holders else (),
-                                      bool(proven) or request.get("level", 1) < 2).to_json()
+                                      bool(proven) or request["level"] < 2).to_json()
                            for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
                                 proven) in rows]
             out["cursor"] = list(rows[-1][:2]) if len(rows) == PAGE else [-1, 0]
@@ -5857,6 +6085,7 @@ class Service:
 
     # -- for status and restore --
 
+    @answers("status")
     def op_status(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         books, sources = self.books, {}
         books.expire(self.config.lost_after)
@@ -5893,6 +6122,7 @@ class Service:
             out[spec.name] = facts
         return out
 
+    @answers("plan")
     def op_plan(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """What `plan` has to know of this host: its sources, and how much its backups can hold (`rooms`)."""
         books, sources = self.books, {}
@@ -5914,6 +6144,7 @@ class Service:
                 path = os.path.dirname(path)
             return {"capacity": room_limit(replace(spec, path=path), 0), "used": 0}
 
+    @answers("vaults")
     def op_vaults(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The backups of this host that have something of a source, with their catalog files."""
         out = {}
@@ -5926,6 +6157,7 @@ class Service:
             out[spec.name] = {"catalogs": [[f.name, dict(names)[f.name]] for f in list_catalogs(n for n, _ in names)]}
         return {"vaults": out}
 
+    @answers("holdings")
     def op_holdings(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A page of what a backup of this host has of a source, by path; with `kind` 2 of its old versions, by number."""
         spec = self.config.backups.get(request["backup"])
@@ -5939,6 +6171,7 @@ class Service:
         rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
         return {"rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
 
+    @answers("find")
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Copies and older versions in the backups of this host, of files that match a pattern; FIND_LIMIT a backup."""
         found, more = [], False
@@ -5950,6 +6183,7 @@ class Service:
                           for source, path, size, mtime, since in rows[:FIND_LIMIT]]
         return {"rows": found, "more": more}
 
+    @answers("list")
     def op_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """What a backup of this host has directly in a directory of a source: copies, with `kind` 2 older versions.  Of level
         2 on.  `next`: what to go on with as `after`, null at the end."""
@@ -5962,6 +6196,7 @@ class Service:
         return {"rows": [[as_text(row[0])] + list(row[1:]) for row in rows],
                 "next": None if following is None else as_text(following)}
 
+    @answers("forget_source")
     def op_forget_source(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Remember that the copies of a source that is no longer configured may go; the clients of this host do it."""
         self.catch_up_with_home()
@@ -5970,16 +6205,19 @@ class Service:
         self.home.note_forget(request["source"], [b.name for b in self.config.backups_of(self.host)])
         return {}
 
+    @answers("config")
     def op_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The configuration in force here."""
         return {"config": self.home.config_offer()}
 
+    @answers("new_config")
     def op_new_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A client brings a configuration that it believes to be newer."""
         taken = self.home.take_config(check_offer(request["config"]))
         self.catch_up_with_home()  # also when an edit made here is the newer one
         return {"taken": taken}
 
+    @answers("accept")
     def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
         if row["state"] == "ok":
@@ -5992,8 +6230,9 @@ class Service:
 
     def root_for(self, request: "Dict[str, Any]") -> str:
         """The directory that an rsync request may read."""
-        if not all(key in request and FIELDS[key](request[key]) for key in ("of", "name", "source")):
-            raise ProtocolError("rsync: wrong fields")
+        wrong = misfit(request, OPERATIONS["rsync"].request)
+        if wrong:
+            raise ProtocolError("rsync%s" % wrong)
         if request["of"] == "source":
             return os.path.realpath(self.books.changeable(request["source"])["path"])
         spec = self.config.backups.get(request["name"])
@@ -6158,45 +6397,6 @@ class VaultReader:
         with self._tree() as tree:
             found = enumerate(old_files_here(tree, source), 1)
             return [(number,) + row + (None,) for number, row in itertools.islice(found, after, after + PAGE)]
-
-
-OPERATIONS: "Dict[str, Tuple[Callable[[Service, Dict[str, Any]], Dict[str, Any]], Tuple[str, ...], Tuple[str, ...]]]" = {
-    "look": (Service.op_look, (), ()),
-    "begin": (Service.op_begin, ("backup", "identity", "adopt", "capacity", "free", "used", "files", "sums"), ()),
-    "standing": (Service.op_standing, ("backup", "source"), ()),
-    "caught_up": (Service.op_caught_up, ("backup", "source"), ()),
-    "told": (Service.op_told, ("backup",), ("capacity", "free", "want", "used", "files", "rows")),
-    "demand": (Service.op_demand, ("backup", "capacity", "free"), ("beyond",)),
-    "todo": (Service.op_todo, ("backup", "source", "kind", "after"), ()),
-    "done": (Service.op_done, ("backup", "source", "kind", "rows"), ()),
-    "forget": (Service.op_forget, ("backup", "source", "paths"), ()),
-    "report_start": (Service.op_report_start, ("backup", "source"), ()),
-    "report": (Service.op_report, ("backup", "source", "serial", "rows"), ()),
-    "report_end": (Service.op_report_end, ("backup", "source", "serial"), ()),
-    "claim": (Service.op_claim, ("backup", "source", "free", "most_files", "most_bytes"), ()),
-    "claims": (Service.op_claims, ("backup", "source"), ()),
-    "claim_paths": (Service.op_claim_paths, ("backup", "source", "free", "paths", "relieved"), ()),
-    "release": (Service.op_release, ("backup", "source", "paths", "all"), ()),
-    "confirm": (Service.op_confirm, ("backup", "source", "rows"), ()),
-    "placed": (Service.op_placed, ("backup", "source", "rows"), ()),
-    "decline": (Service.op_decline, ("backup", "source", "rows"), ()),
-    "smallest": (Service.op_smallest, ("backup", "source", "above", "most"), ()),
-    "droppable": (Service.op_droppable, ("backup", "source", "need"), ()),
-    "drop": (Service.op_drop, ("backup", "source", "paths"), ()),
-    "relief": (Service.op_relief, ("backup", "source", "relieved", "gap", "most"), ()),
-    "catalog": (Service.op_catalog, ("source", "since", "upto", "cursor", "after"), ("level",)),
-    "status": (Service.op_status, (), ()),
-    "plan": (Service.op_plan, (), ()),
-    "vaults": (Service.op_vaults, ("source",), ()),
-    "holdings": (Service.op_holdings, ("backup", "source", "after"), ("kind",)),
-    "list": (Service.op_list, ("backup", "source", "path", "after"), ("kind",)),
-    "accept": (Service.op_accept, ("source",), ()),
-    "find": (Service.op_find, ("pattern",), ()),
-    "forget_source": (Service.op_forget_source, ("source",), ()),
-    "config": (Service.op_config, (), ()),
-    "new_config": (Service.op_new_config, ("config",), ()),
-}
-"""Every operation: what does it, the fields that it needs, the fields that it may have."""
 
 
 INVITATION_SECONDS, INVITATION_TRIES = 3600.0, 5
@@ -10308,8 +10508,10 @@ def cmd_find(args: argparse.Namespace, home: Home) -> int:
     hosts = sorted({b.host for b in config.backups.values()})
     answers, down = ask_all(home, config, hosts, "find", pattern=as_text(os.fsencode(args.pattern)))
     files: "Dict[Tuple[str, str], List[Tuple[float, int, str]]]" = {}
-    for answer in answers.values():
+    for host, answer in answers.items():
         for backup, source, path, size, mtime, since in answer["rows"]:
+            if backup not in config.backups or config.backups[backup].host != host:
+                continue  # a server speaks for its own backups
             files.setdefault((source, path), []).append((float("inf") if since is None else since, size, backup))
     if args.json:
         print(json.dumps({"unreachable": sorted(down), "files": [
