@@ -138,6 +138,32 @@ RSYNC_IDLE = float(os.environ.get("CBACKUP_TEST_IDLE") or 180)
 """Seconds without a byte in either direction after which a transfer is given up.  rsync's own --timeout
 did not fire within 30 s on stalled 3.2.7 and 3.5.0 clients (measured), so the relay watches as well."""
 
+SLOW_FROM, SLOW_LIMIT = 10.0, 1800.0
+"""A server whose answers take longer than SLOW_FROM seconds has SLOW_LIMIT of them, over one connection's life, until it is
+as good as down: or one slow host would hold up the passes of all others for days."""
+
+ROWS_LIMIT = 20_000_000
+"""Rows of one listing, over all its pages, that are listened to."""
+
+ROUNDS_LIMIT, BARREN_LIMIT = 1000, 50
+"""Times in a row that a client asks for the news which came while it fetched the news; that it claims files of a source, and
+none of them comes."""
+
+LOOK_LIMIT = 900.0
+"""Seconds that a pass waits for a server to look at its sources; then it goes on with what the last look found."""
+
+EXCESS_BYTES, EXCESS_PER_FILE = 16 << 20, 64 << 10
+"""What a transfer may bring beyond twice the bytes that were claimed: lists, checksums, files that are growing."""
+
+LEAST_RATE, RATE_WINDOW = 64, 600.0
+"""Bytes a second, over a window, below which a transfer is given up.  An rsync that only compares a large file sends
+hundreds, and a peer that sends a byte now and then would hold up a pass for ever."""
+
+GENERATION_JUMP = 10_000_000
+"""How far a backup's word may raise a catalog's generation, and (VERSION_JUMP) a member's the configuration's version: no one
+can use up the numbers, and no honest member is that far ahead."""
+VERSION_JUMP = 1_000_000
+
 MAX_CONNECTIONS = 200
 """Connections a server serves at once; more are closed at the door."""
 
@@ -864,13 +890,8 @@ class Wanted:
 
     @classmethod
     def from_row(cls, row: "List[Any]") -> "Wanted":
-        path, size, mtime, mode, uid, gid, version = row
-        for number in (size, mtime, mode, uid, gid, version):
-            if not isinstance(number, int):
-                raise ProtocolError("a file whose figures are not numbers")
-        if size < 0 or not 0 <= mode <= 0o7777:
-            raise ProtocolError("a file with impossible size or mode")
-        return cls(check_relative(as_raw(path)), size, mtime, mode, uid, gid, version)
+        """Of a row that has the shape WANTED."""
+        return cls(as_raw(row[0]), *row[1:])
 
 
 # ==== 6. Configuration and home =======================================================================
@@ -1273,6 +1294,9 @@ class Home:
         if digest != offer["sha256"]:
             raise ProtocolError("a configuration that is not what its digest says")
         parse_config(text, "a configuration from another machine")
+        ours = self.config_state().get("version")
+        if ours is not None and offer["version"] > ours + VERSION_JUMP:
+            raise ProtocolError("a configuration that claims to be version %d, where %d is known" % (offer["version"], ours))
         with contextlib.suppress(CBackupError):
             self.config()  # an edit that nothing has read yet is a version like any other
         with self.lock("config.lock"):
@@ -3849,6 +3873,7 @@ class Link:
         self.host, self.config, self.context = host, config, context
         self.hello: "Dict[str, Any]" = {}
         self.level = 0  # of the server, once connected; see `peer_level`
+        self._slow = 0.0
         self._channel: "Optional[Channel]" = None
 
     def again(self) -> "Link":
@@ -3908,7 +3933,9 @@ class Link:
                 if self._channel is None:
                     self._channel = self.connect()
                 self._channel.send(dict(fields, op=op, **({"level": LEVEL} if self.level > 1 else {})))
+                begun = time.monotonic()
                 answer = self._channel.receive(REPLY_TIMEOUT)
+                self._note_slowness(op, time.monotonic() - begun)
                 if answer is None:
                     raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")
             except (OSError, ProtocolError) as error:
@@ -3918,6 +3945,14 @@ class Link:
                 continue
             return self._checked(op, answer)
         raise AssertionError("not reached")
+
+    def _note_slowness(self, op: str, seconds: float) -> None:
+        """`look` waits on purpose, and for `confirm` the server reads files."""
+        if seconds > SLOW_FROM and op not in ("look", "confirm", "accept"):
+            self._slow += seconds
+        if self._slow > SLOW_LIMIT:
+            self.close()
+            raise Unreachable(self.host, "its answers take too long: it is listened to no more")
 
     def _checked(self, op: str, answer: "Dict[str, Any]") -> "Dict[str, Any]":
         if answer.get("ok") is True:
@@ -3952,10 +3987,27 @@ class Link:
         return channel.socket
 
 
+class Rounds:
+    """The bounds of a listing that comes in pages from one host: the cursor grows, the rows come to an end."""
+
+    def __init__(self, host: str, what: str) -> None:
+        self.host, self.what, self.rows = host, what, 0
+        self.last: Any = None
+
+    def page(self, rows: int, cursor: Any) -> None:
+        """A page of so many rows came, and the next one is to begin behind `cursor`.  Raises Unreachable."""
+        self.rows += rows
+        if self.last is not None and not cursor > self.last:
+            raise Unreachable(self.host, "talks nonsense: its list of %s goes round in circles" % self.what)
+        if self.rows > ROWS_LIMIT:
+            raise Unreachable(self.host, "talks nonsense: its list of %s has no end" % self.what)
+        self.last = cursor
+
+
 def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "Callable[[int], None]") -> str:
     """Carry bytes between a TLS socket and a local pair of descriptors until one side ends.
 
-    Returns "done", "cut" (the peer went away) or "stalled" (`idle` seconds without a byte).  All are made
+    Returns "done", "cut" (the peer went away) or "stalled" (`idle` seconds without a byte, or hardly any in RATE_WINDOW).  All are made
     non-blocking; each direction waits only for itself, or rsync would deadlock.  `on_bytes` is called with what
     came from the peer, and with 0 now and then; what it raises ends the transfer.
     """
@@ -3965,7 +4017,8 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "
     os.set_blocking(writer, False)
     outward, inward = bytearray(), bytearray()
     local_end = peer_end = False
-    last = time.monotonic()
+    last = opened = time.monotonic()
+    carried = 0  # since `opened`, in both directions
     waits = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
     while True:
         moved = False
@@ -3974,6 +4027,7 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "
                 data = _receive(tls, limit)
                 peer_end = not data
                 inward += data
+                carried += len(data)
                 on_bytes(len(data))
                 moved = True
         with contextlib.suppress(*waits):
@@ -3988,6 +4042,7 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "
                 data = _read(reader, limit)
                 local_end = not data
                 outward += data
+                carried += len(data)
                 moved = True
         with contextlib.suppress(*waits):
             while outward:
@@ -4002,10 +4057,15 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "
             return "done"
         if peer_end and not inward:
             return "cut"
+        now = time.monotonic()
+        if now - opened > RATE_WINDOW:
+            if carried < LEAST_RATE * RATE_WINDOW:
+                return "stalled"
+            opened, carried = now, 0
         if moved:
-            last = time.monotonic()
+            last = now
             continue
-        if time.monotonic() - last > idle:
+        if now - last > idle:
             return "stalled"
         on_bytes(0)
         read, write = [], []
@@ -5283,7 +5343,7 @@ class CatalogFile:
     upto: int
     time: int
 
-    PATTERN = re.compile(r"([0-9]{12})-([0-9]{12})-([0-9]{1,12})\.gz\Z")
+    PATTERN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})-([0-9]{1,18})\.gz\Z")
 
     @classmethod
     def parse(cls, name: str) -> "Optional[CatalogFile]":
@@ -5805,7 +5865,7 @@ class Service:
         for source in books.active_sources():
             row = books.source_row(source)
             told = request["sums"].get(source)
-            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]):
+            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]) and told[0] < row["gen"] + GENERATION_JUMP:
                 books.raise_generation(row["id"], told[0])
                 row = books.source_row(source)
             sources[source] = self._standing(number, row)
@@ -6770,6 +6830,7 @@ class Standing:
     books: str
     facts: "Dict[str, Any]"
     out: bool = False
+    barren: int = 0
 
     @property
     def usable(self) -> bool:
@@ -6788,8 +6849,9 @@ class Rsync:
         vault.tree.make_directory(vault.incoming(standing.name))
         connection = link.again().stream(of="source", name=standing.name, source=standing.name)
         limit = self.config.rate(*[line for line in (standing.spec, vault.spec) if line], key="bwlimit")
+        # 0 would be no limit to older ones.  What has grown beyond all that was claimed is left out: it is another version.
         return pull(connection, (f.path for f in files), vault.path + b"/" + vault.incoming(standing.name),
-                    limit, always, on_bytes)
+                    limit, always, on_bytes, most=max(1, *(f.size for f in files)))
 
 
 class Pass:
@@ -6892,6 +6954,9 @@ class Pass:
         except Refused as error:
             standing.out = True
             self.figures.complain("%s: %s" % (self.name, error))
+        except ProtocolError as error:
+            standing.out = True
+            self.figures.gone(Unreachable(standing.host, "talks nonsense: %s" % error))
         return None
 
     def usable(self) -> "List[Standing]":
@@ -6918,7 +6983,8 @@ class Pass:
             with contextlib.suppress(Unreachable, Refused):
                 answer = self._introduce(self.own, self.host)
                 self.own_standings = [Standing(name, self.host, None, str(answer["books"]), facts)
-                                      for name, facts in sorted(answer["sources"].items()) if _is_name(name)]
+                                      for name, facts in sorted(answer["sources"].items())
+                                      if name in self.config.sources and self.config.sources[name].host == self.host]
 
     def keep_what_is_held(self) -> None:
         """Old versions of held sources stay.  A source whose host cannot be asked is what it was when it last could: a machine
@@ -6933,8 +6999,7 @@ class Pass:
     def _begin(self, host: str) -> None:
         link = self.links[host]
         try:
-            while link.call("look")["waiting"]:
-                self.progress.say("%s: %s is looking at its sources" % (self.name, host))
+            self._wait_for_look(link, host)
             answer = self._introduce(link, host)
         except Unreachable as error:
             self.figures.gone(error)
@@ -6944,13 +7009,25 @@ class Pass:
             self.figures.complain("%s: %s" % (self.name, error))
             return
         for name, facts in sorted(answer["sources"].items()):
-            check_relative(as_raw(name))
-            if not _is_name(name):
+            spec = self.config.sources.get(name)
+            if spec is None:  # not in our configuration yet, or not any more
+                continue
+            if spec.host != host:
+                self.figures.complain("%s speaks for the source %s, which is %s's by the configuration: not listened to"
+                                      % (host, name, spec.host))
                 continue
             with self.figures.lock:
-                self.standings[name] = Standing(name, host, self.config.sources.get(name), str(answer["books"]), facts)
+                self.standings[name] = Standing(name, host, spec, str(answer["books"]), facts)
             if facts["state"] != "ok":
                 self.figures.complain("%s is held: %s" % (name, held_advice(name, facts)))
+
+    def _wait_for_look(self, link: Any, host: str) -> None:
+        deadline = time.monotonic() + LOOK_LIMIT
+        while link.call("look")["waiting"]:
+            self.progress.say("%s: %s is looking at its sources" % (self.name, host))
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)  # its answer takes LOOK_WAIT, unless it is broken
 
     def _introduce(self, link: Any, host: str) -> "Dict[str, Any]":
         vault = self.vault
@@ -7043,8 +7120,10 @@ class Pass:
             db.execute("DELETE FROM coming WHERE source=? AND books<>?", (standing.name, standing.books))
 
     def _pages(self, standing: Standing, kind: int) -> "Iterator[List[List[Any]]]":
-        """Rows [cursor, path here, tag, the file or null], and for moves also the digest that the copy has to have."""
-        after = 0
+        """Rows [cursor, path here, tag, the file or null], and for moves also the digest that the copy has to have.  Not much
+        more of them than we hold: what the server believes beyond that, the report corrects."""
+        after, rounds = 0, Rounds(standing.host, "things to do")
+        most = 2 * self.vault.sum_of(standing.name)[0] + 50 * PAGE
         while True:
             answer = self.links[standing.host].call(
                 "todo", backup=self.name, source=standing.name, kind=kind, after=after)
@@ -7052,8 +7131,11 @@ class Pass:
             if kind == TODO_MOVE:
                 rows = [row + [digest] for row, digest in zip(rows, answer.get("digests") or [None] * len(rows))]
             if rows:
+                rounds.page(len(rows), rows[-1][0])
+                if kind != TODO_RETIRE and any(row[3] is None for row in rows):
+                    raise ProtocolError("a file without its figures")
                 yield rows
-            if len(rows) < PAGE:
+            if len(rows) < PAGE or rounds.rows > most:
                 return
             after = rows[-1][0]
 
@@ -7241,18 +7323,22 @@ class Pass:
         if updating:
             for f in files:
                 vault.prepare_basis(standing.name, f.path)
-        total = need + self._moved
+        total, begun = need + self._moved, self._moved
+        most = 2 * need + EXCESS_PER_FILE * len(files) + EXCESS_BYTES
 
         def on_bytes(count: int) -> None:
             self._moved += count
+            if self._moved - begun > most:
+                raise Unreachable(standing.host, "talks nonsense: it sends much more than the %s of the files that it "
+                                  "handed out" % format_size(need))
             self.progress.update("%s: %s" % (self.name, standing.name), self._moved, max(total, self._total))
 
         # What an earlier pass has left here may have the right size and time and be other bytes.
         always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None for f in files)
         try:
             outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always, on_bytes)
-        except Refused:
-            vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
+        except (Refused, Unreachable) as error:
+            vault.give_up(standing.name, [f.path for f in files], keep_parts=isinstance(error, Refused))
             raise
         test_point("copied")
         self.figures.add(wire_bytes=outcome.wire)
@@ -7379,6 +7465,7 @@ class Pass:
         """Second step of a confirmation.  What the server does not count after all is ours all the same: it is told
         of it by the next report."""
         if rows:
+            standing.barren = 0
             link.call("placed", backup=self.name, source=standing.name,
                       rows=[[as_text(path), version, tag] for path, version, tag in rows])
             test_point("counted")
@@ -7405,14 +7492,16 @@ class Pass:
         """What is missing of each source; those with the highest pressure (missing bytes by room) first.  `beyond`: ask
         also for what there is no room for anywhere."""
         found, self.words, self.figures_short = [], {}, 0
-        for host in sorted({standing.host for standing in self.usable()}):
-            one = next(s for s in self.usable() if s.host == host)
+        # Looked at once: the thread that checks the last batch may put a source out meanwhile.
+        usable = self.usable()
+        for host in sorted({standing.host for standing in usable}):
+            one = next(s for s in usable if s.host == host)
             answer = self.guarded(one, lambda s: self.links[s.host].call(
                 "demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered(), beyond=beyond))
             if answer is None:
                 continue
             for name, facts in answer["sources"].items():
-                if name in self.standings:
+                if name in self.standings and self.standings[name].host == host:
                     found.append((self.standings[name], facts))
                     self.figures_short += facts["short"]
             for words in answer["backups"]:
@@ -7452,9 +7541,19 @@ class Pass:
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
                 "claim", backup=self.name, source=s.name, free=free, most_files=BATCH_FILES, most_bytes=most)["rows"])
             if rows:
-                self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
+                self._fetch_claimed(standing, rows)
                 return True
         return False
+
+    def _fetch_claimed(self, standing: Standing, rows: "List[List[Any]]") -> None:
+        """Fetch what was claimed; a source that hands out files again and again of which none comes is out."""
+        standing.barren += 1
+        if standing.barren > BARREN_LIMIT:
+            standing.out = True
+            self.figures.gone(Unreachable(standing.host, "talks nonsense: it hands out files of %s, and none of them comes"
+                                          % standing.name))
+            return
+        self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
 
     def drop_surplus(self) -> bool:
         """Rule 0: over capacity, drop overserved files; the smallest set that is enough, or what there is."""
@@ -7507,7 +7606,7 @@ class Pass:
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
                 "claim_paths", backup=self.name, source=s.name, free=self.vault.free(), paths=[path], relieved=None)["rows"])
             if rows:
-                self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
+                self._fetch_claimed(standing, rows)
             return True
         return False
 
@@ -7551,7 +7650,8 @@ class Pass:
             return 0
         for words in answer["backups"]:
             self._merge(words)
-        return sum(facts["beyond"] for facts in answer["sources"].values())
+        return sum(facts["beyond"] for name, facts in answer["sources"].items()
+                   if name in self.config.sources and self.config.sources[name].host == self.host)
 
     @staticmethod
     def _relief_order(words: "Dict[str, Any]") -> "Tuple[float, str]":
@@ -7575,7 +7675,7 @@ class Pass:
             rows = paths and self.guarded(standing, lambda s: self.links[s.host].call(
                 "claim_paths", backup=self.name, source=s.name, free=free, paths=paths, relieved=other)["rows"])
             if rows:
-                self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
+                self._fetch_claimed(standing, rows)
                 done = True
         self.pipeline.drain()
         return done
@@ -7594,6 +7694,7 @@ class Pass:
         directory = vault.catalog_directory(name)
         gen = standing.facts["gen"] if standing.host == self.host else self._standing(standing)["gen"]
         try:
+            self._set_ahead_aside(standing, directory, gen)
             since = self._catalog_kept(standing, directory)
             header = {"catalog": 1, "source": name, "books": standing.books, "since": since, "upto": since, "time": 0}
             if since != gen and write_catalog(directory, header, self._catalog_news(standing, header)):
@@ -7603,6 +7704,16 @@ class Pass:
         except DamagedCatalog as error:
             log.warning("%s: %s; the next pass fetches all of it", self.name, error)
             vault.set_meta("catalog:" + name, None)
+
+    def _set_ahead_aside(self, standing: Standing, directory: str, gen: int) -> None:
+        """The source's own server knows best how far its catalog is (at the begin of a pass it heard of what we have): what
+        is ahead of it would hide all that comes."""
+        for found in catalogs_in(directory):
+            if found.upto > gen:
+                log.warning("%s: the catalog %s of %s is ahead of what its server says (%d): set aside", self.name, found.name,
+                            standing.name, gen)
+                os.rename(os.path.join(directory, found.name), os.path.join(directory, found.name + ".ahead"))
+                self.vault.set_meta("skeleton:" + standing.name, 0)
 
     def _catalog_kept(self, standing: Standing, directory: str) -> int:
         """The generation from which on news are to be fetched; 0: everything, because too much has changed since the last
@@ -7628,20 +7739,27 @@ class Pass:
     def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[CatalogRow]":
         """Rows of everything since header["since"], in rounds until the server has nothing newer."""
         link, since = self.own if standing.host == self.host else self.links[standing.host], header["since"]
-        while True:
-            cursor, after, upto = [0, 0], "", 0
+        rows = 0
+        for _ in range(ROUNDS_LIMIT):
+            cursor, after, upto, rounds = [0, 0], "", 0, Rounds(standing.host, "news of the catalog")
+            rounds.rows = rows
             while cursor[0] != -2:
                 page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after)
+                if upto and page["upto"] != upto:
+                    raise ProtocolError("a catalog that changes while it is read")
                 upto = page["upto"]
                 if upto <= since:
                     return
                 for row in page["rows"]:
                     yield CatalogRow.from_json(row)
-                if cursor[0] == -1 and page["rows"]:
+                entries, cursor = cursor[0] >= 0, page["cursor"]
+                if not entries and page["rows"]:
                     after = page["rows"][-1][0]
-                cursor = page["cursor"]
+                # First the entries by (generation, number), then the paths that are no more, then the end.
+                rounds.page(len(page["rows"]), (0, *cursor) if cursor[0] >= 0 else
+                            (1, as_raw(after)) if cursor[0] == -1 else (2,))
             header["upto"], header["time"] = upto, page["time"]
-            since = upto
+            since, rows = upto, rounds.rows
 
     def scrub(self) -> None:
         """Read a few copies again: each once in the scrub period, the oldest reading first.
@@ -7978,6 +8096,7 @@ class RemoteHolder:
     def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
         """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with `old` of older versions."""
         after: Any = ""
+        rounds = Rounds(self.link.host, "copies")
         while True:
             rows = self.link.call("holdings", backup=self.backup, source=source, after=after)["rows"]
             for path, size, mtime, digest in rows:
@@ -7985,7 +8104,8 @@ class RemoteHolder:
             if len(rows) < PAGE:
                 break
             after = rows[-1][0]
-        after = 0
+            rounds.page(len(rows), as_raw(after))
+        after, rounds = 0, Rounds(self.link.host, "old versions")
         while old:
             rows = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2)["rows"]
             for _, path, stored, size, mtime, digest in rows:
@@ -7994,6 +8114,7 @@ class RemoteHolder:
             if len(rows) < PAGE:
                 break
             after = rows[-1][0]
+            rounds.page(len(rows), after)
 
     def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
               on_bytes: "Callable[[int], None]") -> Pull:

@@ -1,9 +1,13 @@
 """What is said between client and server: levels, and that each side checks what the other one says."""
 
+import os
+import time
 import unittest
+from unittest import mock
 
 import cbackup
-from tests.harness import Case
+from tests.harness import Case, write_file
+from tests.liar import between, copy, one_pass
 
 
 class LevelTest(Case):
@@ -35,6 +39,172 @@ class LevelTest(Case):
         self.assertEqual("unknown-op", caught.exception.reason)
         self.assertIn("update cbackup on", str(caught.exception))
         link.call("status")  # the connection goes on
+
+
+class TableTest(unittest.TestCase):
+    """The shapes by which both sides check."""
+
+    def test_every_operation_has_a_function(self):
+        missing = [name for name, operation in cbackup.OPERATIONS.items() if operation.handler is None]
+        self.assertEqual(["rsync"], missing)
+
+    def test_shapes(self):
+        name, count, May, Maybe = cbackup._is_name, cbackup._is_count, cbackup.May, cbackup.Maybe
+        right = [(1, count), ([], [count]), ([1, 2], [count]), ([1, "a"], (count, name)), (None, Maybe(count)),
+                 ({"a": 1, "surplus": []}, {"a": count}), ({}, {"a": May(count)}), ({"x": 1}, cbackup.Each(count))]
+        wrong = [(True, count), (-1, count), (1 << 62, count), (1.0, count), ({}, [count]), ([1] * 4001, [count]),
+                 ([1, 2, 3], (count, count)), ([1], (count, count)), ("", Maybe(count)), ({}, {"a": count}), ([], {"a": count}),
+                 ({"a": None}, {"a": May(count)}), ({"../x": 1}, cbackup.Each(count)), ({"x": []}, cbackup.Each(count)),
+                 ("../x", cbackup._is_path), ("\ud800", cbackup._is_path), (float("nan"), cbackup._is_real)]
+        for value, shape in right:
+            self.assertEqual("", cbackup.misfit(value, shape), (value, shape))
+        for value, shape in wrong:
+            self.assertNotEqual("", cbackup.misfit(value, shape), (value, shape))
+
+    def test_what_is_missing_from_an_older_peer_gets_its_default(self):
+        answer = {"rows": []}
+        self.assertEqual("", cbackup.misfit(answer, {"rows": [cbackup._is_count], "new": cbackup.May([], list)}))
+        self.assertEqual([], answer["new"])
+
+
+class OddServerTest(Case):
+    """One server that answers what no server would costs its own files, and nobody else's."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("odd", "good", "a", "b", replicas=1)
+        c.source("own", "odd", {"dir/f%d" % number: 100 for number in range(5)})
+        c.source("others", "good", {"g%d" % number: 100 for number in range(20)})
+        c.backup("ba", "a", "10M")
+        c.start("odd", "good")
+        cls.number = 0
+
+    def new_files(self):
+        """A file more in each source: there is something of everything to say."""
+        type(self).number += 1
+        for source in ("own", "others"):
+            write_file(os.path.join(self.c.sources[source].path, "new%d" % self.number), b"new %d" % self.number)
+
+    def lied_to(self, change, **more):
+        with between(self.c, "a", "odd", change=change, **more) as liar:
+            return one_pass(self.c, "a", liar.config)
+
+    def assertOnlyTheOddOneIsOut(self, figures, why="talks nonsense"):
+        self.assertEqual({"odd"}, figures.unreachable, figures.lines)
+        self.assertTrue(figures.trouble)
+        self.assertTrue(any(why in line for line in figures.lines), figures.lines)
+        self.assertIn("new%d" % self.number, self.c.copies_on_disk("others"))
+        self.assertEqual(["ba"], self.c.copies_on_disk("others")["new%d" % self.number])
+
+    def test_an_answer_with_a_missing_or_a_wrong_key_puts_only_that_server_out(self):
+        self.c.settle()
+        for op in ("look", "begin", "standing", "demand", "claim", "confirm", "placed", "catalog"):
+            for number, key in enumerate(cbackup.OPERATIONS[op].answer):
+                if isinstance(cbackup.OPERATIONS[op].answer[key], cbackup.May):
+                    continue
+                for wrong in ("gone", {"x": [None]}, 1 << 70)[number % 3:][:1]:
+                    def change(request, answer):
+                        if request["op"] == op:
+                            answer = copy(answer)
+                            answer[key] = wrong
+                            if wrong == "gone":
+                                del answer[key]
+                        return answer
+                    with self.subTest(op=op, key=key, wrong=wrong):
+                        self.new_files()
+                        self.assertOnlyTheOddOneIsOut(self.lied_to(change))
+        self.c.settle()
+        self.assertCopies(self.c, "own", 1)
+
+    def test_a_list_that_goes_round_in_circles_ends(self):
+        self.c.settle()
+        rows = [[1, "dir/f1", None, None]] * cbackup.PAGE
+
+        def todo(request, answer):
+            if request["op"] == "begin":
+                answer["sources"]["own"]["todo"] = 1
+            return dict(answer, rows=rows) if request["op"] == "todo" and request["kind"] == cbackup.TODO_RETIRE else answer
+
+        def catalog(request, answer):
+            return dict(answer, cursor=[1, 1]) if request["op"] == "catalog" else answer
+
+        for change in (todo, catalog):
+            self.new_files()
+            self.assertOnlyTheOddOneIsOut(self.lied_to(change), "round in circles")
+
+    def test_claims_of_which_nothing_comes_end(self):
+        self.c.settle()
+
+        def change(request, answer):
+            if request["op"] == "demand":
+                answer["sources"]["own"].update(missing=100, lacking=100, lacking_files=1)
+            if request["op"] == "claim" and request["source"] == "own":
+                return dict(answer, rows=[["nothing", 100, 1, 0o644, 0, 0, 1]])
+            return answer
+        self.new_files()
+        with mock.patch.object(cbackup, "BARREN_LIMIT", 5):
+            self.assertOnlyTheOddOneIsOut(self.lied_to(change), "none of them comes")
+
+    def test_a_server_that_speaks_for_anothers_source_is_not_listened_to(self):
+        self.c.settle()
+        before = self.c.copies_on_disk("others")
+        gone = [[number, "g%d" % number, None, None] for number in range(20)]
+
+        def change(request, answer):
+            if request["op"] == "begin":
+                answer = copy(answer)
+                answer["sources"]["others"] = dict(answer["sources"]["own"], todo=20)
+            if request.get("source") == "others":
+                return {"ok": True, "rows": gone if request.get("kind") == cbackup.TODO_RETIRE else []}
+            if request["op"] == "demand":
+                answer = copy(answer)
+                answer["sources"]["others"] = dict(answer["sources"]["own"], lacking_files=1)
+            return answer
+        figures = self.lied_to(change)
+        self.assertTrue(any("speaks for the source others" in line for line in figures.lines), figures.lines)
+        self.assertEqual(before, self.c.copies_on_disk("others"))
+        self.assertEqual(0, figures.counts["dropped_files"])
+
+    def test_a_transfer_of_much_more_than_was_claimed_is_cut(self):
+        self.c.settle()
+        write_file(os.path.join(self.c.sources["own"].path, "small"), os.urandom(10))
+        self.new_files()
+        sent = [0]
+
+        def flood(data):
+            if sent[0] == 0:
+                sent[0] = 1
+                return data
+            sent[0] += 65536
+            return data + b"\x07\x00\x00\x07" * 16384
+        begun = time.monotonic()
+        figures = self.lied_to(lambda request, answer: answer, stream=flood)
+        self.assertLess(sent[0], 64 << 20)
+        self.assertLess(time.monotonic() - begun, 60)
+        self.assertIn("odd", figures.unreachable)
+        self.assertEqual(["ba"], self.c.copies_on_disk("others")["new%d" % self.number])
+        self.c.settle()
+
+    def test_a_jump_of_a_generation_is_not_believed_and_hides_nothing(self):
+        self.c.settle()
+        link = cbackup.Link("odd", cbackup.Home(self.c.home("a")).config(),
+                            cbackup.tls_context(cbackup.Home(self.c.home("a")), server_side=False))
+        self.addCleanup(link.close)
+        vault = os.path.join(self.c.backups["ba"].path, ".cbackup", "catalog", "own")
+        identity = cbackup.read_json(os.path.join(self.c.backups["ba"].path, ".cbackup", "identity"))["id"]
+        before = link.call("begin", backup="ba", identity=identity, adopt=False, capacity=10, free=10, used=0, files=0,
+                           sums={"own": [999999999998]})["sources"]["own"]["gen"]
+        self.assertLess(before, 1000)
+        # A file of such a number, of whatever origin, does not hide what comes later.
+        newest = sorted(os.listdir(vault))[-1]
+        os.link(os.path.join(vault, newest), os.path.join(vault, "000000000000-999999999998-1.gz"))
+        self.new_files()
+        self.c.settle()
+        names = [name for name in os.listdir(vault) if name.endswith(".gz")]
+        self.assertNotIn("000000000000-999999999998-1.gz", names)
+        target = os.path.join(self.directory(), "back")
+        self.assertRc(0, self.c.run("b", "restore", "own", "--to", target, "--from", self.c.backups["ba"].path))
+        self.assertTrue(os.path.exists(os.path.join(target, "new%d" % self.number)))
 
 
 if __name__ == "__main__":
