@@ -4185,9 +4185,10 @@ class Pull:
     """Paths of files to which only the rest was added, unchecked (rsync checks by itself what it goes on with)."""
 
     @property
-    def full_disk(self) -> bool:
-        return any("No space left" in line or "Disc quota" in line or "Read-only file system" in line
-                   for line in self.errors)
+    def full_disk(self) -> str:
+        """The line that says that the disk itself takes nothing more; "" when it does."""
+        words = ("No space left", "Disc quota", "Disk quota", "Read-only file system")
+        return next((line for line in self.errors if any(word in line for word in words)), "")
 
     def said_of(self, name: bytes) -> "Optional[str]":
         """The first line of rsync's that has this (end of a) name in it; it writes odd bytes as \\#ooo."""
@@ -4426,6 +4427,10 @@ class Grant:
 
     source: str
     path: bytes
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What is the disk's fault, whatever file it is said of: the next one would meet the same."""
 
 
 class Misplaced(CBackupError):
@@ -7425,7 +7430,7 @@ class Pass:
         if outcome.full_disk:
             self.stuck = True
             self.figures.complain("%s: %s is full or cannot be written: %s" % (
-                self.name, self.vault.spec.path, outcome.errors[0][:160]))
+                self.name, self.vault.spec.path, outcome.full_disk[:160]))
         elif outcome.how != "done":
             raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
 
@@ -7452,6 +7457,8 @@ class Pass:
                 vault.put_in_place(source, f.path)
                 placed.append(f)
             except OSError as error:
+                if error.errno in DISK_ERRORS:
+                    raise
                 refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
         vault.sync_places(source, [f.path for f in placed])
         test_point("in-place")
@@ -7970,6 +7977,14 @@ class Client:
     def own_link(self) -> "Optional[Link]":
         return Link(self.host, self.config, self.context) if self.config.sources_of(self.host) else None
 
+    @staticmethod
+    def _where(error: Exception, spec: Backup) -> str:
+        """The file of which a system's error speaks, and a colon; its backup when it is one within."""
+        if not isinstance(error, OSError):
+            return ""
+        name = error.filename if isinstance(error.filename, (str, bytes)) else ""
+        return shown(os.path.join(os.fsencode(spec.path), os.fsencode(name)).rstrip(b"/")) + ": "
+
     def run_one(self, spec: Backup, figures: Figures, work: "Optional[Callable[[Pass], None]]" = None,
                 again: bool = True) -> None:
         """A pass over one backup, or other `work` that needs one.  With a damaged database a second time (`again`): what
@@ -8003,8 +8018,7 @@ class Client:
                 if vault is not None:
                     vault.empty_incoming()
         except (OSError, CBackupError) as error:
-            where = error.filename or spec.path if isinstance(error, OSError) else None
-            figures.broke("%s: %s" % (spec.name, "%s: %s" % (shown(os.fsencode(where)), reason_of(error)) if where else error))
+            figures.broke("%s: %s" % (spec.name, self._where(error, spec) + reason_of(error)))
         finally:
             if vault is not None:
                 vault.close()

@@ -392,6 +392,28 @@ class FullDiskTest(FaultCase):
         self.remount(kept, "size=30m")
         self.assertRecovers(cluster)
 
+    def test_a_full_disk_stops_only_its_backup_and_is_said_in_its_own_words(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        cluster.source("docs", "s", {"f%d" % number: 30000 for number in range(10)})
+        full, state = cluster.backup("b1", "a", "9M"), os.path.join(cluster.home("a"), "state")
+        for path in (full, state):
+            tmpfs_or_skip(self, path, "1m")
+        cluster.backup("b2", "a", "9M")
+        cluster.start()
+        fill(os.path.join(full, "lost+found"))
+        for path in (full, state):
+            if path == state:
+                cluster.client("a", "--adopt", "b1")
+                os.unlink(os.path.join(full, "lost+found"))
+                os.unlink(os.path.join(state, "backups.json"))
+                fill(os.path.join(state, "ballast"))
+            result = cluster.client("a")
+            self.assertRc(1, result)
+            self.assertOneError(result, path, "No space left on device")
+            self.assertCopies(cluster, "docs", 1)
+        os.unlink(os.path.join(state, "ballast"))
+        self.assertRecovers(cluster)
+
     def test_a_read_only_backup(self):
         cluster = self.cluster("s", "a", replicas=1)
         source = cluster.source("docs", "s", {"f": b"1"})
