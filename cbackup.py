@@ -756,11 +756,22 @@ class Tree:
             self.rmdir(rel)
 
     def chmod(self, rel: bytes, mode: int) -> None:
-        """chmod of a regular file or directory; a symlink is left alone."""
+        """chmod of a regular file or directory; everything else is left alone."""
         with self._parent(rel) as (descriptor, name):
             info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            if not stat.S_ISLNK(info.st_mode) and stat.S_IMODE(info.st_mode) != mode:
-                os.chmod(name, mode, dir_fd=descriptor)
+            if stat.S_IMODE(info.st_mode) == mode or not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
+                return
+            if os.chmod in os.supports_follow_symlinks:
+                os.chmod(name, mode, dir_fd=descriptor, follow_symlinks=False)
+                return
+            # By a descriptor: a symlink that has taken the place since is not followed.  With O_PATH it takes no permission.
+            by_path = os.O_PATH if os.path.isdir("/proc/self/fd") and hasattr(os, "O_PATH") else os.O_RDONLY | os.O_NONBLOCK
+            found = os.open(name, by_path | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            try:
+                if not stat.S_ISLNK(os.fstat(found).st_mode):
+                    os.chmod(found if by_path & os.O_NONBLOCK else "/proc/self/fd/%d" % found, mode)
+            finally:
+                os.close(found)
 
     def chown(self, rel: bytes, uid: int, gid: int) -> None:
         with self._parent(rel) as (descriptor, name):
@@ -1614,6 +1625,7 @@ def open_database(path: str, schema: str, version: int, journal: str,
     cbackup."""
     if _wrong_header(path):
         set_database_aside(path, "its first bytes are not SQLite's")
+    keep_private(path)
     for attempt in (1, 2):
         connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
@@ -1643,7 +1655,18 @@ def open_database(path: str, schema: str, version: int, journal: str,
             if attempt == 2 or not is_damage(error):
                 raise CBackupError("%s: %s" % (path, database_words(error, path)))
             set_database_aside(path, str(error))
+            keep_private(path)
     raise AssertionError("not reached")
+
+
+def keep_private(path: str) -> None:
+    """Make a database's file, empty, when there is none, and for us alone whatever the umask is: it has the names of all
+    files.  SQLite gives what it puts beside it the same mode."""
+    with contextlib.suppress(OSError):  # what is wrong SQLite will say
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        if stat.S_IMODE(os.lstat(path).st_mode) & 0o077:
+            os.chmod(path, 0o600)
 
 
 CHECKED_BELOW = 8 << 20
@@ -3179,9 +3202,9 @@ class Scan:
                           else "its inode number cannot be represented (%d)" % info.st_ino)
             known.pop(path, None)
             return None
+        if (info.st_dev, info.st_ino) in self.skip:
+            return None
         if stat.S_ISDIR(info.st_mode):
-            if (info.st_dev, info.st_ino) in self.skip:
-                return None
             row = self._facts(path, directory, info, "d")
             row["walk"] = info.st_dev == self.device
             return row
@@ -4492,6 +4515,7 @@ class Vault:
         identity = self._identify(cluster, expected, adopt)
         self.identity: str = identity["id"]
         self.tree = Tree(self.path, own_links=True)
+        self._close_to_others()
         self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA, VAULT_SCHEMA_VERSION,
                                 "DELETE", VAULT_UPGRADES)
         self.db.execute("CREATE TEMP TABLE kept(source TEXT PRIMARY KEY) WITHOUT ROWID")
@@ -4524,6 +4548,15 @@ class Vault:
             identity["backup"] = self.name
             atomic_write(path, json.dumps(identity).encode())
         return identity
+
+    def _close_to_others(self) -> None:
+        """What lies here is for nobody else: a copy has the mode of its file, whose directory may have been closed."""
+        for name in self.tree.list():
+            info = self.tree.lstat(name)
+            if info is not None and stat.S_ISDIR(info.st_mode) and stat.S_IMODE(info.st_mode) != 0o700 and (
+                    name == META_DIR or os.path.isdir(os.path.join(os.fsencode(self.meta_path), b"catalog", name))):
+                with contextlib.suppress(OSError):  # on some file systems there are no modes
+                    self.tree.chmod(name, 0o700)
 
     def _check_empty(self, adopt: bool) -> None:
         """Refuse to make a backup of a directory that somebody uses for something else."""
@@ -4924,8 +4957,8 @@ class Vault:
 
     def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int) -> None:
         """Mode, times and, as root, owner, where they are others.  What the file system cannot do is no error: the catalog
-        has it."""
-        info = self.tree.lstat(rel)
+        has it, and with it what a copy never has: a program here is not to run as somebody else."""
+        info, mode = self.tree.lstat(rel), mode & 0o777
         if os.geteuid() != 0:
             mode |= 0o400  # we must be able to read it back
         elif info is None or (info.st_uid, info.st_gid) != (uid, gid):
@@ -5222,7 +5255,7 @@ class Vault:
                     gone.append(place)
                 elif row.kind == "d" and kind in (0, stat.S_IFLNK, stat.S_IFDIR):
                     self.tree.make_directory(place)
-                    self.tree.chmod(place, row.mode | 0o700)
+                    self.tree.chmod(place, row.mode & 0o777 | 0o700 if row.path else 0o700)
                 elif row.kind == "l":
                     self._lay_symlink(place, kind, row)
             except OSError as error:
@@ -5795,7 +5828,7 @@ class Service:
         source = self.config.sources.get(name)
         if source is None:
             return
-        skip = [self.home.state_path] + [b.path for b in self.config.backups_of(self.host)]
+        skip = [self.home.state_path, self.home.key_path] + [b.path for b in self.config.backups_of(self.host)]
         with self._scanning:  # one at a time: `accept` scans in its own thread
             begun = clock.steady()
             try:
@@ -7843,6 +7876,9 @@ class Pass:
             for rel in vault.tree.walk_files(source.encode()):
                 path = rel[len(source) + 1:]
                 info = vault.tree.lstat(rel)
+                if info is not None and stat.S_ISREG(info.st_mode) and info.st_mode & 0o7000:
+                    with contextlib.suppress(OSError):  # from a time when copies had these
+                        vault.tree.chmod(rel, stat.S_IMODE(info.st_mode) & 0o777)
                 if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path):
                     continue
                 count += 1

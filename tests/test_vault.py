@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import stat
 import unittest
 import unittest.mock
 
 import cbackup
-from tests.harness import Case, inodes, make_tree, tree, wait_for, write_file
+from tests.harness import (Case, Process, inodes, make_tree, quick_program, read_file, tree, wait_for, walk,
+                           write_file)
 
 DAY = 86400.0
 
@@ -202,6 +204,110 @@ class ManyBadCopiesTest(Case):
         self.assertEqual(450, sum("is gone" in line for line in verify.error_lines), verify.stderr[:2000])
         c.settle()
         self.assertCopies(c, "docs", 1)
+
+
+class PrivateTest(Case):
+    """What lies in a backup is for nobody else, and nothing in it runs as somebody else."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        cls.source = c.source("docs", "s", {"d/program": "#!/bin/sh", "d/shared": "2", "plain": "3"})
+        cls.modes = {"d/program": 0o4755, "d/shared": 0o2775, "d": 0o3777, "": 0o755, "plain": 0o644}
+        for name, mode in cls.modes.items():
+            os.chmod(os.path.join(cls.source, name), mode)
+        cls.kept = c.backup("b1", "a", "9M")
+        c.start()
+        c.settle()
+
+    def mode(self, *names):
+        return stat.S_IMODE(os.lstat(os.path.join(self.kept, *names)).st_mode)
+
+    def test_directories_and_databases_are_closed_whatever_the_umask(self):
+        for umask in (0, 0o022):
+            c = self.cluster("s", "a", replicas=1)
+            c.source("docs", "s", {"f": "1"})
+            kept = c.backup("b1", "a", "9M")
+            c.start()
+            os.makedirs(os.path.join(kept, "lost+found"))
+            self.assertRc(0, Process(quick_program("--home", c.home("a"), "client"), c.environment("a"), c.path("a"),
+                                     umask=umask).wait())
+            for name, mode in (("docs", 0o700), (".cbackup", 0o700), (".cbackup/backup.db", 0o600)):
+                self.assertEqual(mode, stat.S_IMODE(os.stat(os.path.join(kept, name)).st_mode), name)
+            self.assertNotEqual(0o700, stat.S_IMODE(os.stat(os.path.join(kept, "lost+found")).st_mode))
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(os.path.join(c.home("s"), "state", "books.db")).st_mode))
+
+    def test_those_that_were_open_are_mended(self):
+        for name in ("docs", ".cbackup", ".cbackup/backup.db"):
+            os.chmod(os.path.join(self.kept, name), 0o755)
+        os.chmod(os.path.join(self.kept, "docs/d/program"), 0o4755)
+        self.assertRc(0, self.c.client("a"))
+        self.assertEqual([0o700, 0o700, 0o600], [self.mode(name) for name in ("docs", ".cbackup", ".cbackup/backup.db")])
+        self.assertRc(0, self.c.run("a", "verify"))
+        self.assertEqual(0o755, self.mode("docs/d/program"))
+
+    def test_no_copy_has_setuid_setgid_or_sticky_and_nothing_churns(self):
+        for name, mode in self.modes.items():
+            self.assertEqual(mode & 0o777 if name else 0o700, self.mode("docs", name), name)
+        before = self.c.kept_inodes("b1")
+        os.chmod(os.path.join(self.source, "plain"), 0o4711)     # a mode that changes is told to the backup once
+        self.assertRc(0, self.c.client("a"))
+        self.assertEqual(0o711, self.mode("docs", "plain"))
+        self.assertTrue(self.c.client("a").json["settled"])
+        os.chmod(os.path.join(self.source, "plain"), 0o644)
+        self.c.settle()
+        for arguments in (["client"], ["verify"], ["client"]):
+            self.assertRc(0, self.c.run("a", *arguments))
+        after = self.c.kept_inodes("b1")
+        self.assertEqual({name: info for name, info in before.items() if "plain" not in name},
+                         {name: info for name, info in after.items() if "plain" not in name})
+
+    def test_restore_brings_the_modes_back(self):
+        to = os.path.join(self.directory(), "to")
+        self.assertRc(0, self.c.restore("a", "docs", to=to))
+        for name, mode in self.modes.items():
+            self.assertEqual(mode, stat.S_IMODE(os.stat(os.path.join(to, name)).st_mode), name)
+
+    def test_the_key_is_never_backed_up_also_when_the_home_lies_inside_a_source(self):
+        c = self.cluster("s", "a", replicas=1)
+        c.source("all", "s", path=c.path("s"), files={"f": "1"})
+        c.backup("b1", "a", "9M")
+        os.link(os.path.join(c.home("s"), "cluster.pem"), c.path("s", "another name of it"))
+        c.start()
+        c.settle()
+        found = {name for name, _, _ in walk(c.kept_as("b1", "all"))}
+        self.assertIn("home/cbackup.conf", found)
+        self.assertEqual(set(), {name for name in found if "state" in name or "pem" in name or "another" in name})
+        key = read_file(os.path.join(c.home("s"), "cluster.pem"))
+        for _, path, info in walk(c.backups["b1"].path):
+            if stat.S_ISREG(info.st_mode):
+                self.assertNotIn(key, read_file(path), path)
+
+
+class NoLinkTest(Case):
+    """Between a look at a name and the use of it another user may lay a symlink there: it is not followed."""
+
+    def test_chmod_does_not_follow_a_link_that_comes_in_between(self):
+        base = self.directory()
+        make_tree(base, {"tree/f": "1", "outside": "2"})
+        os.chmod(os.path.join(base, "outside"), 0o600)
+        real, path = os.stat, os.path.join(base, "tree", "f")
+
+        def look(name, **options):
+            info = real(name, **options)
+            if options.get("dir_fd") is not None:
+                with contextlib.suppress(FileExistsError):
+                    os.rename(path, path + ".old")
+                    os.symlink("../outside", path)
+            return info
+        with cbackup.Tree(os.path.join(base, "tree")) as tree:
+            with unittest.mock.patch("os.stat", look), contextlib.suppress(OSError):
+                tree.chmod(b"f", 0o4777)
+            self.assertTrue(os.path.islink(path))
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(os.path.join(base, "outside")).st_mode))
+            tree.chmod(b"f.old", 0)
+            tree.chmod(b"f.old", 0o640)
+        self.assertEqual(0o640, stat.S_IMODE(os.stat(path + ".old").st_mode))
 
 
 class SomeLink:
