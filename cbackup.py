@@ -1252,8 +1252,9 @@ class Home:
                 data = stream.read(CONFIG_LIMIT + 1)
                 stamp = int(os.fstat(stream.fileno()).st_mtime)
         except OSError as error:
-            raise UsageError("%s: %s; `cbackup.pyz init` makes one on the first machine"
-                             % (self.config_path, reason_of(error)))
+            kept = os.path.join(self.state_path, "config-history")
+            raise UsageError("%s: %s; %s" % (self.config_path, reason_of(error), "the last one is in %s" % kept if os.path.isdir(
+                kept) else "`cbackup.pyz init` makes one on the first machine"))
         if not data.strip():  # what a full disk leaves of an edit must not become everybody's configuration
             raise ConfigError(self.config_path, [(0, "is empty; the last right one is in %s"
                                                   % os.path.join(self.state_path, "config-history"))])
@@ -1327,6 +1328,24 @@ class Home:
             self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest, "mine": mine,
                           "history": offer["history"][:CONFIG_HISTORY]}, text)
         return True
+
+    def take_part(self, offer: "Dict[str, Any]") -> None:
+        """The configuration of the cluster that is being joined.  A home that was in it before, and has lost its key or all but
+        `state/`, goes on from the version that it had.  Raises UsageError when what is here is of another cluster."""
+        state, there = self.config_state(), os.path.lexists(self.config_path)
+        ours, theirs = ({v["sha256"]} | set(v.get("history", [])) if v else set() for v in (state, offer))
+        if there and not ours & theirs:
+            raise UsageError("%s is not of this cluster: no version of it is known there.  Move it away, then join with a new "
+                             "token" % self.config_path)
+        if not there and state:
+            text = None
+            with contextlib.suppress(OSError):
+                text = self.config_offer()["text"]
+            if text is not None and ours & theirs:
+                atomic_write(self.config_path, text.encode())
+            else:
+                os.unlink(self.state("config.json"))
+        self.take_config(offer)
 
     def _keep_aside(self, data: bytes) -> None:
         """Write an edit that lost beside the configuration, under a name that nothing has yet."""
@@ -1442,8 +1461,9 @@ class Home:
         try:
             mode = os.stat(self.key_path).st_mode
         except OSError as error:
-            raise UsageError("%s: %s; copy it from a machine of the cluster, or run `cbackup.pyz init` on the first"
-                             % (self.key_path, reason_of(error)))
+            raise UsageError("%s: %s; on the first machine run `cbackup.pyz init`; else say `cbackup.pyz invite` on a machine of "
+                             "the cluster, and here what it prints (if no machine has the key any more: `init` here, and `client "
+                             "--adopt NAME` for each backup)" % (self.key_path, reason_of(error)))
         if mode & 0o077:
             raise UsageError("%s can be read by others: chmod 600 %s" % (self.key_path, shlex.quote(self.key_path)))
 
@@ -4504,15 +4524,17 @@ class Vault:
     Use it by one thread at a time (`lock` guards the database for the confirming thread).
     """
 
-    def __init__(self, spec: Backup, cluster: str, expected: "Optional[str]" = None, adopt: bool = False) -> None:
+    def __init__(self, spec: Backup, cluster: str, expected: "Optional[str]" = None, adopt: bool = False,
+                 foreign: bool = False) -> None:
         """Open the backup, make it when it is new.  `cluster`: Home.cluster_id.  `expected`: the identity that
-        was seen here before.  Raises Misplaced when the directory is not this backup's."""
+        was seen here before.  `adopt`: take what is there; `foreign`: even when it is of another cluster, whose key is lost.
+        Raises Misplaced when the directory is not this backup's."""
         self.spec, self.name = spec, spec.name
         self.path = os.fsencode(spec.path)
         self.meta_path = os.path.join(spec.path, META_DIR.decode())
         self.lock = threading.RLock()
         self._depth = 0
-        identity = self._identify(cluster, expected, adopt)
+        identity = self._identify(cluster, expected, adopt, foreign)
         self.identity: str = identity["id"]
         self.tree = Tree(self.path, own_links=True)
         self._close_to_others()
@@ -4522,7 +4544,7 @@ class Vault:
         self.clock_wrong, self._kept_bytes = False, 0
         self.stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock.now())).encode()
 
-    def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool) -> "Dict[str, Any]":
+    def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool, foreign: bool) -> "Dict[str, Any]":
         path = os.path.join(self.meta_path, "identity")
         identity = read_json(path)
         if not identity.get("id"):
@@ -4538,14 +4560,17 @@ class Vault:
                 fsync_directory(self.spec.path)
             except OSError as error:
                 raise Misplaced("%s: %s: %s" % (self.name, error.filename or self.spec.path, reason_of(error)))
-        elif identity.get("cluster") != cluster:
-            raise Misplaced("%s: %s belongs to another cluster; choose another directory" % (self.name, self.spec.path))
-        elif identity.get("backup") != self.name or expected not in (None, identity["id"]):
+        elif identity.get("cluster") != cluster and not (adopt and foreign):
+            raise Misplaced("%s: %s belongs to another cluster; choose another directory; or, if it is yours and no machine has "
+                            "its key any more: cbackup.pyz client --adopt %s%s" % (
+                                self.name, self.spec.path, self.name, " --yes" if adopt else ""))
+        elif (identity.get("cluster"), identity.get("backup")) != (cluster, self.name) or expected not in (
+                None, identity["id"]):
             if not adopt:
                 raise Misplaced("%s: %s is the backup %s (%s), not the one that was here; if that is right: "
                                 "cbackup.pyz client --adopt %s" % (self.name, self.spec.path, identity.get("backup"),
                                                                    identity["id"][:6], self.name))
-            identity["backup"] = self.name
+            identity.update(backup=self.name, cluster=cluster)
             atomic_write(path, json.dumps(identity).encode())
         return identity
 
@@ -6557,7 +6582,7 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> str:
         raise Unreachable(address, "port %d: %s" % (port, reason_of(error)))
     if answer.get("ok") is not True or not isinstance(answer.get("key"), str):
         raise CBackupError("%s: %s" % (address, str(answer.get("text") or "it did not let this machine join")[:300]))
-    home.take_config(check_offer(answer.get("config")))
+    home.take_part(check_offer(answer.get("config")))
     atomic_write(home.key_path, answer["key"].encode(), 0o600)
     return own
 
@@ -7933,7 +7958,8 @@ class Client:
     """Runs passes over all backups of this host: side by side where they are on different disks."""
 
     def __init__(self, home: Home, config: Config, host: str, progress: Progress, adopt: "Optional[str]" = None) -> None:
-        self.home, self.config, self.host, self.progress, self.adopt = home, config, host, progress, adopt
+        self.home, self.config, self.host, self.progress = home, config, host, progress
+        self.adopt, self.foreign = adopt, False  # `foreign`: also from another cluster, see Vault
         self.context = tls_context(home, server_side=False)
         self.cluster = home.cluster_id()
 
@@ -7943,7 +7969,7 @@ class Client:
             with contextlib.suppress(OSError):  # a home on a full disk is good enough for a pass
                 stack.enter_context(self.home.lock("backups.lock"))
             known = read_json(os.path.join(self.home.state_path, "backups.json"))
-            return Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name)
+            return Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name, self.foreign)
 
     def remember(self, vault: Vault, figures: Figures) -> None:
         """Its directory is the one that the servers know, or they know of none."""
@@ -10016,9 +10042,7 @@ def add_join_parser(commands: Any) -> None:
 
 def cmd_join(args: argparse.Namespace, home: Home) -> int:
     name, host_path = home.own_name(), os.path.join(home.path, "host")
-    for path in (home.key_path, home.config_path) + ((host_path,) if args.host else ()):
-        if os.path.lexists(path):
-            raise UsageError("%s is there already: this machine belongs to a cluster, or did" % path)
+    check_home_to_join(args, home, host_path)
     if not _NAME.match(name):  # before the token is spent
         raise UsageError("this machine's name %r cannot be used; say --host NAME before join" % name)
     try:
@@ -10033,12 +10057,25 @@ def cmd_join(args: argparse.Namespace, home: Home) -> int:
     return Installer(home).install() if args.install else EXIT_DONE
 
 
+def check_home_to_join(args: argparse.Namespace, home: Home, host_path: str) -> None:
+    """Refuse a home with a key, or with files that are not from an earlier time in the cluster, before the token is spent."""
+    mine = os.path.lexists(home.config_path) and not home.config_state()
+    for path in [home.key_path] + ([home.config_path] if mine else []):
+        if os.path.lexists(path):
+            raise UsageError("%s is there already: this machine belongs to a cluster, or did; if it is to join another one, or "
+                             "that key is no longer right, move it away first" % path)
+    if args.host and os.path.lexists(host_path) and Home(home.path).own_name() != args.host:
+        raise UsageError("%s is there already: this machine is called %s in it" % (host_path, Home(home.path).own_name()))
+
+
 def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> None:
     """What is left to do on a new machine; its lines may be appended to the configuration as they are."""
     config = home.config()
     lines = ["source " + s.name for s in config.sources_of(name)]
     lines += ["backup " + b.name for b in config.backups_of(name)]
-    print("%s has joined: %s and %s are in place" % (name, home.config_path, home.key_path))
+    print("%s has joined%s: %s and %s are in place" % (
+        name, " again, and what was in %s stays" % home.state_path if os.path.exists(home.state("books.db")) else "",
+        home.config_path, home.key_path))
     if lines:
         print("1. the configuration knows it already: %s" % ", ".join(lines))
     else:
@@ -10462,7 +10499,17 @@ def add_client_parser(commands: Any) -> None:
     parser.add_argument("--until-settled", action="store_true", help="repeat until a pass had nothing to do")
     parser.add_argument("--json", action="store_true", help="print the pass's figures as one JSON object")
     parser.add_argument("--adopt", metavar="NAME", help="take the directory of backup NAME as it is now")
+    parser.add_argument("--yes", action="store_true", help="with --adopt: also one of another cluster; do not ask")
     parser.set_defaults(run=cmd_client)
+
+
+def may_take_foreign(args: argparse.Namespace, spec: Backup, cluster: str) -> bool:
+    """Whether the user says that a backup to be adopted may be taken from the cluster whose it is: its key is lost."""
+    identity = read_json(os.path.join(spec.path, META_DIR.decode(), "identity"))
+    if args.yes or not identity.get("id") or identity.get("cluster") == cluster or not sys.stdin.isatty():
+        return bool(args.yes)
+    return input("%s is the backup %s of a cluster with another key.  Is that key lost, and is it yours to take?  Its copies stay, "
+                 "and its own cluster will no longer know it.  Type yes: " % (spec.path, identity.get("backup"))).strip() == "yes"
 
 
 def known_host(home: Home, config: Config) -> "Tuple[Config, str]":
@@ -10481,6 +10528,8 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     if not config.backups_of(host):
         log.info("this host has no backup: nothing to do")
     client = Client(home, config, host, Progress(args.quiet), args.adopt)
+    if args.adopt:
+        client.foreign = may_take_foreign(args, config.backups[args.adopt], client.cluster)
     total: "Optional[Figures]" = None
     while True:
         figures = client.run()

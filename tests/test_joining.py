@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import plistlib
+import pty
 import re
 import shlex
 import shutil
@@ -217,6 +218,41 @@ class JoinTest(JoiningCase):
             self.assertRc(2, self.join(new, address, wrong))
         self.assertRc(0, self.join(new, address, token))
 
+    def test_a_machine_that_lost_its_key_or_all_but_its_state_joins_again_and_nothing_is_copied_again(self):
+        new = self.machine()
+        self.assertRc(0, self.join(new, *self.invite()))
+        home = self.c.home(new)
+        self.assertRc(1, self.c.run(new, "status", "--check"))        # it has a state now
+        write_file(os.path.join(home, "state", "books.db"), read_file(os.path.join(self.c.home("s"), "state", "books.db")))
+        text = read_file(os.path.join(home, "cbackup.conf"))
+        state = read_file(os.path.join(home, "state", "config.json"))
+        for lost in (["cluster.pem"], ["cluster.pem", "cbackup.conf"], ["cluster.pem", "cbackup.conf", "host"]):
+            for name in lost:
+                os.unlink(os.path.join(home, name))
+            if len(lost) == 1:
+                self.assertOneError(self.c.run(new, "client"), "cluster.pem", "invite")
+            result = self.join(new, *self.invite())
+            self.assertRc(0, result)
+            self.assertIn("has joined again", result.stdout)
+            self.assertEqual((text, state), (read_file(os.path.join(home, "cbackup.conf")),
+                                             read_file(os.path.join(home, "state", "config.json"))))
+            self.assertEqual(read_file(os.path.join(self.c.home("s"), "cluster.pem")),
+                             read_file(os.path.join(home, "cluster.pem")))
+
+    def test_a_configuration_of_another_cluster_is_not_joined_with(self):
+        new = self.machine()
+        os.mkdir(self.c.home(new))
+        write_file(os.path.join(self.c.home(new), "cluster.pem"), new_cluster_pem())
+        os.chmod(os.path.join(self.c.home(new), "cluster.pem"), 0o600)
+        write_file(os.path.join(self.c.home(new), "cbackup.conf"), "[cluster]\nname = other\n")
+        self.c.run(new, "status")
+        os.unlink(os.path.join(self.c.home(new), "cluster.pem"))
+        before = inodes(self.c.home(new))
+        result = self.join(new, *self.invite())
+        self.assertRc(2, result)
+        self.assertOneError(result, "cbackup.conf", "not of this cluster")
+        self.assertEqual(before, inodes(self.c.home(new)))
+
     def test_without_the_key_nothing_but_join_is_answered_and_it_costs_a_try(self):
         address, token = self.invite()
         with open(os.path.join(self.c.home("s"), "state", "invitation.json")) as file:
@@ -239,6 +275,53 @@ class JoinTest(JoiningCase):
         result = self.join(new, *self.invite(), "--host", "kitchen")
         self.assertIn("kitchen has joined", result.stdout)
         self.assertEqual(b"kitchen\n", read_file(os.path.join(self.c.home(new), "host")))
+
+
+class AllKeysLostTest(Case):
+    """No machine has the key any more: `init`, `join`, and the disks are taken over after a question; nothing is copied."""
+
+    def test_disks_of_a_cluster_whose_key_is_lost_are_adopted(self):
+        c = self.cluster("s", "a", replicas=1)
+        c.source("docs", "s", {"f%d" % number: 100 for number in range(30)})
+        kept = c.backup("ba", "a", "9M")
+        c.start()
+        c.settle()
+        before = c.kept_inodes("ba")
+        c.stop()
+        for host in "sa":
+            os.unlink(os.path.join(c.home(host), "cluster.pem"))
+            self.assertOneError(c.run(host, "client"), "init", "invite", "--adopt")
+        self.assertRc(0, c.run("s", "init"))
+        c.start("s")
+        words = shlex.split(c.run("s", "invite").stdout)
+        self.assertRc(0, c.run("a", *words[2:]))
+        c.start("a")
+        self.assertOneError(c.client("a"), "another cluster", "--adopt ba")
+        self.assertOneError(c.client("a", "--adopt", "ba"), "another cluster", "--adopt ba --yes")
+        self.assertEqual(before, c.kept_inodes("ba"))
+        for answer, rc in (("no", 1), ("yes", 0)):
+            self.assertEqual(rc, self.on_a_terminal(c, answer, "client", "--adopt", "ba"))
+        c.settle()
+        self.assertEqual(before, c.kept_inodes("ba"))
+        self.assertRc(0, c.run("a", "verify"))
+        self.assertTrue(os.path.exists(kept))
+
+    @staticmethod
+    def on_a_terminal(c, answer, *words):
+        """Runs a command that asks one question on a terminal; returns its exit code."""
+        control, terminal = pty.openpty()
+        process = subprocess.Popen(quick_program("--home", c.home("a"), *words), stdin=terminal, stdout=terminal,
+                                   stderr=terminal, env=c.environment("a"), cwd=c.path("a"), close_fds=True)
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):
+            while True:
+                seen += os.read(control, 4096)
+                if answer and b"Type yes:" in seen:
+                    os.write(control, answer.encode() + b"\n")
+                    answer = ""
+        os.close(control)
+        return process.wait(60)
 
 
 class ServiceTest(Case):
