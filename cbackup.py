@@ -115,8 +115,15 @@ EXIT_DONE, EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 MESSAGE_LIMIT = 4 << 20
 """Longest line on the channel, bytes.  A page of 2,000 files with long names stays well below it."""
 
-UNPACKED_LIMIT = 32 << 20
-"""Longest message after decompression, bytes: a small line must not unfold into all of the memory."""
+UNPACKED_LIMIT, REQUEST_LIMIT = 32 << 20, 8 << 20
+"""Longest message after decompression, bytes: an answer, and a request.  A small line must not unfold into all of the memory."""
+
+NESTING, ELEMENTS, DIGITS = 12, 250_000, 32
+"""How deep a message may be, how many values, and how many digits in a row it may have: looked at before it is parsed."""
+
+LIGHT, BUFFERS, AT_WORK = 64 << 10, 8 << 20, 8 << 20
+"""A server's memory, bytes: messages up to LIGHT are all listened to at once; longer ones have together BUFFERS while they
+arrive, and AT_WORK, unpacked, while they are answered."""
 
 PACK_FROM = 4096
 """Messages longer than this travel compressed."""
@@ -164,8 +171,14 @@ GENERATION_JUMP = 10_000_000
 can use up the numbers, and no honest member is that far ahead."""
 VERSION_JUMP = 1_000_000
 
-MAX_CONNECTIONS = 200
-"""Connections a server serves at once; more are closed at the door."""
+STRANGER_LINE, STRANGER_SILENCE, STRANGER_TIME = 4096, 5.0, 15.0
+"""What a peer may say, and how long it may be silent and take in all, until it has proved that it is a member."""
+
+ROOM, MEMBERS, MEMBER_SHARE = 128, 250, 100
+"""Connections at the door that have not proved anything yet; those of members that are served at once; those of one address."""
+
+CONNECT_TRIES = 4
+"""A server with a crowd before its door may cut a connection before it has said anything: so often a client tries."""
 
 LOOK_WAIT, READ_WAIT = 20.0, 5.0
 """Longest times a `look` request waits for the scan before it answers "still scanning", and behind it for files to be read."""
@@ -3576,6 +3589,7 @@ def tls_context(home: Home, server_side: bool) -> "ssl.SSLContext":
     context.verify_mode = ssl.CERT_OPTIONAL if server_side else ssl.CERT_REQUIRED
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= NO_TIME_CHECK
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     try:
         context.load_cert_chain(home.key_path)
         context.load_verify_locations(home.key_path)
@@ -3849,16 +3863,84 @@ def check_offer(offer: Any) -> "Dict[str, Any]":
     return offer
 
 
-class Channel:
-    """JSON messages, one a line, over a connected socket.  Long ones travel as {"z": base64 of zlib}."""
+class Budget:
+    """Bytes that several threads have together."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
+    def __init__(self, most: int) -> None:
+        self._left, self._changed = most, threading.Condition()
+
+    def take(self, count: int, wait: float) -> None:
+        """Raises ProtocolError when others do not give back enough of it in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._left >= count, wait):
+                raise ProtocolError("the server is busy with other large messages")
+            self._left -= count
+
+    def give(self, count: int) -> None:
+        with self._changed:
+            self._left += count
+            self._changed.notify_all()
+
+
+class Allowance:
+    """What a server listens to from all of its members together (see LIGHT)."""
+
+    def __init__(self) -> None:
+        self.arriving, self.at_work, self.parsing = Budget(BUFFERS), Budget(AT_WORK), threading.Lock()
+
+
+def check_json(data: bytes) -> None:
+    """Look at a message before it is parsed: depth, number of values and length of numbers.  Raises ProtocolError."""
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if data.count(b'"') > 4 * ELEMENTS:
+        raise ProtocolError("a message with too many values")
+    bare = re.sub(rb'"[^"]*"?', b"", data)
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > ELEMENTS:
+        raise ProtocolError("a message with too many values")
+    if re.search(rb"[0-9]{%d}" % (DIGITS + 1), bare):
+        raise ProtocolError("a message with a number that is too long")
+    brackets = bare.translate(None, bytes(set(range(256)) - set(b"[]{}")))
+    for _ in range(NESTING):
+        if not brackets:
+            return
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    if brackets:
+        raise ProtocolError("a message that is nested too deeply")
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(word)
+
+
+class Channel:
+    """JSON messages, one a line, over a connected socket.  Long ones travel as {"z": base64 of zlib}.
+
+    `limit`, `unpacked`: the longest line, and what it may unfold to (0: nothing that is packed).  `allowance`: a server's.
+    """
+
+    def __init__(self, connection: socket.socket, limit: int = MESSAGE_LIMIT, unpacked: int = UNPACKED_LIMIT,
+                 allowance: "Optional[Allowance]" = None) -> None:
+        self.socket, self.limit, self.unpacked, self.allowance = connection, limit, unpacked, allowance
         self._buffer = bytearray()
+        self._arriving = self._at_work = 0
 
     def close(self) -> None:
+        self.done()
+        self._settle_arriving()
         with contextlib.suppress(OSError):
             self.socket.close()
+
+    def done(self) -> None:
+        """The last message received was dealt with."""
+        if self.allowance and self._at_work:
+            self.allowance.at_work.give(self._at_work)
+        self._at_work = 0
+
+    def _settle_arriving(self) -> None:
+        if self.allowance and self._arriving:
+            self.allowance.arriving.give(self._arriving)
+        self._arriving = 0
 
     def send(self, message: "Dict[str, Any]", timeout: float = 60.0) -> None:
         data = json.dumps(message, separators=(",", ":")).encode("ascii")
@@ -3870,22 +3952,30 @@ class Channel:
         self.socket.settimeout(timeout)
         self.socket.sendall(data + b"\n")
 
-    def receive(self, idle: float) -> "Optional[Dict[str, Any]]":
+    def receive(self, idle: float, whole: float = 60.0) -> "Optional[Dict[str, Any]]":
         """The next message; None at the end of the connection.  `idle`: seconds until its first byte; once
-        begun, it has to be complete within a minute.  Raises OSError or ProtocolError."""
+        begun, it has to be complete within `whole`.  Raises OSError or ProtocolError."""
         begun: "Optional[float]" = time.monotonic() if self._buffer else None
         searched = 0
         while True:
             end = self._buffer.find(b"\n", searched)
             if end >= 0:
                 line = bytes(self._buffer[:end])
-                del self._buffer[:end + 1]
-                return self._parse(line)
+                self._buffer = self._buffer[end + 1:]
+                try:
+                    return self._parse(line)
+                finally:
+                    if len(self._buffer) <= LIGHT:
+                        self._settle_arriving()
             searched = len(self._buffer)
-            if searched > MESSAGE_LIMIT:
+            if searched > self.limit:
                 raise ProtocolError("a message that is too long")
-            self.socket.settimeout(idle if begun is None else max(0.01, begun + 60 - time.monotonic()))
-            data = self.socket.recv(1 << 16)
+            if searched > LIGHT and self.allowance and not self._arriving:
+                self.allowance.arriving.take(self.limit, whole)
+                self._arriving = self.limit
+            left = idle if begun is None else min(idle, begun + whole - time.monotonic())
+            self.socket.settimeout(max(0.01, left))
+            data = self.socket.recv(min(1 << 16, self.limit + 1 - searched))
             if not data:
                 if self._buffer:
                     raise ProtocolError("the connection ended within a message")
@@ -3896,18 +3986,54 @@ class Channel:
 
     def _parse(self, line: bytes) -> "Dict[str, Any]":
         try:
-            message = json.loads(line)
-            if isinstance(message, dict) and set(message) == {"z"}:
-                unpacker = zlib.decompressobj()
-                data = unpacker.decompress(base64.b64decode(message["z"], validate=True), UNPACKED_LIMIT)
-                if unpacker.unconsumed_tail:
-                    raise ProtocolError("a message that is too long")
-                message = json.loads(data)
+            with self.allowance.parsing if self.allowance and len(line) > PACK_FROM else contextlib.nullcontext():
+                if self.unpacked and line.startswith(b'{"z":"') and line.endswith(b'"}'):
+                    line = self._unpack(base64.b64decode(memoryview(line)[6:-2], validate=True))
+                check_json(line)
+                message = json.loads(line.decode("ascii"), parse_constant=_no_constant)
         except (ValueError, TypeError, zlib.error, binascii.Error, RecursionError):
             raise ProtocolError("a message that is not JSON")
         if not isinstance(message, dict):
             raise ProtocolError("a message that is not an object")
         return message
+
+    def _unpack(self, packed: bytes) -> bytes:
+        unpacker = zlib.decompressobj()
+        data = unpacker.decompress(packed, min(LIGHT, self.unpacked))
+        if unpacker.unconsumed_tail and self.allowance:
+            # Its length is not known before: first it is only counted.
+            size, tail = len(data), unpacker.unconsumed_tail
+            while tail and size <= self.unpacked:
+                size += len(unpacker.decompress(tail, LIGHT))
+                tail = unpacker.unconsumed_tail
+            if size <= self.unpacked:
+                self.allowance.at_work.take(size, 60.0)
+                self._at_work = size
+            unpacker = zlib.decompressobj()
+            data = unpacker.decompress(packed, self.unpacked)
+        elif unpacker.unconsumed_tail:
+            data += unpacker.decompress(unpacker.unconsumed_tail, self.unpacked - len(data))
+        if unpacker.unconsumed_tail:
+            raise ProtocolError("a message that is too long")
+        return data
+
+
+def was_cut(error: BaseException) -> bool:
+    """Whether a connection ended without that anybody said why."""
+    return isinstance(error, (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)) \
+        or "EOF occurred" in str(error)
+
+
+def why_not_connected(error: BaseException) -> str:
+    """The true reason, in words."""
+    if was_cut(error):
+        return "it cut the connection: it is busy, or something on the way does not let it through"
+    if isinstance(error, ssl.SSLError):
+        words = str(error).lower().replace("_", " ")
+        if any(word in words for word in ("unknown ca", "certificate", "decrypt error", "signature", "handshake failure")):
+            return "TLS failed: this machine's cluster.pem is not the key of the cluster that it belongs to"
+        return "TLS failed: what listens there is no cbackup server (%s)" % (error.reason or reason_of(error))
+    return reason_of(error)
 
 
 class Link:
@@ -3935,25 +4061,29 @@ class Link:
     def connect(self) -> Channel:
         """A new connection, after the server's hello.  Raises Unreachable with a reason for people."""
         address, port = self.config.address(self.host)
-        connection = None
-        try:
-            connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.settimeout(HANDSHAKE_TIMEOUT)
-            channel = Channel(self.context.wrap_socket(connection, do_handshake_on_connect=True))
-            # The server speaks first: with TLS 1.3 a refusal is only seen at the first read.
-            hello = channel.receive(HANDSHAKE_TIMEOUT)
-        except ssl.SSLError:
-            connection and connection.close()
-            raise Unreachable(self.host, "TLS failed: this machine's cluster.pem is not the key of the cluster that %s:%d "
-                              "belongs to" % (address, port))
-        except (OSError, ProtocolError, UnicodeError) as error:
-            connection and connection.close()
-            raise Unreachable(self.host, "%s:%d: %s" % (address, port, reason_of(error)))
-        if not hello or hello.get("cbackup") != PROTOCOL:
+        for attempt in range(CONNECT_TRIES):
+            connection = channel = None
+            try:
+                connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                connection.settimeout(HANDSHAKE_TIMEOUT)
+                channel = Channel(self.context.wrap_socket(connection, do_handshake_on_connect=True))
+                # The server speaks first: with TLS 1.3 a refusal is only seen at the first read.
+                hello = channel.receive(HANDSHAKE_TIMEOUT)
+                if hello is None:
+                    raise ConnectionResetError(errno.ECONNRESET, "it was closed")
+                break
+            except (OSError, ProtocolError, UnicodeError) as error:
+                for end in filter(None, (connection, channel)):
+                    end.close()
+                if attempt + 1 < CONNECT_TRIES and connection and was_cut(error):
+                    time.sleep(random.uniform(0.05, 0.2) * (attempt + 1))
+                    continue
+                raise Unreachable(self.host, "%s:%d: %s" % (address, port, why_not_connected(error)))
+        if hello.get("cbackup") != PROTOCOL:
             channel.close()
-            raise Unreachable(self.host, str((hello or {}).get("text") or "it speaks another version of the protocol")[:300])
+            raise Unreachable(self.host, str(hello.get("text") or "it speaks another version of the protocol")[:300])
         if hello.get("host") != self.host:
             channel.close()
             raise Unreachable(self.host, "%s:%d is the machine %r; correct its line in [hosts]"
@@ -6539,26 +6669,33 @@ def make_invitation(home: Home) -> str:
     with home.lock("invitation.lock"):
         atomic_write(home.state("invitation.json"), json.dumps({
             "secret": hashlib.sha256(secret.encode()).hexdigest(), "until": clock.now() + INVITATION_SECONDS,
-            "tries": INVITATION_TRIES}).encode())
+            "tries": INVITATION_TRIES, "wrong": {}}).encode())
     return home.cluster_id()[:32] + secret
 
 
-def open_invitation(home: Home) -> "Dict[str, Any]":
-    """The invitation that can still be used; {} when there is none."""
+def open_invitation(home: Home, address: str = "") -> "Dict[str, Any]":
+    """The invitation that can still be used, from that address; {} when there is none."""
     found = read_json(home.state("invitation.json"))
     usable = found.get("tries", 0) > 0 and found.get("until", 0) > clock.now() > found["until"] - 2 * INVITATION_SECONDS
-    return found if usable else {}
+    spent = isinstance(found.get("wrong"), dict) and found["wrong"].get(address, 0) >= INVITATION_TRIES
+    return found if usable and not spent else {}
 
 
-def redeem_invitation(home: Home, secret: Any) -> bool:
-    """Whether `secret` is the open invitation's.  A right one ends it, a wrong one costs it one of its tries."""
+def redeem_invitation(home: Home, secret: Any, address: str) -> bool:
+    """Whether `secret` is the open invitation's.  A right one ends it; for an address with INVITATION_TRIES wrong ones it is
+    over, and for no other: a stranger elsewhere cannot spend it."""
     with home.lock("invitation.lock"):
-        found = open_invitation(home)
+        found = open_invitation(home, address)
+        if not found:
+            return False
+        wrong = found.setdefault("wrong", {})
         given = hashlib.sha256(str(secret).encode("utf-8", "replace")).hexdigest()
-        right = bool(found) and secrets.compare_digest(given, found["secret"])
-        if found:
-            found["tries"] = 0 if right else found["tries"] - 1
-            atomic_write(home.state("invitation.json"), json.dumps(found).encode())
+        right = secrets.compare_digest(given, found["secret"])
+        if right:
+            found["tries"] = 0
+        elif len(wrong) < 1000 or address in wrong:
+            wrong[address] = wrong.get(address, 0) + 1
+        atomic_write(home.state("invitation.json"), json.dumps(found).encode())
         return right
 
 
@@ -6594,47 +6731,191 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> str:
     return own
 
 
+def give_memory_back() -> None:
+    """With glibc every thread keeps what it freed, and after one large message the next ones are kept too: of 60 at once
+    190 MB stayed, with this 90.  Elsewhere there is no such function, and no need of it."""
+    with contextlib.suppress(Exception):
+        import ctypes
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 256 << 10)  # M_MMAP_THRESHOLD
+        mallopt(-8, 2)  # M_ARENA_MAX
+
+
+class Guest:
+    """One connection to a server.  kind: "silent" (has said nothing yet), "greeting" (its handshake is under way), "member"."""
+
+    def __init__(self, connection: socket.socket, address: str) -> None:
+        self.connection, self.since, self.kind = connection, time.monotonic(), "silent"
+        self.address = address
+        self.waits: "Optional[float]" = None  # since when a member has not asked for anything
+
+    def cut(self) -> None:
+        """End it, from any thread: who reads from it sees its end."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def address_of(peer: "Tuple[Any, ...]") -> str:
+    """What counts as one machine: an IPv4 address, or the first half of an IPv6 address (the rest a machine chooses)."""
+    host = str(peer[0]).split("%")[0]
+    if ":" not in host:
+        return host
+    if host.startswith("::ffff:") and "." in host:
+        return host[7:]
+    with contextlib.suppress(OSError):
+        return socket.inet_pton(socket.AF_INET6, host)[:8].hex()
+    return host
+
+
+class Door(threading.Thread):
+    """Accepts connections.  Who has said nothing costs a descriptor and no thread.  When the room is full, the oldest that has
+    not proved itself goes, silent ones first, of the address that has the most; members have places of their own."""
+
+    def __init__(self, listener: socket.socket, serve: "Callable[[Guest], None]") -> None:
+        super().__init__(name="door", daemon=True)
+        self.listener, self.serve = listener, serve
+        self._lock = threading.Lock()
+        self._guests: "set[Guest]" = set()
+        self._silent: "Dict[int, Guest]" = {}
+        self._poller = select.poll()
+        self._over, self._wake = False, os.pipe()
+
+    def stop(self) -> None:
+        self._over = True
+        os.write(self._wake[1], b".")
+
+    def run(self) -> None:
+        self.listener.setblocking(False)
+        for descriptor in (self.listener.fileno(), self._wake[0]):
+            self._poller.register(descriptor, select.POLLIN)
+        swept = time.monotonic()
+        while not self._over:
+            for descriptor, _ in self._poller.poll(1000):
+                if descriptor == self.listener.fileno():
+                    self._accept()
+                elif descriptor in self._silent:
+                    self._begin(self._silent[descriptor])
+            if time.monotonic() - swept > 0.5:
+                swept = time.monotonic()
+                self._sweep(swept)
+        self.listener.close()
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                connection, peer = self.listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:  # no descriptors left
+                log.error("a connection was not accepted: %s", reason_of(error))
+                self._make_room(0)
+                time.sleep(0.05)
+                return
+            self._make_room(ROOM)
+            guest = Guest(connection, address_of(peer))
+            with self._lock:
+                self._guests.add(guest)
+            self._silent[connection.fileno()] = guest
+            self._poller.register(connection.fileno(), select.POLLIN)
+
+    def _make_room(self, most: int) -> None:
+        with self._lock:
+            strangers = [guest for guest in self._guests if guest.kind in ("silent", "greeting")]
+        if not strangers or len(strangers) < most:
+            return
+        counts: "Dict[str, int]" = {}
+        for guest in strangers:
+            counts[guest.address] = counts.get(guest.address, 0) + 1
+        self._turn_away(min(strangers, key=lambda g: (-counts[g.address], g.kind != "silent", g.since)))
+
+    def _turn_away(self, guest: Guest) -> None:
+        if guest.kind == "silent":
+            self._leave_silence(guest)
+            with contextlib.suppress(OSError):
+                guest.connection.close()
+            self.forget(guest)
+        else:
+            guest.kind = "going"
+            guest.cut()  # its thread ends
+
+    def _leave_silence(self, guest: Guest) -> None:
+        descriptor = guest.connection.fileno()
+        if self._silent.pop(descriptor, None) is not None:
+            self._poller.unregister(descriptor)
+
+    def _begin(self, guest: Guest) -> None:
+        self._leave_silence(guest)
+        guest.kind = "greeting"
+        try:
+            threading.Thread(target=self.serve, args=(guest,), daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            log.error("a connection is not served: %s", error)
+            guest.connection.close()
+            self.forget(guest)
+
+    def _sweep(self, now: float) -> None:
+        with self._lock:
+            late = [guest for guest in self._guests if guest.kind != "member" and now - guest.since > (
+                STRANGER_SILENCE if guest.kind == "silent" else STRANGER_TIME)]
+        for guest in late:
+            self._turn_away(guest)
+
+    def forget(self, guest: Guest) -> None:
+        with self._lock:
+            self._guests.discard(guest)
+
+    def admit(self, guest: Guest) -> bool:
+        """`guest` has proved itself.  Where its address has all of its places, or all are taken, the member's connection that
+        has asked for nothing for the longest goes: its owner opens it again when needed.  False when there is none."""
+        with self._lock:
+            members = [other for other in self._guests if other.kind == "member"]
+            own = [other for other in members if other.address == guest.address]
+            full = own if len(own) >= MEMBER_SHARE else members if len(members) >= MEMBERS else []
+            waiting = [other for other in full if other.waits is not None]
+            if full and not waiting:
+                return False
+            guest.kind = "member"
+            if full:
+                idlest = min(waiting, key=lambda other: other.waits or 0.0)
+                self._guests.discard(idlest)
+                idlest.cut()
+        return True
+
+
 class Server:
     """The passive process: accepts connections, a thread for each, and answers until it is told to stop."""
 
     def __init__(self, home: Home, config: Config, host: str) -> None:
-        import socketserver
+        give_memory_back()
         self.home, self.host = home, host
         self.context = tls_context(home, server_side=True)
         self.service = Service(home, config, host)
         self.service.scanner = Scanner(self.service)
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._allowance = Allowance()
         self._stopping, self._wake = False, os.pipe()
         address, port = config.address(host)
-        outer = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                outer.converse(self.request)
-
-        class Listener(socketserver.ThreadingTCPServer):
-            allow_reuse_address = True
-            daemon_threads = True
-            block_on_close = False
-            request_queue_size = 128
-            address_family = socket.AF_INET6 if ":" in self._bind_address(address) else socket.AF_INET
-
-            def server_bind(self) -> None:
-                if self.address_family == socket.AF_INET6:
-                    with contextlib.suppress(OSError):
-                        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-                super().server_bind()
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                log.error("a request failed: %s", reason_of(sys.exc_info()[1] or Exception("?")),
-                          exc_info=log.isEnabledFor(logging.DEBUG))
-
         bind = self._bind_address(address)
         try:
-            self.listener = Listener((bind, port), Handler)
+            listener = self._listen(bind, port)
         except OSError as error:
             raise CBackupError("cannot listen on port %d: %s; is a server running already?" % (port, reason_of(error)))
         self.where = ("[%s]:%d" if ":" in bind else "%s:%d") % (bind, port)
+        self.door = Door(listener, self.converse)
+
+    @staticmethod
+    def _listen(bind: str, port: int) -> socket.socket:
+        listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in bind:
+                with contextlib.suppress(OSError):
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind((bind, port))
+            listener.listen(512)
+        except OSError:
+            listener.close()
+            raise
+        return listener
 
     @staticmethod
     def _bind_address(address: str) -> str:
@@ -6656,8 +6937,7 @@ class Server:
     def run(self, ready: "Callable[[], None]") -> None:
         """Serve until `stop`."""
         assert self.service.scanner is not None
-        thread = threading.Thread(target=self.listener.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
-        thread.start()
+        self.door.start()
         self.service.scanner.start()
         self.service.reader.start()
         ready()
@@ -6676,8 +6956,8 @@ class Server:
                 self._take_over()
         self.service.scanner.stop()
         self.service.reader.stop()
-        self.listener.shutdown()
-        self.listener.server_close()
+        self.door.stop()
+        self.door.join(2)
         with contextlib.suppress(sqlite3.Error):
             self.service.books.close()
 
@@ -6704,55 +6984,66 @@ class Server:
             return None
         return info.st_mtime_ns, info.st_size, info.st_ino
 
-    def converse(self, connection: socket.socket) -> None:
+    def converse(self, guest: Guest) -> None:
         """Serve one connection.  Nothing that a peer does comes out of here, or holds up another."""
-        if not self._slots.acquire(blocking=False):
-            return
         channel = None
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            connection.settimeout(HANDSHAKE_TIMEOUT)
-            tls = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-            channel = Channel(tls)
+            guest.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            guest.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            guest.connection.settimeout(STRANGER_SILENCE)
+            tls = self.context.wrap_socket(guest.connection, server_side=True, do_handshake_on_connect=False)
+            guest.connection = tls
+            channel = Channel(tls, STRANGER_LINE, 0)
             tls.do_handshake()
             if not tls.getpeercert(binary_form=True):
-                self._let_join(channel)
+                self._let_join(channel, guest.address)
                 return
+            if not self.door.admit(guest):
+                channel.send({"error": "busy", "text": "%s is busy: it has as many connections as it can serve" % self.host})
+                return
+            channel = Channel(tls, MESSAGE_LIMIT, REQUEST_LIMIT, self._allowance)
             channel.send(self.service.hello())
-            while self._answer_one(channel):
+            while self._answer_one(channel, guest):
                 pass
         except (OSError, ProtocolError) as error:
             log.debug("a connection ended: %s", reason_of(error))
+        except Exception as error:
+            log.error("a request failed: %s", reason_of(error), exc_info=log.isEnabledFor(logging.DEBUG))
         finally:
+            self.door.forget(guest)
             if channel:
                 channel.close()
-            self._slots.release()
+            with contextlib.suppress(OSError):
+                guest.connection.close()
 
-    def _let_join(self, channel: Channel) -> None:
+    def _let_join(self, channel: Channel, address: str) -> None:
         """A peer without the key: one request is answered, `join`, and only while an invitation is open."""
-        if not open_invitation(self.home):
+        if not open_invitation(self.home, address):
             channel.send({"error": "key", "text": "this machine has no cluster.pem, and no invitation is open"})
             return
         channel.send({"cbackup": PROTOCOL, "join": True})
-        request = channel.receive(HANDSHAKE_TIMEOUT) or {}
+        request = channel.receive(STRANGER_SILENCE, STRANGER_SILENCE) or {}
         with open(self.home.key_path) as stream:  # all of it before the token is spent
             welcome = {"ok": True, "key": stream.read(), "config": self.home.config_offer()}
-        if request.get("op") == "join" and redeem_invitation(self.home, request.get("secret")):
+        if request.get("op") == "join" and redeem_invitation(self.home, request.get("secret"), address):
             channel.send(welcome)
             log.warning("a new machine has joined")
         else:
             channel.send({"error": "token", "text": "the token is wrong, used, or older than an hour; "
                                                     "get another one with `cbackup.pyz invite`"})
 
-    def _answer_one(self, channel: Channel) -> bool:
+    def _answer_one(self, channel: Channel, guest: Guest) -> bool:
         """Answer the next request; False when the connection is over."""
+        channel.done()
+        guest.waits = time.monotonic()
         try:
             request = channel.receive(REQUEST_IDLE)
         except ProtocolError as error:
             with contextlib.suppress(OSError):
                 channel.send({"error": "protocol", "text": str(error)})
             return False
+        finally:
+            guest.waits = None
         if request is None:
             return False
         try:
