@@ -6563,7 +6563,7 @@ class VaultReader:
                                          "FROM sums), (SELECT SUM(bytes) FROM used)")[0]
         used, capacity = held + other, room_limit(self.spec, held + other)
         state = "ok" if used <= capacity else "%s are used, and only %s may be" % (format_size(used), format_size(capacity))
-        return {"state": state, "used": used, "files": files, "capacity": capacity,
+        return {"state": state, "used": used, "held": held, "files": files, "capacity": capacity,
                 "sources": dict(self._query("SELECT source, files FROM sums WHERE files>0"))}
 
     def misplaced(self, cluster: str, expected: "Optional[str]") -> str:
@@ -9455,7 +9455,7 @@ def is_status_answer(answer: Any) -> bool:
                 isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and _is_count(row[1]) for row in s["short"])
 
     def a_backup(b: Any) -> bool:
-        return numbers(b, "used", "files", "capacity", "disk") and isinstance(b.get("state"), str) \
+        return numbers(b, "used", "held", "files", "capacity", "disk") and isinstance(b.get("state"), str) \
             and numbers(b.get("sources", {}), *b.get("sources", {}))
     return isinstance(answer, dict) and all(isinstance(answer.get(key), dict) for key in ("sources", "mine", "duties")) \
         and all(map(a_source, answer["sources"].values())) and all(map(a_backup, answer["mine"].values())) \
@@ -10278,7 +10278,336 @@ class Watch:
         return False
 
 
-# ==== 18. The command line ============================================================================
+# ==== 18. The page ====================================================================================
+
+PAGE_STYLE = """\
+:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--fg:#1b1f24;--dim:#5b6470;--line:#d9dde3;--well:#1a7f4b;
+--wait:#8a5a00;--wrong:#b3261e;--a:#2f6fde;--b:#9a7fe0;--c:#e3e7ed;--d:#b9c0ca;--link:#1f5fc4}
+@media(prefers-color-scheme:dark){:root{--bg:#12151a;--card:#1b2027;--fg:#e6e9ee;--dim:#9aa4b2;--line:#2e353f;
+--well:#5fd39a;--wait:#f0bd58;--wrong:#ff8a80;--a:#6ea0ff;--b:#b9a3ff;--c:#313944;--d:#566170;--link:#8ab4ff}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+header,main,footer{max-width:64rem;margin:0 auto;padding:0 1rem}
+header{padding-top:1.2rem}footer{color:var(--dim);font-size:.85rem;padding-bottom:2rem}
+h1{font-size:1rem;font-weight:600;color:var(--dim);margin:0 0 .6rem}h2{font-size:1.1rem;margin:0 0 .7rem}
+section,.verdict{background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:1rem 1.1rem;margin:0 0 1rem}
+.verdict{border-left:.45rem solid var(--c)}.verdict.well{border-left-color:var(--well)}
+.verdict.wait{border-left-color:var(--wait)}.verdict.wrong{border-left-color:var(--wrong)}
+.verdict p{margin:0}.verdict .say{font-size:1.35rem;font-weight:650;line-height:1.3}
+.verdict ul,section ul{margin:.5rem 0 0;padding-left:1.2rem}
+.mark{font-weight:700}.well .mark,.mark.well{color:var(--well)}.wait .mark,.mark.wait{color:var(--wait)}
+.wrong .mark,.mark.wrong{color:var(--wrong)}
+.dim{color:var(--dim)}.small{font-size:.85rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;vertical-align:top;padding:.4rem .9rem .4rem 0;border-top:1px solid var(--line)}
+thead th{border-top:0;color:var(--dim);font-weight:500;font-size:.85rem}
+tbody th{font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.when{white-space:nowrap;font-variant-numeric:tabular-nums}
+.bar{display:block;width:100%;height:.8rem;margin:.35rem 0;border-radius:.25rem;overflow:hidden}
+.bar rect.a{fill:var(--a)}.bar rect.b{fill:var(--b)}.bar rect.c{fill:var(--c)}.bar rect.d{fill:var(--d)}
+.bar rect.wrong{fill:var(--wrong)}.bar rect.wait{fill:var(--wait)}.bar rect.well{fill:var(--well)}
+.key{display:inline-block;margin-right:1rem;white-space:nowrap}
+.key svg.bar{display:inline-block;width:.7rem;height:.7rem;margin:0 .35rem 0 0;vertical-align:baseline}
+.grid{display:grid;gap:1rem 2rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
+.item h3{font-size:1rem;margin:0}.item p{margin:0}
+code,.path{overflow-wrap:anywhere}code{font-size:.9em}
+a{color:var(--link)}a:focus-visible,.scroll:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+.skip{position:absolute;left:-99rem}.skip:focus{left:1rem}
+.hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+@media(max-width:34rem){body{font-size:15px}th,td{padding-right:.6rem}
+.stack thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.stack,.stack tbody,.stack tr,.stack th,.stack td{display:block}.stack tr{border-top:1px solid var(--line);padding:.5rem 0}
+.stack th,.stack td{border:0;padding:.05rem 0}.stack td.n{text-align:left}}
+@media print{body{background:#fff}section,.verdict{break-inside:avoid}}
+"""
+
+MARKS = {"well": "\u2713", "wait": "\u2026", "wrong": "\u2717"}
+"""The sign for each state; it stands before words that say the same."""
+
+PAGE_PASSES = 20
+"""Lines of the log of passes that the page shows."""
+
+
+def collect_facts(home: Home, config: Config) -> "Dict[str, Any]":
+    """All that the page shows, asked of the cluster at once: status, plan, what the verdict is, this host's passes."""
+    status = collect_status(home, config)
+    plan = collect_plan(home, config)
+    return {"status": status, "plan": plan, "verdict": verdict(status), "time": clock.now(), "host": home.own_name(),
+            "passes": list(itertools.islice(pass_lines(home.passes()), PAGE_PASSES)),
+            "reserve": {name: spec.reserve or 0 for name, spec in config.backups.items()}}
+
+
+def esc(text: Any) -> str:
+    """Text as it stands in the page, whatever is in it."""
+    import html
+    return html.escape(str(text).encode("utf-8", "backslashreplace").decode())
+
+
+def mark(state: str, text: str) -> str:
+    """A sign and words for `well`, `wait` or `wrong`."""
+    return '<span class="mark %s"><span aria-hidden="true">%s</span> %s</span>' % (state, MARKS[state], esc(text))
+
+
+def ago(seconds: "Optional[float]", never: str) -> str:
+    """How long ago, for people."""
+    return never if seconds is None else "just now" if seconds < 60 else format_age(seconds) + " ago"
+
+
+def draw_bar(parts: "List[Tuple[str, float]]", text: str) -> str:
+    """A bar of parts (class, share of any whole), and what it says in words."""
+    whole = sum(size for _, size in parts) or 1.0
+    at, out = 0.0, []
+    for kind, size in parts:
+        if size > 0:
+            width = 1000.0 * size / whole
+            out.append('<rect class="%s" x="%.1f" y="0" width="%.1f" height="10"/>' % (kind, at, width))
+            at += width
+    return '<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="%s">%s</svg>' % (
+        esc(text), "".join(out))
+
+
+def make_table(caption: str, heads: "List[str]", rows: "List[List[str]]", stack: bool = True) -> str:
+    """A table; cells are HTML, a row's first is its head.  A head that begins with "#" is one of figures.  `stack`: on a
+    phone the cells of a row stand below each other; else it is moved sideways."""
+    kinds = [' class="n"' if head.startswith("#") else "" for head in heads]
+    out = ["<table%s><caption class=hidden>%s</caption><thead><tr>" % (' class="stack"' if stack else "", esc(caption))]
+    out += ['<th scope="col"%s>%s</th>' % (kind, esc(head.lstrip("#"))) for kind, head in zip(kinds, heads)]
+    out.append("</tr></thead><tbody>")
+    for row in rows:
+        out.append('<tr><th scope="row">%s</th>%s</tr>' % (row[0], "".join(
+            "<td%s>%s</td>" % (kind, cell) for kind, cell in zip(kinds[1:], row[1:]))))
+    out.append("</tbody></table>")
+    body = "".join(out)
+    return body if stack else '<div class="scroll" tabindex="0" role="region" aria-label="%s">%s</div>' % (esc(caption), body)
+
+
+def make_section(name: str, title: str, body: str) -> str:
+    return '<section aria-labelledby="%s"><h2 id="%s">%s</h2>%s</section>' % (name, name, esc(title), body)
+
+
+def what_to_do(status: "Dict[str, Any]") -> "List[str]":
+    """The ways out of what is wrong: a sentence each, from the facts; [] when waiting is all."""
+    out, down = [], set(status["unreachable"])
+    for host in sorted(down):
+        out.append("%s does not answer: switch it on or wake it, or look there whether the cbackup server runs." % host)
+    for name, s in status["sources"].items():
+        s = dict(s["then"] or s, host=s["host"], impossible=s["impossible"])
+        if s["state"] == "held":
+            out.append("%s is held: %s." % (name, held_advice(name, s)))
+        if s["impossible"]:
+            out.append("%s: offer a backup on one more host, or ask for fewer replicas." % name)
+        if s["state"] == "unknown":
+            out.append("%s: let a client run on %s, or copy the configuration there." % (name, s["host"]))
+        if (s.get("problems") or {}).get("count"):
+            out.append("%s: let the server on %s read these paths, or exclude them." % (name, s["host"]))
+        if (s.get("stuck") or {}).get("count"):
+            out.append("%s: see `plan`, whether there is room, and for which file." % name)
+    for name, b in status["backups"].items():
+        if b["state"] not in ("ok", "unreachable", "lost") and not b.get("new"):
+            out.append("%s on %s: %s; is its disk mounted, and has it room?" % (name, b["host"], b["state"]))
+        elif b["host"] not in down and b["last_seen"] is not None and b["last_seen"] > status["warn_after"]:
+            out.append("%s: see on %s whether its client runs: cbackup.pyz log" % (name, b["host"]))
+    return out
+
+
+def page_verdict(facts: "Dict[str, Any]") -> str:
+    """On top: is everything safe, and if not, what to do."""
+    found, status = facts["verdict"], facts["status"]
+    files = sum((s["then"] or s)["files"] or 0 for s in status["sources"].values())
+    to_do = what_to_do(status)
+    waiting = not found.safe and not to_do and not found.lasting()
+    if not status["sources"]:
+        state, say = "wait", "There is no source in the configuration yet: nothing is backed up."
+    elif found.safe:
+        state, say = "well", "Everything is safe: %s of %s %s all the copies wanted." % (
+            count_of(files, "file"), count_of(len(status["sources"]), "source"), "has" if files == 1 else "have")
+    elif waiting:
+        state, say = "wait", "Not everything is safe yet. Nothing is to be done: the next passes go on with it."
+    else:
+        state, say = "wrong", "Not everything is safe."
+    out = ['<div class="verdict %s" role="status"><p class="say">%s</p>' % (state, mark(state, say))]
+    if found.trouble:
+        out.append("<ul>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in found.trouble))
+    if found.trouble and to_do:
+        out.append("<p><strong>What to do</strong></p><ul>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in to_do))
+    if found.remarks:
+        out.append('<ul class="dim small">%s</ul>' % "".join("<li>%s</li>" % esc(line) for line in found.remarks))
+    return "".join(out) + "</div>"
+
+
+def page_hosts(facts: "Dict[str, Any]") -> str:
+    """Which machine may die: what its loss would mean now."""
+    plan, rows = facts["plan"], []
+    for host, loss in plan["hosts"].items():
+        silent = facts["status"]["hosts"].get(host, {}).get("silent")
+        first, _, rest = plan_loss_text(loss).partition("; ")
+        if host in plan["unreachable"]:
+            says = mark("wrong", "not known") + " &ndash; it does not answer, heard of %s" % esc(ago(silent, "never"))
+        else:
+            says = mark("wrong" if loss["lost_files"] else "well", first) + "<br><span class=small>%s</span>" % esc(rest)
+        rows.append([esc(host), says])
+    return make_section("hosts", "If a machine dies now", make_table("What the loss of each host means", ["host", "what is lost"], rows))
+
+
+def page_sources(facts: "Dict[str, Any]") -> str:
+    """Each source: its files by number of copies, what waits, when it was looked at."""
+    items = []
+    for name, now in facts["status"]["sources"].items():
+        s = now["then"] or now
+        head = '<div class="item"><h3>%s</h3><p class="dim small path">%s:%s</p>' % (
+            esc(name), esc(now["host"]), esc(shown(os.fsencode(now["path"]))))
+        if s["files"] is None:
+            items.append(head + "<p>%s</p></div>" % mark("wrong", "nothing is known of it: its server does not answer"))
+            continue
+        counts = sorted((int(k), n) for k, n in s["copies"].items() if n)
+        text = ", ".join("%s with %d %s" % (count_of(n, "file"), k, "copy" if k == 1 else "copies") for k, n in counts)
+        parts = [("well" if k >= s["replicas"] else "wait" if k else "wrong", float(n)) for k, n in counts]
+        waits = mark("well", "all have their copies") if not s["underserved_files"] else mark(
+            "wait", "%s (%s) still %s copies" % (count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
+                                                 "lacks" if s["underserved_files"] == 1 else "lack"))
+        if s["state"] == "held":
+            waits = mark("wrong", "held: nothing changes in the backups")
+        if now["then"]:
+            waits = mark("wait", "its server does not answer; this is what it said last")
+        seen = "looked at " + ago(s["last_scan"], "never")
+        items.append("%s%s<p>%s, %s; %s wanted</p><p class=small>%s</p><p>%s</p><p class=\"dim small\">%s</p></div>" % (
+            head, draw_bar(parts, text or "no files"), count_of(s["files"], "file"), format_size(s["bytes"]),
+            "1 copy" if s["replicas"] == 1 else "%d copies" % s["replicas"], esc(text), waits, esc(seen)))
+    return make_section("sources", "Sources", '<div class="grid">%s</div>' % "".join(items))
+
+
+def page_backups(facts: "Dict[str, Any]") -> str:
+    """Each backup as a bar: copies, old versions, free, reserve; when it was heard of."""
+    items = []
+    for name, b in facts["status"]["backups"].items():
+        out = ['<div class="item"><h3>%s</h3><p class="dim small path">%s:%s</p>' % (
+            esc(name), esc(b["host"]), esc(shown(os.fsencode(b["path"]))))]
+        if b["used"] is not None and b["capacity"] is not None:
+            held = b.get("held")
+            old = 0 if held is None else max(0, b["used"] - held)
+            sizes = [("a", "copies", b["used"] - old), ("b", "old versions", old),
+                     ("c", "free", max(0, b["capacity"] - b["used"])), ("d", "reserve", facts["reserve"].get(name, 0))]
+            text = ", ".join("%s %s" % (word, format_size(size)) for _, word, size in sizes if size or word == "free")
+            out.append(draw_bar([(kind, float(size)) for kind, _, size in sizes], text))
+            out.append('<p class="small">%s</p>' % "".join(
+                '<span class="key"><svg class="bar" viewBox="0 0 10 10" aria-hidden="true"><rect class="%s" width="10" '
+                'height="10"/></svg>%s %s</span>' % (kind, word, esc(format_size(size)))
+                for kind, word, size in sizes if size or word == "free"))
+        if b["state"] not in ("ok", "unreachable", "lost"):
+            out.append("<p>%s</p>" % mark("wait" if b.get("new") else "wrong", b["state"]))
+        elif b["state"] != "ok":
+            out.append("<p>%s</p>" % mark("wrong", "its host does not answer" if b["state"] == "unreachable" else
+                                          "lost: its copies no longer count"))
+        if b.get("leaving"):
+            out.append("<p>%s</p>" % mark("wait", "leaving: %s" % (
+                "it can be unplugged now" if b["duties"] == 0 else "copies are still needed here")))
+        out.append('<p class="dim small">%s%s</p></div>' % ("" if b["files"] is None else count_of(b["files"], "file") + ", ", (
+            "heard of " + ago(b["last_seen"], "never"))))
+        items.append("".join(out))
+    return make_section("backups", "Backups", '<div class="grid">%s</div>' % "".join(items))
+
+
+def page_map(facts: "Dict[str, Any]") -> str:
+    """How much of each source lies on which host."""
+    status = facts["status"]
+    hosts = sorted({b["host"] for b in status["backups"].values()} | {s["host"] for s in status["sources"].values()})
+    rows = []
+    for name, now in status["sources"].items():
+        files, cells = (now["then"] or now)["files"], []
+        for host in hosts:
+            here = [b for b in status["backups"].values() if b["host"] == host]
+            count = sum(b.get("sources", {}).get(name, 0) for b in here)
+            if host == now["host"]:
+                cells.append('<span class="dim">its own</span>')
+            elif not here:
+                cells.append('<span class="dim">no backup</span>')
+            elif any("sources" not in b for b in here) and not count:
+                cells.append('<span class="dim">not known</span>')
+            else:
+                share = "" if not files else " (%d %%)" % min(100, 100 * count // files)
+                cells.append("%s%s" % (format(count, ","), share))
+        rows.append([esc(name)] + cells)
+    return make_section("map", "What lies where", make_table(
+        "Files of each source on each host", ["source"] + ["#" + host for host in hosts], rows, stack=False))
+
+
+def page_passes(facts: "Dict[str, Any]") -> str:
+    """The last passes of this host."""
+    rows = []
+    for begun, last, text, wrong in facts["passes"]:
+        when = format_time(begun) if begun == last else "%s to %s" % (format_time(begun), format_time(last))
+        said = mark("wrong", "something was wrong") if wrong else mark("well", "well")
+        rows.append(['<span class="when">%s</span>' % esc(when), esc(text), said + (
+            "<ul class=small>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in wrong) if wrong else "")])
+    body = make_table("The last passes", ["when", "what it did", "how it went"], rows) if rows else \
+        '<p class="dim">No pass has been made on this host yet.</p>'
+    return make_section("passes", "The last passes of %s" % facts["host"], body)
+
+
+def style_hash() -> str:
+    return base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
+
+
+def make_page(facts: "Dict[str, Any]", link: str = "", refresh: int = 0) -> str:
+    """The page: one HTML text that needs nothing else and runs nothing.  link: the address of the same as JSON; refresh:
+    after so many seconds a browser asks for it again."""
+    status = facts["status"]
+    policy = "default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'" % style_hash()
+    again = '<meta http-equiv="refresh" content="%d">' % refresh if refresh else ""
+    title = "%s: %s" % (status["cluster"], "all safe" if facts["verdict"].safe else "NOT SAFE")
+    return "".join((
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta http-equiv="Content-Security-Policy" content="%s">' % policy, again,
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">',
+        '<link rel="icon" href="data:,"><title>%s</title><style>%s</style></head>\n<body>' % (esc(title), PAGE_STYLE),
+        '<a class="skip" href="#hosts">To the details</a><header><h1>cbackup: %s</h1></header>\n<main>' % esc(status["cluster"]),
+        "\n".join(part(facts) for part in (page_verdict, page_hosts, page_sources, page_backups, page_map, page_passes)),
+        "</main>\n<footer><p>As %s saw it on %s. cbackup %s%s</p></footer></body></html>\n" % (
+            esc(facts["host"]), time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(facts["time"])), __version__,
+            ', <a href="%s">the same as JSON</a>' % esc(link) if link else "")))
+
+
+METRICS = (
+    ("source_files", "sources", "files", "Files in a source."),
+    ("source_bytes", "sources", "bytes", "Bytes in a source."),
+    ("source_underserved_files", "sources", "underserved_files", "Files with fewer copies than wanted."),
+    ("source_underserved_bytes", "sources", "underserved_bytes", "Bytes of files with fewer copies than wanted."),
+    ("source_unproven_files", "sources", "unproven_files", "Files that are still being compared with their copies."),
+    ("source_last_scan_age_seconds", "sources", "last_scan", "How long ago a source was looked at."),
+    ("backup_capacity_bytes", "backups", "capacity", "Bytes that may lie in a backup."),
+    ("backup_used_bytes", "backups", "used", "Bytes that lie in a backup, old versions included."),
+    ("backup_files", "backups", "files", "Copies in a backup."),
+    ("backup_last_seen_age_seconds", "backups", "last_seen", "How long ago a backup was heard of."))
+"""(name after `cbackup_`, where in the status, which fact, what it is) of what `status --metrics` prints."""
+
+
+def make_metrics(status: "Dict[str, Any]") -> str:
+    """The status in the text format of Prometheus; what is not known is left out."""
+    def labels(**words: Any) -> str:
+        quoted = [(key, str(word).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for key, word in words.items()]
+        return "{%s}" % ",".join('%s="%s"' % pair for pair in quoted)
+
+    out = ["# HELP cbackup_safe Whether every file of every source is safe.", "# TYPE cbackup_safe gauge",
+           "cbackup_safe %d" % verdict(status).safe]
+    for name, where, key, text in METRICS:
+        out += ["# HELP cbackup_%s %s" % (name, text), "# TYPE cbackup_%s gauge" % name]
+        for item, facts in status[where].items():
+            if facts.get(key) is not None:
+                out.append("cbackup_%s%s %s" % (name, labels(**{where[:-1]: item, "host": facts["host"]}), facts[key]))
+    out += ["# HELP cbackup_source_files_with_copies Files by the number of hosts that have a copy.",
+            "# TYPE cbackup_source_files_with_copies gauge"]
+    for item, facts in status["sources"].items():
+        out += ["cbackup_source_files_with_copies%s %d" % (labels(source=item, host=facts["host"], copies=k), n)
+                for k, n in facts["copies"].items()]
+    out += ["# HELP cbackup_up Whether a source or a backup is in order: 1, or 0.", "# TYPE cbackup_up gauge"]
+    for where in ("sources", "backups"):
+        out += ["cbackup_up%s %d" % (labels(kind=where[:-1], name=item, host=facts["host"]), facts["state"] == "ok")
+                for item, facts in status[where].items()]
+    return "\n".join(out) + "\n"
+
+
+# ==== 19. The command line ============================================================================
 
 
 class Parser(argparse.ArgumentParser):
@@ -10867,21 +11196,28 @@ def add_status_parser(commands: Any) -> None:
     parser = commands.add_parser("status", help="what is safe and what is not")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
     parser.add_argument("--check", action="store_true", help="one line; exit 0 only when every file has its copies")
+    parser.add_argument("--metrics", action="store_true", help="print it in the text format of Prometheus")
+    parser.add_argument("--html", metavar="FILE", help="write it as a page for a browser")
     parser.set_defaults(run=cmd_status)
 
 
 def cmd_status(args: argparse.Namespace, home: Home) -> int:
     config = home.config()
-    status = collect_status(home, config)
+    if args.html:
+        facts = collect_facts(home, config)
+        atomic_write(args.html, make_page(facts).encode("utf-8", "backslashreplace"))
+        status = facts["status"]
+    else:
+        status = collect_status(home, config)
     if args.check:
         Watch(home, config.alert_after).note(verdict(status))
     if args.json:
-        print(json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
-                          if key in STATUS_KEYS else value for key, value in status.items()
-                          if key in ("cluster", "config_version", "sources", "backups")}))
+        print(status_json(status))
+    elif args.metrics:
+        print(make_metrics(status), end="")
     elif args.check:
         print_check(status)
-    else:
+    elif not args.html:
         print_status(status)
     if args.check:
         return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE
@@ -10890,6 +11226,199 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
 
 PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes", "largest_bytes", "largest_path", "problems")
 """What `plan --json` says of a source."""
+
+
+def status_json(status: "Dict[str, Any]") -> str:
+    """The one line of `status --json`."""
+    return json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
+                       if key in STATUS_KEYS else value for key, value in status.items()
+                       if key in ("cluster", "config_version", "sources", "backups")})
+
+
+WEB_PORT, WEB_FRESH, WEB_REFRESH, WEB_VISITORS, WEB_TIMEOUT = 5080, 5.0, 60, 16, 10.0
+"""The page's port; for so many seconds the same facts are shown to everybody, a browser asks again after so many, and
+serves so many visitors at once, each of whom has so many seconds to ask."""
+
+
+class Web:
+    """The page over HTTP: read-only, GET and HEAD.  Beyond loopback only with a token in the address."""
+
+    def __init__(self, home: Home, address: str, port: int) -> None:
+        import ipaddress
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.home, self.family, self.where, self.port = home, found[0], found[4], port
+        self.ip = ipaddress.ip_address(found[4][0].partition("%")[0])
+        self.token = "" if self.ip.is_loopback else self._token()
+        shown_ip = "[%s]" % self.ip if self.ip.version == 6 else str(self.ip)
+        self.url = "http://%s:%d/%s" % (shown_ip, port, "?token=" + self.token if self.token else "")
+        self.names = {"localhost", socket.gethostname().lower(), home.own_name().lower(), address.lower()}
+        self._lock, self._facts = threading.Lock(), (0.0, {})  # type: Any
+
+    def _token(self) -> str:
+        """The token of this home, made at the first time."""
+        path = self.home.state("web-token")
+        with self.home.lock("web-token.lock"):
+            with contextlib.suppress(OSError):
+                with open(path) as stream:
+                    token = stream.read().strip()
+                if re.match(r"[0-9a-f]{32,}\Z", token):
+                    return token
+            token = secrets.token_hex(20)
+            atomic_write(path, token.encode() + b"\n", 0o600)
+        return token
+
+    def is_for_us(self, host: "Optional[str]") -> bool:
+        """Whether a request's Host is one of this machine's names or an address: a name that somebody else has made to lead
+        here shows nothing."""
+        import ipaddress
+        match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[^:]+)(?::([0-9]+))?\Z", host or "")
+        if not match or int(match.group(2) or 80) != self.port:
+            return False
+        name = match.group(1).strip("[]").rstrip(".").lower()
+        with contextlib.suppress(ValueError):
+            return not self.ip.is_loopback or ipaddress.ip_address(name).is_loopback
+        return name in self.names
+
+    def may(self, query: str) -> bool:
+        """Whether the address has the token, where one is needed."""
+        given = query[len("token="):] if query.startswith("token=") else ""
+        return not self.token or secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+    def facts(self) -> "Dict[str, Any]":
+        """What the page shows, not older than WEB_FRESH: however many ask, the cluster is asked once."""
+        with self._lock:
+            if not self._facts[1] or not 0 <= clock.steady() - self._facts[0] < WEB_FRESH:
+                facts = collect_facts(self.home, self.home.config())
+                self._facts = clock.steady(), facts
+            return self._facts[1]  # type: ignore[no-any-return]
+
+    def answer(self, path: str, query: str) -> "Tuple[int, str, str]":
+        """(status, content type, text) for what is asked."""
+        if not self.may(query):
+            return 403, "text/plain", "The address lacks the token; `cbackup.pyz web` prints the whole address.\n"
+        if path not in ("/", "/status.json"):
+            return 404, "text/plain", "There is / and /status.json.\n"
+        try:
+            facts = self.facts()
+        except (CBackupError, OSError, sqlite3.Error) as error:
+            return 500, "text/plain", "%s\n" % error
+        if path == "/status.json":
+            return 200, "application/json", status_json(facts["status"]) + "\n"
+        link = "status.json" + ("?token=" + self.token if self.token else "")
+        return 200, "text/html", make_page(facts, link, WEB_REFRESH)
+
+    def serve(self, ready: "Callable[[Any], None]") -> None:
+        """Answer until the server that `ready` is called with is shut down."""
+        server = web_server(self)
+        try:
+            ready(server)
+            server.serve_forever(0.2)
+        finally:
+            server.server_close()
+
+
+WEB_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+               ("Cross-Origin-Resource-Policy", "same-origin"), ("X-Frame-Options", "DENY"))
+
+
+def web_server(web: Web) -> Any:
+    """The HTTP server of a page.  Classes in here, because what they are made of is imported only for `web`."""
+    import http.server
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout, server_version, sys_version = WEB_TIMEOUT, "cbackup", ""
+
+        def do_GET(self) -> None:
+            path, _, query = self.path.partition("?")
+            if not web.is_for_us(self.headers.get("Host")):
+                self.reply(421, "text/plain", "This is not the address of this page.\n")
+            else:
+                self.reply(*web.answer(path, query))
+
+        do_HEAD = do_GET
+
+        def reply(self, status: int, kind: str, text: str) -> None:
+            data = text.encode("utf-8", "backslashreplace")
+            self.send_response(status)
+            self.send_header("Content-Type", kind + "; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Security-Policy", "default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; "
+                             "form-action 'none'; frame-ancestors 'none'" % style_hash())
+            for name, value in WEB_HEADERS:
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def send_error(self, code: int, message: "Optional[str]" = None, explain: "Optional[str]" = None) -> None:
+            """What http.server itself refuses, another method than GET and HEAD for example."""
+            self.close_connection = True
+            self.reply(405 if code == 501 else code, "text/plain", "This page can only be read.\n" if code == 501
+                       else "That is no request for this page.\n")
+
+        def log_message(self, form: str, *words: Any) -> None:
+            log.debug("web: %s", shown((form % words).encode("utf-8", "replace")))
+
+    class Listener(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, 16
+        address_family, allow_reuse_address = web.family, True
+        places = threading.BoundedSemaphore(WEB_VISITORS)
+
+        def server_bind(self) -> None:
+            socketserver.TCPServer.server_bind(self)  # HTTPServer's asks for names first
+            self.server_name, self.server_port = str(web.ip), web.port
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if self.places.acquire(blocking=False):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.places.release()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            log.info("web: %s: %s", client_address[0], sys.exc_info()[1])  # a visitor that went away
+
+    try:
+        return Listener(web.where, Handler)
+    except OSError as error:
+        raise CBackupError("cannot listen on %s port %d: %s; `web --listen ADDR:PORT` says another" % (
+            web.ip, web.port, reason_of(error)))
+
+
+def add_web_parser(commands: Any) -> None:
+    parser = commands.add_parser("web", help="a read-only page with the state of the cluster")
+    parser.add_argument("--listen", metavar="ADDR:PORT", default="127.0.0.1:%d" % WEB_PORT,
+                        help="default: 127.0.0.1:%d; beyond this machine a token is part of the page's address" % WEB_PORT)
+    parser.set_defaults(run=cmd_web)
+
+
+def cmd_web(args: argparse.Namespace, home: Home) -> int:
+    home.config()
+    home.check_key()
+    try:
+        address, port = split_address(args.listen)
+    except ValueError as error:
+        raise UsageError(str(error))
+    try:
+        web = Web(home, address, port or WEB_PORT)
+    except socket.gaierror as error:
+        raise UsageError("%s: %s" % (args.listen, reason_of(error)))
+
+    def ready(server: Any) -> None:
+        def stop(number: int, frame: Any) -> None:
+            threading.Thread(target=server.shutdown, daemon=True).start()
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        print("cbackup web: %s" % web.url, flush=True)
+
+    web.serve(ready)
+    return EXIT_DONE
 
 
 def add_plan_parser(commands: Any) -> None:
@@ -11224,7 +11753,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version="cbackup " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser,
-                add_client_parser, add_status_parser, add_plan_parser, add_restore_parser, add_find_parser,
+                add_client_parser, add_status_parser, add_web_parser, add_plan_parser, add_restore_parser, add_find_parser,
                 add_ls_parser, add_log_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
         add(commands)
     for command in commands.choices.values():
