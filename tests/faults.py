@@ -17,7 +17,7 @@ import sys
 import threading
 import unittest
 
-from tests.harness import PROGRAM, Process, digest_of, free_port, parse_size, walk
+from tests.harness import PROGRAM, Process, digest_of, free_port, parse_size, read_file, walk
 
 BOOKKEEPING = re.compile(r"(backup\.db.*|identity.*|lock|config.*|cbackup\.conf.*|catalog(/.*)?)\Z")
 """What lies below .cbackup and is no file of a source, nor part of one: it does not count for a backup's `size`."""
@@ -68,17 +68,38 @@ def fill(path):
 
 # ---- processes --------------------------------------------------------------------------------------------------
 
+def process_table():
+    """{process id: (parent's, one letter for its state, command line)}; of /proc where there is one, ps(1) may be missing."""
+    table = {}
+    if os.path.exists("/proc/self/stat"):
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, IndexError):
+                state, parent = read_file("/proc/%s/stat" % pid).rpartition(b")")[2].split()[:2]
+                words = read_file("/proc/%s/cmdline" % pid).replace(b"\0", b" ").strip()
+                table[int(pid)] = int(parent), state.decode(), words.decode("utf-8", "replace")
+        return table
+    output = subprocess.run(["ps", "-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "stat=", "-o", "args="],
+                            stdout=subprocess.PIPE, check=True).stdout.decode("utf-8", "replace")
+    for row in output.splitlines():
+        pid, parent, state, *words = row.split(None, 3)
+        table[int(pid)] = int(parent), state[0], "".join(words)
+    return table
+
+
+def processes_with(text):
+    """Command lines of all processes that have `text` in them."""
+    return [words for _, _, words in process_table().values() if text in words]
+
+
 def descendants(pid):
     """{process id: command line} of all that descends from a process."""
-    rows = subprocess.run(["ps", "-e", "-o", "pid=", "-o", "ppid=", "-o", "args="], stdout=subprocess.PIPE,
-                          check=True).stdout.decode("utf-8", "replace").splitlines()
-    table = [row.split(None, 2) for row in rows if len(row.split(None, 2)) == 3]
+    table = [(child, parent, words) for child, (parent, _, words) in process_table().items() if words]
     found, grown = {}, True
     while grown:
         grown = False
         for child, parent, command in table:
-            if int(child) not in found and (int(parent) == pid or int(parent) in found):
-                found[int(child)] = command
+            if child not in found and (parent == pid or parent in found):
+                found[child] = command
                 grown = True
     return found
 

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import subprocess
 import unittest
 
+from tests.faults import processes_with
 from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree,
                            wait_for)
 
@@ -30,9 +30,7 @@ class DemoTest(Case):
 
     def processes(self):
         """Processes that have the temporary directory in their command line."""
-        output = subprocess.run(["ps", "-A", "-o", "args"], stdout=subprocess.PIPE, timeout=20, env=dict(
-            os.environ, COLUMNS="10000")).stdout.decode("utf-8", "replace")
-        return [line for line in output.splitlines() if self.tmp in line]
+        return processes_with(self.tmp)
 
     def test_a_demo_over_a_directory_works_and_leaves_nothing_behind(self):
         before = tree(self.files), inodes(self.files)

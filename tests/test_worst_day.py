@@ -13,7 +13,7 @@ import time
 import unittest
 
 from tests.disks import catalog_bytes, row
-from tests.faults import Proxy
+from tests.faults import Proxy, processes_with
 from tests.harness import (DIRECTORY, FIFO, PATIENCE, TOP, Case, Link, inodes, make_tree, plain_environment, quick_program,
                            read_file,
                            some_bytes, tree, wait_for, write_file)
@@ -35,12 +35,6 @@ def bytes_below(root):
                 with contextlib.suppress(OSError):
                     total += os.lstat(os.path.join(folder, name)).st_size
     return total
-
-
-def processes_with(text):
-    """Command lines of all processes that have `text` in them."""
-    lines = subprocess.run(["ps", "-e", "-o", "args="], stdout=subprocess.PIPE, check=True).stdout.decode("utf-8", "replace")
-    return [line for line in lines.splitlines() if text in line]
 
 
 class WorstDayCase(Case):
