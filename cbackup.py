@@ -304,6 +304,10 @@ class ProtocolError(CBackupError):
     """The peer sent something that is not of the protocol."""
 
 
+class OwnFailure(CBackupError):
+    """A transfer failed because of this machine: no other host is to blame, and the next transfer would fail as well."""
+
+
 class Cancelled(CBackupError):
     """A transfer that is no longer needed: others have delivered its files."""
 
@@ -4327,6 +4331,9 @@ daemon without them reads as nobody; openrsync dies on any key that it does not 
 RSYNC_ENDED = (0, 11, 23, 24)
 """Exit statuses of an rsync that came to the end of its list, or to the end of the disk (11)."""
 
+RSYNC_OWN = (1, 3, 13, 14, 20, 22, 126, 127)
+"""Of one that failed here: its arguments, its files, processes, memory, a signal."""
+
 
 def find_rsync() -> str:
     """The path of an rsync that will do.  Raises UsageError that names the command to install one."""
@@ -4334,8 +4341,11 @@ def find_rsync() -> str:
     if not path:
         raise UsageError("rsync is not installed: %s" % install_hint("rsync"))
     if path not in _RSYNC_CHECKED:
-        text = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              stdin=subprocess.DEVNULL).stdout.decode(errors="replace")
+        try:
+            text = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  stdin=subprocess.DEVNULL, timeout=30).stdout.decode(errors="replace")
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UsageError("%s cannot be run (%s): %s" % (path, reason_of(error), install_hint("rsync")))
         match = re.search(r"rsync\s+version\s+v?(\d+)\.(\d+)\.(\d+)", text)
         if not match:
             raise UsageError("%s is not an rsync that cbackup can use (%s): %s"
@@ -4343,11 +4353,12 @@ def find_rsync() -> str:
         if tuple(int(n) for n in match.groups()) < (2, 6, 9):
             raise UsageError("%s is version %s, cbackup needs 2.6.9 or newer: %s"
                              % (path, ".".join(match.groups()), install_hint("rsync")))
-        _RSYNC_CHECKED.add(path)
+        _RSYNC_CHECKED[path] = "openrsync" in text
     return path
 
 
-_RSYNC_CHECKED: "set[str]" = set()
+_RSYNC_CHECKED: "Dict[str, bool]" = {}
+"""Path of an rsync that will do -> whether it is openrsync, as macOS 15 has it."""
 
 
 @dataclass
@@ -4357,6 +4368,7 @@ class Pull:
     code: int = 0
     wire: int = 0
     how: str = "done"
+    """done | cut (the peer went away) | stalled | own (this machine's rsync failed)"""
     errors: "List[str]" = field(default_factory=list)
     parts: "set[bytes]" = field(default_factory=set)
     """Paths of files to which only the rest was added, unchecked (rsync checks by itself what it goes on with)."""
@@ -4378,6 +4390,13 @@ class Pull:
     def blames(self, path: bytes) -> bool:
         """Whether a file is missing because of itself: an rsync that gave up in the middle of its list (11) names it."""
         return self.code != 11 or self.said_of(b"/" + path + b'"') is not None
+
+    def own_failure(self) -> OwnFailure:
+        """What to raise when `how` is "own"."""
+        why = self.errors[-1][:160] if self.errors else "exit status %d" % self.code
+        if self.code < 0:
+            why = "it was killed by signal %d" % -self.code
+        return OwnFailure("this machine's rsync (%s) failed: %s" % (shutil.which("rsync"), why))
 
     def why(self, path: bytes) -> str:
         """What rsync said of one file, or its last words."""
@@ -4435,72 +4454,91 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
 
     paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size and mtime are the
     same.  most: a file of more bytes is left out.  plain: they are small, and nothing of them is there: written straight
-    under their names, as a whole, which costs half; not where there may be a file, which would be written into.  Whatever happens, look at the destination afterwards: rsync's exit
-    status says little (a file that changed while it was sent arrives torn, with status 0).
+    under their names, as a whole, which costs half; not where there may be a file, which would be written into.
+    Whatever happens, look at the destination afterwards: rsync's exit status says little (a file that changed while it was
+    sent arrives torn, with status 0).  Raises OwnFailure when no rsync can be started here.
     """
-    rsync = find_rsync()
-    ours, theirs = socket.socketpair()
-    process = None
-    result = Pull()
-    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
-        listing, out, err = (os.path.join(scratch, name) for name in ("list", "out", "err"))
-        shell = os.path.join(scratch, "connect")
-        with open(listing, "wb") as stream:
-            stream.write(list_with_parents(paths))
-        with open(shell, "w") as stream:
-            stream.write("#!/bin/sh\nexec %s -I -S -c %s %d\n"
-                         % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
-        os.chmod(shell, 0o700)
-        command: "List[Any]" = [rsync, "-ptgo", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
-                                "--timeout=%d" % max(60, RSYNC_IDLE), "--stats",
-                                "--files-from=" + listing, "--from0", "-e", "'%s'" % shell]
-        command += ["-W", "--inplace"] if plain else ["-S", b"--partial-dir=" + PART_SUFFIX_DIR]
-        if bwlimit:
-            command.append("--bwlimit=%d" % max(1, bwlimit // 1024))
-        if always:
-            command.append("-I")
-        if most is not None:
-            command.append("--max-size=%d" % most)
+    options: "List[Any]" = ["-W", "--inplace"] if plain else ["-S", b"--partial-dir=" + PART_SUFFIX_DIR]
+    options.append("--timeout=%d" % max(60, RSYNC_IDLE))
+    if bwlimit:
+        options.append("--bwlimit=%d" % max(1, bwlimit // 1024))
+    if always:
+        options.append("-I")
+    if most is not None:
+        options.append("--max-size=%d" % most)
+    with contextlib.closing(connection):
         try:
-            with open(out, "wb") as out_stream, open(err, "wb") as err_stream:
-                process = subprocess.Popen(
-                    command + ["cbackup::m/.", destination + b"/"], stdin=subprocess.DEVNULL, stdout=out_stream,
-                    stderr=err_stream, pass_fds=[theirs.fileno()], start_new_session=True,
-                    env=dict(os.environ, LC_ALL="C"))
-            theirs.close()
-            ended = _relay_for(process, ours, connection, on_bytes)
-            result.code = _reap(process, 20.0 if ended != "stalled" else 2.0)
-            result.how = ended if ended == "stalled" else "done" if result.code in RSYNC_ENDED else "cut"
-        finally:
-            for end in (ours, theirs, connection):
-                with contextlib.suppress(OSError):
-                    end.close()
-            if process is not None:
-                _reap(process, 0)
-        with open(out, errors="replace") as stream:
-            match = re.search(r"Total bytes received: ([\d.,]+)", stream.read())
-            result.wire = int(re.sub(r"\D", "", match.group(1))) if match else 0
-        with open(err, errors="replace") as stream:
-            result.errors = [line.strip() for line in stream.readlines()[:2000] if line.strip()]
+            with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+                with open(os.path.join(scratch, "list"), "wb") as stream:
+                    stream.write(list_with_parents(paths))
+                result = _run_pull(connection, scratch, options, destination, on_bytes)
+        except OSError as error:
+            raise OwnFailure("rsync could not be started on this machine: %s%s" % (
+                shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)))
     if result.how == "stalled":
         result.errors.append("no byte came for %d s" % RSYNC_IDLE)
     return result
 
 
+def _run_pull(connection: socket.socket, scratch: str, options: "List[Any]", destination: bytes,
+              on_bytes: "Callable[[int], None]") -> Pull:
+    """Run the client's rsync, with the list and all other files of its in the directory `scratch`."""
+    listing, out, err, shell = (os.path.join(scratch, name) for name in ("list", "out", "err", "connect"))
+    result, process = Pull(), None
+    ours, theirs = socket.socketpair()
+    with open(shell, "w") as stream:
+        stream.write("exec %s -I -S -c %s %d\n" % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
+    # sh reads it where nothing may be executed, too; a quote within quotes is written twice for rsync.
+    command: "List[Any]" = [find_rsync(), "-ptgo", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
+                            "--stats", "--files-from=" + listing, "--from0", "-e", "/bin/sh '%s'" % shell.replace("'", "''")]
+    try:
+        with open(out, "wb") as out_stream, open(err, "wb") as err_stream:
+            process = subprocess.Popen(
+                command + options + ["cbackup::m/.", destination + b"/"], stdin=subprocess.DEVNULL, stdout=out_stream,
+                stderr=err_stream, pass_fds=[theirs.fileno()], start_new_session=True, env=dict(os.environ, LC_ALL="C"))
+        theirs.close()
+        ended = _relay_for(process, ours, connection, on_bytes)
+        result.code = _reap(process, 20.0 if ended != "stalled" else 2.0)
+    finally:
+        for end in (ours, theirs):
+            with contextlib.suppress(OSError):
+                end.close()
+        if process is not None:
+            _reap(process, 0)
+    with open(out, errors="replace") as stream:
+        match = re.search(r"Total (?:bytes )?received: ([\d.,]+)", stream.read())  # the second one is openrsync's
+        result.wire = int(re.sub(r"\D", "", match.group(1))) if match else 0
+    with open(err, errors="replace") as stream:
+        result.errors = [line.strip() for line in stream.readlines()[:2000] if line.strip()]
+    result.how = _how_it_ended(ended, result)
+    return result
+
+
+def _how_it_ended(relayed: str, result: Pull) -> str:
+    """Pull.how, from what the relay saw ("unstarted": it was never begun) and from what rsync said."""
+    if relayed == "stalled":
+        return "stalled"
+    if result.code in RSYNC_ENDED:
+        return "done"
+    failed_here = result.code < 0 or result.code in RSYNC_OWN and not any("[sender" in line for line in result.errors)
+    return "own" if relayed == "unstarted" or relayed == "done" and failed_here else "cut"
+
+
 def _relay_for(process: "subprocess.Popen[bytes]", ours: socket.socket, connection: socket.socket,
                on_bytes: "Callable[[int], None]") -> str:
-    """Take over the pipes of the rsync that was just started and relay them until one side ends."""
+    """Take over the pipes of the rsync that was just started and relay them until one side ends, see relay(); "unstarted"
+    when it gave none."""
     ours.settimeout(60)
     try:
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(2 * 4))
     except OSError:
-        return "done"
+        return "unstarted"
     pipes: "List[int]" = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             pipes += [int.from_bytes(data[i:i + 4], sys.byteorder) for i in range(0, len(data) - len(data) % 4, 4)]
     try:
-        return relay(connection, pipes[0], pipes[1], RSYNC_IDLE, on_bytes) if len(pipes) == 2 else "done"
+        return relay(connection, pipes[0], pipes[1], RSYNC_IDLE, on_bytes) if len(pipes) == 2 else "unstarted"
     finally:
         for descriptor in pipes:
             os.close(descriptor)
@@ -4522,11 +4560,36 @@ def _reap(process: "subprocess.Popen[bytes]", patience: float) -> int:
         return process.wait()
 
 
+def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
+    """What socketpair() gives, as a TCP connection: openrsync serves nothing else.  Only the connection that is made here is
+    accepted, whoever else finds the port."""
+    ours = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.settimeout(CONNECT_TIMEOUT)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(16)
+            ours.settimeout(CONNECT_TIMEOUT)
+            ours.connect(listener.getsockname())
+            while True:
+                theirs, peer = listener.accept()
+                if peer == ours.getsockname():
+                    break
+                theirs.close()
+    except BaseException:
+        ours.close()
+        raise
+    for end in (ours, theirs):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end.setblocking(True)
+    return ours, theirs
+
+
 def serve_rsync(connection: socket.socket, root: str) -> None:
     """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of `connection`."""
     rsync = find_rsync()
     as_root = os.geteuid() == 0
-    ours, theirs = socket.socketpair()
+    ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync] else socket.socketpair()
     process = None
     with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
         # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
@@ -7702,6 +7765,9 @@ class Pass:
         except (Refused, Unreachable) as error:
             vault.give_up(standing.name, [f.path for f in files], keep_parts=isinstance(error, Refused))
             raise
+        except OwnFailure:
+            self.give_back(standing, self.links[standing.host], files)
+            raise
         test_point("copied")
         self.figures.add(wire_bytes=outcome.wire)
         self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, outcome, updating)))
@@ -7788,6 +7854,9 @@ class Pass:
             self.stuck = True
             self.figures.complain("%s: %s is full or cannot be written: %s" % (
                 self.name, self.vault.spec.path, outcome.full_disk[:160]))
+        elif outcome.how == "own":
+            self.give_back(standing, link, [f for f in files if f not in arrived])
+            raise outcome.own_failure()
         elif outcome.how != "done":
             raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
 
@@ -8465,7 +8534,9 @@ class RemoteHolder:
 
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         """Local paths of catalog files, fetched into `scratch`."""
-        self._pull("catalog", source, [f.name.encode() for f in files], os.fsencode(scratch))
+        outcome = self._pull("catalog", source, [f.name.encode() for f in files], os.fsencode(scratch))
+        if outcome.how == "own":
+            raise outcome.own_failure()
         return [os.path.join(scratch, f.name) for f in files]
 
     def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
@@ -8673,6 +8744,9 @@ class Restore:
                 self.db.execute("COMMIT")
                 self.catalog_time = when
                 return
+            except (UsageError, OwnFailure):
+                self.db.execute("ROLLBACK")
+                raise
             except (CBackupError, OSError) as error:
                 self.db.execute("ROLLBACK")
                 log.warning("the catalog of %s: %s", holder.name, error)
@@ -8966,6 +9040,8 @@ class Restore:
                                        max(size for _, size, _ in batch), lambda count: self._count_bytes(number, count))
             except Cancelled:
                 outcome = Pull(how="cut")
+            except (UsageError, OwnFailure):
+                raise
             except (CBackupError, OSError) as error:
                 outcome = Pull(code=1, how="cut", errors=[reason_of(error)])
             came = self._came[number]
@@ -8974,9 +9050,12 @@ class Restore:
             if outcome.full_disk:
                 raise CBackupError("%s is full: %s" % (self.target, outcome.errors[0][:160]))
             # A part of a large file is something, too: the next try goes on behind it.
-            failures = failures + 1 if outcome.errors and not arrived and came < INHERIT_FROM else 0
+            failed = outcome.errors or outcome.how == "own"
+            failures = failures + 1 if failed and not arrived and came < INHERIT_FROM else 0
+            if failures == FAILURES and outcome.how == "own":
+                raise outcome.own_failure()
             if failures:
-                log.info("%s: %s", holder.name, outcome.errors[-1])
+                log.info("%s: %s", holder.name, (outcome.errors or [outcome.own_failure()])[-1])
                 time.sleep(failures - 1)
         self._give_up_on(number)
 
