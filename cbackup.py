@@ -402,9 +402,10 @@ def as_raw(text: str) -> bytes:
         raise ProtocolError("a name that is not valid text")
 
 
-def shown(raw: bytes) -> str:
-    """A name for people: control characters and bytes that are not UTF-8 escaped."""
-    text = raw.decode("utf-8", "backslashreplace")
+def shown(raw: "bytes | str") -> str:
+    """A name, or any text from elsewhere, for people: control characters, escape sequences and what is not UTF-8 are shown
+    as such.  What is shown already stays as it is."""
+    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -466,6 +467,13 @@ def read_json(path: str) -> "Dict[str, Any]":
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+class PlainFormatter(logging.Formatter):
+    """Nothing that a peer or a name says reaches a terminal raw; the lines of a traceback (-v) stay lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))
 
 
 class Clock:
@@ -965,6 +973,17 @@ class Config:
 
     def backups_of(self, host: str) -> "List[Backup]":
         return [b for b in self.backups.values() if b.host == host]
+
+    def lines_about(self, host: str) -> "Dict[str, str]":
+        """"source NAME" or "backup NAME" of a host -> its line."""
+        out, section = {}, ""
+        for line in self.text.splitlines():
+            header, entry = re.match(r"\s*\[(\w+)\]", line), re.match(r"\s*([A-Za-z0-9._-]+)\s*=", line)
+            section = header.group(1) if header else section
+            things: "Dict[str, Any]" = {"sources": self.sources, "backups": self.backups}.get(section, {})
+            if entry and entry.group(1) in things and things[entry.group(1)].host == host:
+                out["%s %s" % (section[:-1], entry.group(1))] = line.strip()
+        return out
 
     def too_few_hosts(self, source: "Source") -> str:
         """Why a source cannot have its copies, however much room there is; "" when it can."""
@@ -1476,6 +1495,41 @@ class Home:
                              "the name into %s" % (name, self.config_path, ", ".join(config.all_hosts()) or "no host",
                                                    os.path.join(self.path, "host")))
         return name
+
+    def outside(self, path: str) -> str:
+        """Why the configuration may not place a source or a backup of this host at `path`: with a file `paths` in the home,
+        only below the directories that it lists.  "" when it may."""
+        limits = os.path.join(self.path, "paths")
+        try:
+            with open(limits, "rb") as stream:
+                lines = [os.fsdecode(line.strip()) for line in stream.read().split(b"\n")]
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            return "%s: %s; nothing is done for %s until it can be read" % (limits, reason_of(error), path)
+        real = os.path.realpath(path)
+        for top in (os.path.realpath(line) for line in lines if line.startswith("/")):
+            if real == top or real.startswith(top.rstrip("/") + "/"):
+                return ""
+        return "%s is not below a directory that %s lists: if that is right, add a line to it" % (path, limits)
+
+    def news_of_lines(self, who: str, config: Config, host: str) -> "List[str]":
+        """What an edit made on another machine has changed in the configuration's lines about this host, since `who` (server,
+        client or status) was told last: each is told to each of them once."""
+        now, known = config.lines_about(host), read_json(os.path.join(self.state_path, "lines.json"))
+        before = known.get(who)
+        if before == now:
+            return []
+        with contextlib.suppress(OSError):
+            with self.lock("lines.lock"):
+                known = dict(read_json(self.state("lines.json")), **{who: now})
+                atomic_write(self.state("lines.json"), json.dumps(known).encode())
+        if not isinstance(before, dict) or self.config_state().get("mine"):
+            return []
+        return ["the configuration has changed elsewhere: %s" % (
+            "this host has no %s any more (it was: %s)" % (key, before[key]) if key not in now else
+            "this host's %s is now: %s%s" % (key, now[key], " (it was: %s)" % before[key] if key in before else ""))
+            for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
 
     def check_key(self) -> None:
         """Refuse a missing key and one that others can read."""
@@ -2977,7 +3031,7 @@ class Held(CBackupError):
         super().__init__(text)
 
 
-UNACCEPTABLE = ("gone", "restore")
+UNACCEPTABLE = ("gone", "restore", "paths")
 """Causes of which `accept` is not the way out: nothing is there that could be accepted."""
 
 
@@ -3501,11 +3555,15 @@ def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Op
     try:
         return Scan(books, source, skip, pace, consent).run()
     except Held as held:
-        before = books.source_row(source.name)
-        if before["state"] != "held" or before["reason"] != str(held):
-            log.warning("source %s is held: %s", source.name, held)
-        books.finish_scan(source.name, state="held", cause=held.cause, reason=str(held), scanned=clock.now())
+        record_held(books, source, held)
         return False
+
+
+def record_held(books: Books, source: Source, held: Held) -> None:
+    before = books.source_row(source.name)
+    if before["state"] != "held" or before["reason"] != str(held):
+        log.warning("source %s is held: %s", source.name, held)
+    books.finish_scan(source.name, state="held", cause=held.cause, reason=str(held), scanned=clock.now())
 
 
 def compare_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]") -> "Tuple[str, Optional[bytes]]":
@@ -3660,6 +3718,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= CONFIG_LIMIT
 
 
+def _is_said(value: Any) -> bool:
+    """A text for people: `misfit` makes it one that can be shown."""
+    return _is_text(value)
+
+
 def _is_hex(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 128 and bool(re.match(r"(?:[0-9a-f]{2})*\Z", value))
 
@@ -3730,6 +3793,8 @@ def misfit(value: Any, shape: Any) -> str:
         wrong = misfit(each, of)
         if wrong:
             return ".%s%s" % (key, wrong)
+        if of is _is_said and isinstance(value, (list, dict)):
+            value[key] = shown(each)
     return ""
 
 
@@ -3743,9 +3808,12 @@ def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
             continue
         if key not in value:
             return ".%s is missing" % key
-        wrong = misfit(value[key], of.of if isinstance(of, May) else of)
+        of = of.of if isinstance(of, May) else of
+        wrong = misfit(value[key], of)
         if wrong:
             return ".%s%s" % (key, wrong)
+        if value[key] is not None and (of.of if isinstance(of, Maybe) else of) is _is_said:
+            value[key] = shown(value[key])
     return ""
 
 
@@ -3763,7 +3831,7 @@ WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is
 """A file that is to be copied: see Wanted."""
 FOUND = (_is_path, _is_count)
 STANDING = {
-    "state": _is_text, "reason": Maybe(_is_text), "cause": Maybe(_is_text), "replicas": _is_count, "scanned": _is_flag,
+    "state": _is_text, "reason": Maybe(_is_said), "cause": Maybe(_is_text), "replicas": _is_count, "scanned": _is_flag,
     "todo": _is_count, "sum": (_is_count, _is_count, _is_number), "gen": _is_count, "recovering": _is_flag}
 WORDS = {
     "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number), "want": Maybe(_is_count),
@@ -3772,15 +3840,15 @@ WORDS = {
 """The last words of a backup."""
 OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _is_text, "history": Every(_is_text, 1000)}
 """A configuration: Home.config_offer."""
-SOME = {"count": May(_is_count, 0), "some": May([_is_text], list)}
+SOME = {"count": May(_is_count, 0), "some": May([_is_said], list)}
 FIGURES = dict(dict.fromkeys((
     "files", "bytes", "underserved_files", "underserved_bytes", "overserved_files", "missing_bytes", "claimed_files",
-    "blocked_files", "replicas"), _is_count), state=_is_text, reason=Maybe(_is_text), cause=Maybe(_is_text),
+    "blocked_files", "replicas"), _is_count), state=_is_text, reason=Maybe(_is_said), cause=Maybe(_is_text),
     copies=Each(_is_count), special=Maybe(_is_count), last_scan=Maybe(_is_real),
-    problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_text)), unproven_files=May(_is_count),
-    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_text)])
+    problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_said)), unproven_files=May(_is_count),
+    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)])
 """A source in the answer of `status`."""
-HERE = {"state": _is_text, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
+HERE = {"state": _is_said, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
         "sources": May(Each(_is_count)), "disk": May(_is_number), "new": May(_is_flag)}
 """A backup in its own host's answer of `status`."""
 PLANNED = {"state": _is_text, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
@@ -3835,7 +3903,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
                       {"rows": [(_is_text, Maybe(_is_count), _is_real, _is_real)], "next": Maybe(_is_text)}),
-    "accept": Operation({"source": _is_name}, {"text": _is_text}),
+    "accept": Operation({"source": _is_name}, {"text": _is_said}),
     "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "rows": Every(
         (_is_name, _is_text, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
     "forget_source": Operation({"source": _is_name}, {}),
@@ -4087,7 +4155,7 @@ class Link:
                 raise Unreachable(self.host, "%s:%d: %s" % (address, port, why_not_connected(error)))
         if hello.get("cbackup") != PROTOCOL:
             channel.close()
-            raise Unreachable(self.host, str(hello.get("text") or "it speaks another version of the protocol")[:300])
+            raise Unreachable(self.host, shown(str(hello.get("text") or "it speaks another version of the protocol")[:300]))
         if hello.get("host") != self.host:
             channel.close()
             raise Unreachable(self.host, "%s:%d is the machine %r; correct its line in [hosts]"
@@ -4145,11 +4213,11 @@ class Link:
         if not isinstance(answer.get("error"), str) or not isinstance(answer.get("text"), str):
             self.close()
             raise self.nonsense("the answer to %s is neither one nor a refusal" % op)
-        raise Refused(answer["error"][:40], "%s: %s" % (self.host, answer["text"][:2000]))
+        raise Refused(answer["error"][:40], "%s: %s" % (self.host, shown(answer["text"][:2000])))
 
     def nonsense(self, what: str) -> Unreachable:
         """The error for a server that answers what no server would: it is out, the others go on."""
-        return Unreachable(self.host, "talks nonsense: %s" % what[:300])
+        return Unreachable(self.host, "talks nonsense: %s" % shown(what[:300]))
 
     def stream(self, **fields: Any) -> socket.socket:
         """A new connection on which the rsync protocol follows.  Raises like `call`."""
@@ -6053,6 +6121,10 @@ class Service:
         source = self.config.sources.get(name)
         if source is None:
             return
+        outside = self.home.outside(source.path)
+        if outside:
+            record_held(self.books, source, Held("paths", outside))
+            return
         skip = [self.home.state_path, self.home.key_path] + [b.path for b in self.config.backups_of(self.host)]
         with self._scanning:  # one at a time: `accept` scans in its own thread
             begun = clock.steady()
@@ -6090,6 +6162,7 @@ class Service:
         self._configure(config)
         self.home.void_forgets(config)
         log.info("took over the changed configuration")
+        self.say_news_of_lines()
         for source in config.sources_of(self.host):
             if config.too_few_hosts(source):
                 log.warning("source %s: %s", source.name, config.too_few_hosts(source))
@@ -6097,6 +6170,10 @@ class Service:
             log.warning("%s", line)
         if config.address(self.host) != self.address:
             log.warning("%s is to listen on %s:%d now: restart the server", self.host, *config.address(self.host))
+
+    def say_news_of_lines(self) -> None:
+        for line in self.home.news_of_lines("server", self.config, self.host):
+            log.warning("%s", line)
 
     # -- a pass begins --
 
@@ -6436,6 +6513,9 @@ class Service:
         for spec in self.config.backups_of(self.host):
             reader, facts = VaultReader(spec), {}
             try:
+                wrong = self.home.outside(spec.path)
+                if wrong:
+                    raise Refused("unknown", wrong)
                 wrong = reader.misplaced(self.home.cluster_id(), known.get(spec.name)) or reader.not_writable()
                 facts = {"state": wrong or "ok", "new": not wrong and spec.name not in known}
                 facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev, **({"state": wrong} if wrong else {}))
@@ -6471,7 +6551,7 @@ class Service:
     def op_vaults(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The backups of this host that have something of a source, with their catalog files."""
         out = {}
-        for spec in self.config.backups_of(self.host):
+        for spec in self._open_backups():
             directory = os.path.join(spec.path, META_DIR.decode(), "catalog", request["source"])
             try:
                 names = [(name, os.path.getsize(os.path.join(directory, name))) for name in os.listdir(directory)]
@@ -6483,9 +6563,7 @@ class Service:
     @answers("holdings")
     def op_holdings(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A page of what a backup of this host has of a source, by path; with `kind` 2 of its old versions, by number."""
-        spec = self.config.backups.get(request["backup"])
-        if spec is None or spec.host != self.host:
-            raise Refused("unknown", "%s has no backup %s" % (self.host, request["backup"]))
+        spec = self._own_backup(request["backup"])
         reader, after = VaultReader(spec), request["after"]
         if request.get("kind") == 2:
             rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0)
@@ -6498,7 +6576,7 @@ class Service:
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Copies and older versions in the backups of this host, of files that match a pattern; FIND_LIMIT a backup."""
         found, more = [], False
-        for spec in self.config.backups_of(self.host):
+        for spec in self._open_backups():
             with contextlib.suppress(Refused):
                 rows = VaultReader(spec).find(request["pattern"])
                 more = more or len(rows) > FIND_LIMIT
@@ -6510,9 +6588,7 @@ class Service:
     def op_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """What a backup of this host has directly in a directory of a source: copies, with `kind` 2 older versions.  Of level
         2 on.  `next`: what to go on with as `after`, null at the end."""
-        spec = self.config.backups.get(request["backup"])
-        if spec is None or spec.host != self.host:
-            raise Refused("unknown", "%s has no backup %s" % (self.host, request["backup"]))
+        spec = self._own_backup(request["backup"])
         directory, after = as_raw(request["path"]), as_raw(str(request["after"]))
         rows, following = VaultReader(spec).list_directory(
             request["source"], check_relative(directory) if directory else b"", request.get("kind") == 2, after)
@@ -6551,16 +6627,29 @@ class Service:
         self.scan(request["source"], consent=True)
         return {"text": "source %s: accepted" % request["source"]}
 
+    def _open_backups(self) -> "List[Backup]":
+        return [spec for spec in self.config.backups_of(self.host) if not self.home.outside(spec.path)]
+
+    def _own_backup(self, name: str) -> Backup:
+        """A backup of this host, at a place where it may be."""
+        spec = self.config.backups.get(name)
+        if spec is None or spec.host != self.host:
+            raise Refused("unknown", "%s has no backup %s" % (self.host, name))
+        if self.home.outside(spec.path):
+            raise Refused("unknown", self.home.outside(spec.path))
+        return spec
+
     def root_for(self, request: "Dict[str, Any]") -> str:
         """The directory that an rsync request may read."""
         wrong = misfit(request, OPERATIONS["rsync"].request)
         if wrong:
             raise ProtocolError("rsync%s" % wrong)
         if request["of"] == "source":
-            return os.path.realpath(self.books.changeable(request["source"])["path"])
-        spec = self.config.backups.get(request["name"])
-        if spec is None or spec.host != self.host:
-            raise Refused("unknown", "%s has no backup %s" % (self.host, request["name"]))
+            path = self.books.changeable(request["source"])["path"]
+            if self.home.outside(path):
+                raise Refused("held", self.home.outside(path))
+            return os.path.realpath(path)
+        spec = self._own_backup(request["name"])
         below = {"backup": (request["source"],), "attic": (META_DIR.decode(), "attic", request["source"]),
                  "catalog": (META_DIR.decode(), "catalog", request["source"])}[request["of"]]
         root = os.path.join(spec.path, *below)
@@ -6788,7 +6877,7 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> str:
     except (OSError, ProtocolError) as error:
         raise Unreachable(address, "port %d: %s" % (port, reason_of(error)))
     if answer.get("ok") is not True or not isinstance(answer.get("key"), str):
-        raise CBackupError("%s: %s" % (address, str(answer.get("text") or "it did not let this machine join")[:300]))
+        raise CBackupError("%s: %s" % (address, shown(str(answer.get("text") or "it did not let this machine join")[:300])))
     home.take_part(check_offer(answer.get("config")))
     atomic_write(home.key_path, answer["key"].encode(), 0o600)
     return own
@@ -6954,6 +7043,7 @@ class Server:
         self.context = tls_context(home, server_side=True)
         self.service = Service(home, config, host)
         self.service.scanner = Scanner(self.service)
+        self.service.say_news_of_lines()
         self._allowance = Allowance()
         self._stopping, self._wake = False, os.pipe()
         address, port = config.address(host)
@@ -7166,12 +7256,13 @@ class Figures:
     def remark(self, line: str) -> None:
         """Something that the user should know, and that is no failure."""
         with self.lock:
-            self.lines.append(line)
+            self.lines.append(shown(line))
 
     def complain(self, line: str) -> None:
         """Something that could not be done: a line for standard error, and exit status 1."""
         with self.lock:
             self.trouble = True
+            line = shown(line)
             if line not in self.lines:
                 self.lines.append(line)
 
@@ -8333,6 +8424,8 @@ class Client:
 
     def open_vault(self, spec: Backup) -> Vault:
         """The backup's directory, when it is the one that was used before (state/backups.json remembers)."""
+        if self.home.outside(spec.path):
+            raise Misplaced("%s: %s" % (spec.name, self.home.outside(spec.path)))
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a home on a full disk is good enough for a pass
                 stack.enter_context(self.home.lock("backups.lock"))
@@ -8387,6 +8480,8 @@ class Client:
         figures, begun, since = Figures(), clock.now(), clock.steady()
         with contextlib.suppress(OSError):
             self.exchange_config(figures)
+        for line in self.home.news_of_lines("client", self.config, self.host):
+            figures.remark(line)
         disks: "Dict[Any, List[Backup]]" = {}
         for spec in self.config.backups_of(self.host):
             try:
@@ -11298,6 +11393,8 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
         print_check(status)
     elif not args.html:
         print_status(status)
+        for line in home.news_of_lines("status", config, home.own_name()):
+            print(shown(line))
     if args.check:
         return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE
     return EXIT_INCOMPLETE if any(s["state"] in ("unreachable", "unknown") for s in status["sources"].values()) else EXIT_DONE
@@ -11609,7 +11706,7 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
                                   {"path": as_text(path), "reason": why} for path, why in restore.missing()])))
         return
     for path, why in itertools.islice(restore.missing(), SHOWN_MISSING):
-        print("cbackup: %s: %s" % (shown(path), why), file=sys.stderr)
+        print("cbackup: %s: %s" % (shown(path), shown(why)), file=sys.stderr)
     if missing + in_the_way > SHOWN_MISSING:
         print("cbackup: and %d more; --json names them all" % (missing + in_the_way - SHOWN_MISSING), file=sys.stderr)
     for text, count in restore.notes.items():
@@ -11849,14 +11946,14 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         args = build_parser().parse_args(arguments)
         if not args.command:
             raise UsageError("which command?  See `cbackup.pyz --help`")
-        logging.basicConfig(format="cbackup: %(message)s", stream=sys.stderr,
-                            level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
+        logging.basicConfig(stream=sys.stderr, level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
+        logging.getLogger().handlers[0].setFormatter(PlainFormatter("cbackup: %(message)s"))
         code = args.run(args, Home(args.home, args.host))
         sys.stdout.flush()
         return code
     except CBackupError as error:
-        for line in str(error).splitlines():
-            print("cbackup: " + line, file=sys.stderr)
+        for line in str(error).split("\n"):
+            print("cbackup: " + shown(line), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("cbackup: interrupted", file=sys.stderr)

@@ -118,7 +118,7 @@ def one_pass(cluster, client, config):
     home = cbackup.Home(cluster.home(client))
     parsed = cbackup.parse_config(config, "test")
     worker = cbackup.Client(home, parsed, client, cbackup.Progress(quiet=True))
-    worker.exchange_config = lambda: None
+    worker.exchange_config = lambda *_: None
     return worker.run()
 
 

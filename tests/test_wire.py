@@ -1,5 +1,6 @@
 """What is said between client and server: levels, and that each side checks what the other one says."""
 
+import logging
 import os
 import time
 import unittest
@@ -164,6 +165,29 @@ class OddServerTest(Case):
         self.assertTrue(any("speaks for the source others" in line for line in figures.lines), figures.lines)
         self.assertEqual(before, self.c.copies_on_disk("others"))
         self.assertEqual(0, figures.counts["dropped_files"])
+
+    def test_what_a_peer_says_is_never_printed_raw(self):
+        self.c.settle()
+        evil = "\x1b]0;owned\x07\r\x9b2J\u202e"
+
+        def refuses(request, answer):
+            return {"error": "held", "text": evil} if request["op"] == "begin" else answer
+
+        def holds(request, answer):
+            if request["op"] == "begin":
+                answer = copy(answer)
+                answer["sources"]["own"].update(state="held", reason=evil, cause=evil)
+            return answer
+
+        def lies(request, answer):
+            return dict(answer, sources={evil: 1}) if request["op"] == "begin" else answer
+        for change in (refuses, holds, lies):
+            figures = self.lied_to(change)
+            text = "".join(figures.lines)
+            self.assertTrue(text.isprintable(), ascii(text))
+        self.assertIn("x1b]0;owned", "".join(self.lied_to(refuses).lines))
+        record = logging.LogRecord("cbackup", logging.WARNING, "", 0, "%s", (evil,), None)
+        self.assertTrue(cbackup.PlainFormatter("%(message)s").format(record).isprintable())
 
     def test_a_transfer_of_much_more_than_was_claimed_is_cut(self):
         self.c.settle()
