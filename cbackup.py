@@ -198,6 +198,9 @@ this, or a small backup would fill in hundreds of steps."""
 CLAIM_LEASE = 3600.0
 """Seconds of server time that a claim lasts; every word from the backup renews it."""
 
+FRUITLESS_PASSES = 10
+"""Passes in a row that go on with old claims and bring no copy, after which a backup's words no longer renew its claims."""
+
 RENEW_EVERY = 600.0
 """Seconds between two words to the servers whose files are on their way: one large file may take many hours."""
 
@@ -620,6 +623,8 @@ class Tree:
     _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
     """What open(2) says, on one system or another, of a parent that is missing, a file or a symlink."""
+    IMPOSSIBLE = (errno.EILSEQ, errno.EINVAL, errno.ENAMETOOLONG)
+    """What file systems say of a name that they cannot hold: nothing is under it."""
 
     def __init__(self, root: "str | bytes", own_links: bool = False) -> None:
         """`own_links`: symlinks that stand where a directory has to be made are ours, and are removed."""
@@ -691,7 +696,7 @@ class Tree:
             with self._parent(rel) as (descriptor, name):
                 return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         except OSError as error:
-            if error.errno in self._ABSENT:
+            if error.errno in self._ABSENT + self.IMPOSSIBLE:
                 return None
             raise
 
@@ -1634,11 +1639,12 @@ CREATE INDEX graves_gen ON graves(source, gen);
 
 CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, PRIMARY KEY(source, gen)) WITHOUT ROWID;
 
--- The last words of each backup.  heard: when, in seconds of this server's running time.
+-- The last words of each backup.  heard: when, in seconds of this server's running time.  fruitless: passes that began with
+-- claims of an earlier one, since the last that brought a copy.
 CREATE TABLE backups(
     id INTEGER PRIMARY KEY, name TEXT UNIQUE, host TEXT, configured INTEGER DEFAULT 1, lost INTEGER DEFAULT 0,
     leaving INTEGER DEFAULT 0, identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER,
-    files INTEGER, heard REAL, heard_date REAL, period REAL);
+    files INTEGER, heard REAL, heard_date REAL, period REAL, fruitless INTEGER DEFAULT 0);
 
 -- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer waited for
 --        | r to be retired: gone at the source, or others have the present version.
@@ -1700,6 +1706,7 @@ CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
 
 
 BOOKS_UPGRADES: "Dict[int, str]" = {1: """
+ALTER TABLE backups ADD COLUMN fruitless INTEGER DEFAULT 0;
 CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
 ALTER TABLE entries ADD COLUMN doubt REAL;
 ALTER TABLE entries ADD COLUMN basis TEXT;
@@ -2085,15 +2092,19 @@ class Books:
         number = self.backup_id(name)
         now = self.up()
         with self.write() as db:
-            row = db.execute("SELECT lost, heard, period FROM backups WHERE id=?", (number,)).fetchone()
+            row = db.execute("SELECT lost, heard, period, fruitless FROM backups WHERE id=?", (number,)).fetchone()
             known = {key: value for key, value in words.items() if value is not None}
             known.update(heard=now, heard_date=clock.now())
-            if known.pop("first", None) and row[1] is not None:
-                known["period"] = max(1.0, now - row[1])
+            if known.pop("first", None):
+                known["fruitless"] = row[3] + 1 if db.execute(
+                    "SELECT 1 FROM copies WHERE backup=? AND expires>0 AND state='c' LIMIT 1", (number,)).fetchone() else 0
+                if row[1] is not None:
+                    known["period"] = max(1.0, now - row[1])
             db.execute("UPDATE backups SET %s WHERE id=?" % ", ".join("%s=?" % key for key in known),
                        list(known.values()) + [number])
-            db.execute("UPDATE copies SET expires=? WHERE backup=? AND state='c' AND expires<?",
-                       (now + CLAIM_LEASE, number, now + CLAIM_LEASE * 0.9))
+            if known.get("fruitless", row[3]) < FRUITLESS_PASSES:  # else others are to have a try
+                db.execute("UPDATE copies SET expires=? WHERE backup=? AND state='c' AND expires<?",
+                           (now + CLAIM_LEASE, number, now + CLAIM_LEASE * 0.9))
             if row[0]:
                 db.execute("UPDATE backups SET lost=0 WHERE id=?", (number,))
                 self.regroup_backup(number)
@@ -2712,6 +2723,8 @@ class Books:
                 self.regroup([row[0]])
                 self._retire_outdated(row[0])
                 counted.append(path)
+            if counted:
+                db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
         return counted
 
     def _retire_outdated(self, number: int) -> None:
@@ -4467,8 +4480,12 @@ class Pull:
         return OwnFailure("this machine's rsync (%s) failed: %s" % (shutil.which("rsync"), why))
 
     def why(self, path: bytes) -> str:
-        """What rsync said of one file, or its last words."""
+        """What rsync said of one file, or of a directory above it, or its last words."""
         line = self.said_of(os.path.basename(path))
+        above = path.rpartition(b"/")[0]
+        while not line and above:
+            line = self.said_of(b"/" + above + b'"')
+            above = above.rpartition(b"/")[0]
         if line:
             return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
         return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
@@ -5038,7 +5055,7 @@ class Vault:
             info = self.tree.lstat(rel)
             if info is not None and stat.S_ISDIR(info.st_mode):  # in `incoming`: at its source it became one
                 self.tree.clear_empty(rel)
-            elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR) + Tree.IMPOSSIBLE:
                 raise
         if own and not rel.startswith(META_DIR + b"/incoming/"):
             self._prune(rel)  # not in `incoming`, where an rsync may be about to use the directory
@@ -5531,8 +5548,9 @@ class Vault:
                     return
         atomic_write(path, data)
 
-    def apply_skeleton(self, source: str, rows: "Iterable[CatalogRow]") -> None:
-        """Bring directories and symlinks in line with catalog news, so that `cp` alone gives the whole tree.
+    def apply_skeleton(self, source: str, rows: "Iterable[CatalogRow]") -> "Iterator[Tuple[bytes, OSError]]":
+        """Bring directories and symlinks in line with catalog news, so that `cp` alone gives the whole tree.  Yields (path,
+        error) of those that cannot be here.
 
         Takes only removals of empty directories and symlinks upon itself; files are copies and have their own rules.
         """
@@ -5552,7 +5570,9 @@ class Vault:
                 elif row.kind == "l":
                     self._lay_symlink(place, kind, row)
             except OSError as error:
-                log.info("%s: %s: %s", self.name, shown(place), reason_of(error))
+                if error.errno in DISK_ERRORS:
+                    raise
+                yield row.path, error
         for place in sorted(gone, reverse=True):
             with contextlib.suppress(OSError):
                 self.tree.rmdir(place)
@@ -7409,6 +7429,9 @@ class Pass:
             self.clean_up()
             self.scrub()
             self.tell()
+        except Exception:
+            self.give_all_back()
+            raise
         finally:
             if self._early[0]:
                 self.figures.remark("%s: %s (%s) %s deleted before their time: their room was needed" % (
@@ -7416,6 +7439,17 @@ class Pass:
                     "was" if self._early[0] == 1 else "were"))
             for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
                 link.close()
+
+    def give_all_back(self) -> None:
+        """After an error that ends the pass: what is claimed and has not arrived is for others to take."""
+        with contextlib.suppress(Exception):
+            self.pipeline.drain()
+        for standing in self.usable():
+            with contextlib.suppress(Exception):  # whatever is wrong with the server or the database: the lease ends too
+                paths = [as_text(path) for (path,) in self.vault.rows(
+                    "SELECT path FROM coming WHERE source=? AND stage=0", standing.name)]
+                for page in in_batches(paths, PAGE):
+                    self.links[standing.host].call("release", backup=self.name, source=standing.name, paths=page, all=False)
 
     @contextlib.contextmanager
     def renewing(self) -> "Iterator[None]":
@@ -8256,7 +8290,9 @@ class Pass:
         done = self.vault.meta("skeleton:" + name) or 0
         chain = [f for f in catalog_chain(catalogs_in(directory)) if f.upto > done]
         for found in chain:
-            self.vault.apply_skeleton(name, read_catalog(os.path.join(directory, found.name)))
+            for path, error in self.vault.apply_skeleton(name, read_catalog(os.path.join(directory, found.name))):
+                self.figures.remark("%s: %s: the directory or symlink %s cannot be in %s (%s); a restore brings it all the same" % (
+                    self.name, name, shown(path), self.vault.spec.path, reason_of(error)))
         if chain:
             self.vault.set_meta("skeleton:" + name, chain[-1].upto)
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import unittest
 
-from tests.harness import Case, make_tree, write_file
+from tests.harness import DIRECTORY, Case, Link, Process, make_tree, program, write_file
 
 FILES = {"f%d" % number: 3000 + number for number in range(6)}
 
@@ -30,6 +30,16 @@ OPEN(open) OPEN(open64) OPENAT(openat) OPENAT(openat64) MAKE(mkstemp) MAKE(mkste
 int rename(const char *from, const char *to) { BAD(to) return NEXT(int, "rename", const char *, const char *)(from, to); }
 int renameat(int a, const char *from, int b, const char *to) { BAD(to)
     return NEXT(int, "renameat", int, const char *, int, const char *)(a, from, b, to); }
+#define STAT(called) int called(int at, const char *name, void *info, int flags) { BAD(name) \
+    return NEXT(int, #called, int, const char *, void *, int)(at, name, info, flags); }
+STAT(fstatat) STAT(fstatat64)
+int mkdir(const char *name, mode_t mode) { BAD(name) return NEXT(int, "mkdir", const char *, mode_t)(name, mode); }
+int mkdirat(int at, const char *name, mode_t mode) { BAD(name)
+    return NEXT(int, "mkdirat", int, const char *, mode_t)(at, name, mode); }
+int symlinkat(const char *to, int at, const char *name) { BAD(name)
+    return NEXT(int, "symlinkat", const char *, int, const char *)(to, at, name); }
+int unlinkat(int at, const char *name, int flags) { BAD(name)
+    return NEXT(int, "unlinkat", int, const char *, int)(at, name, flags); }
 """
 """A library that makes every file system one on which no name has a colon, as those of other systems are."""
 
@@ -112,16 +122,32 @@ class DeclinedTest(Case):
         if not compiler or subprocess.call([compiler, "-shared", "-fPIC", "-o", library, library + ".c", "-ldl"],
                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0:
             self.skipTest("no C compiler, to make a file system without colons")
-        self.add({"10:30": 500, "10.30": 500, "d:/f": 500})
-        result = self.c.client("a", LD_PRELOAD=library)
+        self.add({"10:30": 500, "10.30": 500, "d:/f": 500, "empty:": DIRECTORY, "link:": Link("10.30")})
+        def client():   # started by itself: the library is for the program as well as for its rsync
+            return Process(program("--home", self.c.home("a"), "client", "--json"),
+                           self.c.environment("a", LD_PRELOAD=library), self.c.path("a")).wait()
+        result = client()
         self.assertRc(1, result)
         if "10:30" not in result.stderr:
             self.skipTest("no library can be put before that of the system here")
-        self.assertEqual({"10:30": "", "10.30": "ba"}, {name: there for name, there in self.where().items() if name[0] == "1"})
-        self.assertNamed("10:30", "Invalid argument")
+        self.assertEqual({"10:30": "", "10.30": "ba", "d:/f": ""}, self.where())
+        for name in ("10:30", "d:/f", "empty:", "link:"):
+            lines = [line for line in result.error_lines if name in line]
+            self.assertEqual(1, len(lines), str(result))
+            self.assertIn("Invalid argument", lines[0])
+        self.assertEqual(2, result.json["failed_files"])
+        self.assertEqual(0, client().json["failed_files"])
         self.assertRc(0, self.c.client("b"))
         self.assertCopies(self.c, "docs", 1)
         self.assertStill()
+        # The catalog came too, so that from this backup alone all is known.
+        self.c.stop("s", "b")
+        to = os.path.join(self.directory(), "to")
+        restored = self.c.restore("a", "docs", to=to)
+        self.c.start("s", "b")
+        self.assertRc(1, restored)
+        self.assertTrue(os.path.isdir(os.path.join(to, "empty:")) and os.path.islink(os.path.join(to, "link:")))
+        self.assertIn("10:30", restored.stderr)
 
     def test_what_cannot_be_put_into_one_backup_is_taken_by_another(self):
         # A file that is not of the program stands where a directory is needed. It is left alone.

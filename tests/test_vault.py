@@ -359,6 +359,35 @@ class RenewingTest(VaultCase):
         self.one.renew(self.one.links)
         self.assertEqual([["docs", "known"]], self.link.told[-1]["rows"])
 
+    def test_the_claims_of_a_pass_that_fails_are_given_back_at_once(self):
+        self.expect("new", "other")
+        self.vault.plan_places("docs", [(b"other", bytes(32))])     # confirmed: the next pass puts it into its place
+        self.one.standings["docs"] = cbackup.Standing("docs", "s", None, "b", {"state": "ok"})
+        self.link.told.append({})
+        with unittest.mock.patch.object(self.one, "prepare", side_effect=OSError(5, "an error")), self.assertRaises(OSError):
+            self.one.run()
+        released = [words for words in self.link.told if words.get("op") == "release"]
+        self.assertEqual([(["new"], False)], [(words["paths"], words["all"]) for words in released])
+
+    def test_passes_that_bring_nothing_do_not_renew_a_claim_for_ever(self):
+        make_tree(os.path.join(self.base, "docs"), {"f": "1"})
+        source = cbackup.Source("docs", "s", os.path.join(self.base, "docs"), 1)
+        books = cbackup.Books(os.path.join(self.base, "books.db"), "s")
+        self.addCleanup(books.close)
+        books.configure(cbackup.Config(text="", sources={"docs": source}, backups={
+            "b1": cbackup.Backup("b1", "a", self.kept, size=self.SIZE)}))
+        cbackup.run_scan(books, source)
+        number = books.hear("b1", {"first": True, "free": self.SIZE, "capacity": self.SIZE})
+        self.assertEqual(1, len(books.claim(number, books.source_row("docs"), self.SIZE, 10, self.SIZE)))
+        steady, kept = cbackup.clock.steady, []
+        for quarter in range(1, 30):
+            with unittest.mock.patch.object(cbackup.clock, "steady", lambda: steady() + quarter * 900):
+                books.hear("b1", {"first": True})
+                books.expire(10 * DAY)
+                kept.append(bool(books.one("SELECT 1 FROM copies")))
+        self.assertTrue(all(kept[:cbackup.FRUITLESS_PASSES]), "a file may take several passes")
+        self.assertFalse(kept[cbackup.FRUITLESS_PASSES + 5])
+
     def test_an_update_that_is_named_is_waited_for_and_others_are_not(self):
         make_tree(os.path.join(self.base, "docs"), {"large": "1", "other": "2"})
         source = cbackup.Source("docs", "s", os.path.join(self.base, "docs"), 1)
