@@ -3930,10 +3930,10 @@ OPERATIONS: "Dict[str, Operation]" = {
 
 def answers(name: str) -> "Callable[[Any], Any]":
     """Marks the function that does an operation."""
-    def mark(function: Any) -> Any:
+    def entered(function: Any) -> Any:
         OPERATIONS[name].handler = function
         return function
-    return mark
+    return entered
 
 
 def check_offer(offer: Any) -> "Dict[str, Any]":
