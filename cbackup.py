@@ -524,34 +524,54 @@ _KILL_AT = os.environ.get("CBACKUP_TEST_KILL")
 _KILL_SEEN = [0]
 
 
+RATE_SECONDS = 30.0
+"""A rate is that of so many last seconds: it has to follow when another machine, or a slower disk, has its turn."""
+
+WAITING_AFTER = 5.0
+"""Seconds after which somebody at a terminal is told for whom cbackup is waiting."""
+
+
 class Progress:
     """One line on a terminal that says what, how much of how much, the rate and the time left.
 
     Silent when standard error is not a terminal or when told to be quiet.  `update` may be called as often
-    as the caller likes, from any thread.
+    as the caller likes, from any thread.  What else goes to standard error calls `clear_line` before.
     """
 
+    quiet = False  # of the whole process: nobody shows progress
+    _standing: "Optional[Progress]" = None  # whose line is on the terminal now
+
     def __init__(self, quiet: bool = False) -> None:
-        self.on = not quiet and sys.stderr.isatty()
+        self.on = not quiet and not Progress.quiet and sys.stderr.isatty()
         self._lock = threading.Lock()
         self._drawn = 0.0
         self._width = 0
-        self._start: "Dict[str, Tuple[float, float]]" = {}
+        self._points: "Dict[str, List[Tuple[float, float]]]" = {}
 
     def update(self, what: str, done: float, total: float, note: str = "") -> None:
         if not self.on:
             return
         now = time.monotonic()
         with self._lock:
-            first, base = self._start.setdefault(what, (now, done))
+            points = self._points.setdefault(what, [(now, done)])
             if now - self._drawn < 0.2:
                 return
             self._drawn = now
             line = "%s: %s of %s" % (what, format_size(done), format_size(max(total, done)))
-            rate = (done - base) / (now - first) if now - first > 1 else 0
+            rate = self._rate(points, now, done)
             if rate > 0:
                 line += ", %s/s, %s left" % (format_size(rate), format_seconds(max(0, total - done) / rate))
             self._draw(line + note)
+
+    @staticmethod
+    def _rate(points: "List[Tuple[float, float]]", now: float, done: float) -> float:
+        """Bytes a second since RATE_SECONDS ago; 0 when it is not known.  points: (time, done) of before, one a second."""
+        while len(points) > 1 and points[1][0] <= now - RATE_SECONDS:
+            points.pop(0)
+        if now - points[-1][0] >= 1:
+            points.append((now, done))
+        first, base = points[0]
+        return (done - base) / (now - first) if now - first > 1 else 0.0
 
     def say(self, line: str) -> None:
         """Show a state without figures, such as what is being waited for."""
@@ -564,6 +584,7 @@ class Progress:
         sys.stderr.write("\r" + line + " " * max(0, self._width - len(line)))
         sys.stderr.flush()
         self._width = len(line)
+        Progress._standing = self
 
     def clear(self) -> None:
         if self.on and self._width:
@@ -571,6 +592,30 @@ class Progress:
                 sys.stderr.write("\r" + " " * self._width + "\r")
                 sys.stderr.flush()
                 self._width = 0
+
+
+def clear_line() -> None:
+    """Take away the progress line, whosever it is: an error must not stand on it."""
+    if Progress._standing:
+        Progress._standing.clear()
+
+
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Log lines on standard error, on lines of their own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_line()
+        super().emit(record)
+
+
+TINTS = {"well": "32", "wait": "33", "wrong": "31"}
+
+
+def tint(state: str, text: str) -> str:
+    """Text for standard output, in the colour of `well`, `wait` or `wrong` on a terminal, unless NO_COLOR is set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return "\033[%sm%s\033[0m" % (TINTS[state], text)
 
 
 class Pace:
@@ -7306,8 +7351,9 @@ class Figures:
                     settled=not (self.actions or self.short or self.broken or self.unreachable))
 
 
-def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]") -> None:
-    """Call `function` for each item in a thread of its own; the first exception is raised at the end."""
+def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]", progress: "Optional[Progress]" = None) -> None:
+    """Call `function` for each item in a thread of its own; the first exception is raised at the end.  progress: there it
+    is said which items, such as hosts, are waited for."""
     errors: "List[BaseException]" = []
 
     def guarded(item: Any) -> None:
@@ -7316,12 +7362,18 @@ def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]") -> No
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(item,), daemon=True) for item in items]
-    for thread in threads:
+    threads = [(threading.Thread(target=guarded, args=(item,), daemon=True), item) for item in items]
+    begun = time.monotonic()
+    for thread, _ in threads:
         thread.start()
-    for thread in threads:
+    for thread, _ in threads:
         while thread.is_alive():
             thread.join(0.5)
+            alive = [str(item) for other, item in threads if other.is_alive()]
+            if progress and alive and time.monotonic() - begun > WAITING_AFTER:
+                progress.say("waiting for %s" % ", ".join(alive))
+    if progress:
+        progress.clear()
     if errors:
         raise errors[0]
 
@@ -8486,7 +8538,7 @@ class Client:
         told = figures or Figures()
         for _ in range(2):
             before = self.home.config_state()
-            in_parallel(lambda host: self._exchange_with(host, told), self.config.all_hosts())
+            in_parallel(lambda host: self._exchange_with(host, told), self.config.all_hosts(), self.progress)
             self.config = self.home.config()
             if self.home.config_state() == before:
                 return
@@ -9543,6 +9595,11 @@ class Restore:
                 "holders": {self.holders[n].name: {"files": files, "bytes": size, "rate": int(self._rates[n])}
                             for n, (files, size, _) in sorted(share.items())}}
 
+    def planned(self) -> "Iterator[Tuple[bytes, int, str]]":
+        """(path, size, what becomes of it) of each file, after `dry_run`."""
+        for path, size, state, rank in self._each("size, state, rank", "kind='f'"):
+            yield path, size, {1: "there", 3: "link", 4: "in way"}.get(state, "fetch" if rank else "MISSING")
+
     def catalog_of(self, directory: bytes, scratch: str) -> "List[Tuple[Any, ...]]":
         """(path, kind, size, mtime, target, holders) of a path and of what is directly in it, as the catalog says."""
         self.only = directory
@@ -9609,7 +9666,7 @@ def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **field
         finally:
             link.close()
 
-    in_parallel(ask, hosts)
+    in_parallel(ask, hosts, Progress())
     return answers, down
 
 
@@ -9854,7 +9911,7 @@ def print_status(status: "Dict[str, Any]") -> None:
     for name, s in status["sources"].items():
         print("%s  (%s:%s)" % (name, s["host"], s["path"]))
         if s["impossible"]:
-            print("    IMPOSSIBLE: %s" % s["impossible"])
+            print(tint("wrong", "    IMPOSSIBLE: %s" % s["impossible"]))
         if s["state"] == "unreachable" and s["then"]:
             print("    its server does not answer; what it said %s ago:" % format_age(status["hosts"][s["host"]]["answered"]))
             s = s["then"]
@@ -9863,16 +9920,16 @@ def print_status(status: "Dict[str, Any]") -> None:
                                          else "does not know it: is its configuration the same?"))
             continue
         if s["state"] == "held":
-            print("    HELD, nothing changes in the backups: %s" % held_advice(name, s))
+            print(tint("wrong", "    HELD, nothing changes in the backups: %s" % held_advice(name, s)))
         print("    %s, %s; %d copies wanted" % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
         if s["underserved_files"]:
-            print("    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
+            print(tint("wait", "    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
                 count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
-                ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items() if int(k) < s["replicas"])))
+                ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items() if int(k) < s["replicas"]))))
             for path, size, why in s["short"][:5]:
                 print("        %s, %s%s" % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
         elif s["files"] and not source_trouble(name, s):
-            print("    all safe" + ("" if not s.get("unproven_files") else ", as far as is known"))
+            print(tint("well", "    all safe" + ("" if not s.get("unproven_files") else ", as far as is known")))
         for facts, what in ((s["problems"], "could not be read: %s"), (s["stuck"] or {}, "cannot be copied: %s")):
             for line in facts.get("some", []):
                 print("    " + what % line)
@@ -9900,10 +9957,10 @@ def print_check(status: "Dict[str, Any]") -> None:
     found = verdict(status)
     if found.safe:
         files = sum((s["then"] or s)["files"] for s in status["sources"].values())
-        print("; ".join(["safe: %s of %s have all their copies" % (
+        print("; ".join([tint("well", "safe") + ": %s of %s have all their copies" % (
             count_of(files, "file"), count_of(len(status["sources"]), "source"))] + found.remarks))
     else:
-        print("NOT SAFE: " + "; ".join(found.trouble))
+        print(tint("wrong" if found.lasting() else "wait", "NOT SAFE") + ": " + "; ".join(found.trouble))
 
 
 def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, int]") -> int:
@@ -10247,7 +10304,7 @@ def ask_lists(home: Home, config: Config, source: str, directory: bytes,
         finally:
             link.close()
 
-    in_parallel(ask, sorted({b.host for b in config.backups.values()}))
+    in_parallel(ask, sorted({b.host for b in config.backups.values()}), Progress())
     return found, down
 
 
@@ -10826,6 +10883,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> "Any":
         raise UsageError("%s; see `%s --help`" % (message, self.prog))
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """The nearest guess for a word that is none of the choices."""
+        import difflib
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
+        if near and value not in action.choices:  # type: ignore[operator]
+            raise argparse.ArgumentError(action, "invalid choice: %r; did you mean %s?" % (value, near[0]))
+        super()._check_value(action, value)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Examples stand as they are written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example:") else super()._fill_text(text, width, indent)
+
 
 def add_init_parser(commands: Any) -> None:
     parser = commands.add_parser("init", help="first machine: make the home, the cluster's key and a configuration")
@@ -11369,8 +11441,11 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     if args.adopt:
         client.foreign = may_take_foreign(args, config.backups[args.adopt], client.cluster)
     total: "Optional[Figures]" = None
+    done = dict.fromkeys(PASS_COUNTS, 0)
     while True:
         figures = client.run()
+        for key in figures.counts:
+            done[key] += figures.counts[key]
         status = collect_status(home, client.config, figures.unreachable)
         watch = Watch(home, client.config.alert_after)
         watch.note(verdict(status))
@@ -11392,6 +11467,9 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     watch.tell()
     if args.json:
         print(json.dumps(total.as_json()))
+    elif sys.stdout.isatty() and not args.quiet:
+        print("%s: %s" % (host, pass_text(done)))
+        print_check(status)
     return EXIT_INCOMPLETE if total.trouble else EXIT_DONE
 
 
@@ -11690,7 +11768,7 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
         find_rsync()
         restore.find_holders(config, tls_context(home, server_side=False))
     if args.dry_run:
-        return print_dry_run(restore, args.json)
+        return print_dry_run(restore, args.json, args.verbose > 0)
     try:
         complete = restore.run(whole=not args.paths)
     except (sqlite3.Error, OSError) as error:
@@ -11703,10 +11781,12 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     return EXIT_DONE if complete else EXIT_INCOMPLETE
 
 
-def print_dry_run(restore: Restore, as_json: bool) -> int:
-    """What would come from where, how much, and how long it would take."""
+def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
+    """What would come from where, how much, and how long it would take; with `each` also what becomes of each file."""
     with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
         plan = restore.dry_run(scratch)
+        for path, size, word in restore.planned() if each and not as_json else ():
+            print("%-8s %10s  %s" % (word, format_size(size), shown(path)))
     code = EXIT_INCOMPLETE if plan["missing_files"] else EXIT_DONE
     if as_json:
         print(json.dumps(dict(restore.counts, catalog_time=restore.catalog_time, **plan)))
@@ -11959,6 +12039,141 @@ def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
                         **default)
 
 
+HELP: "Dict[str, Tuple[str, ...]]" = {
+    "init": ("Makes the home of the first machine: the cluster's key and a commented configuration.  What is there already "
+             "stays as it is.", "sudo python3 cbackup.pyz init"),
+    "invite": ("Prints the one line to type on a new machine.  Its token is good once, and for one hour.",
+               "sudo cbackup.pyz invite"),
+    "join": ("Fetches key and configuration from a machine of the cluster, after it has made sure by the token that it is "
+             "one.", "sudo python3 cbackup.pyz join 192.168.1.10:5005 TOKEN --install"),
+    "service": ("Prints what starts the server at boot and the client on time; with --install puts that in place and starts "
+                "both.  Root's program is then /usr/local/bin/cbackup.pyz.", "sudo python3 cbackup.pyz service --install"),
+    "server": ("Serves this host's sources and backups to the other hosts, in the foreground, until it is told to end.",
+               "cbackup.pyz server"),
+    "client": ("Makes one pass: brings every backup of this host up to date, as far as the other hosts can be reached.  "
+               "Without a terminal it prints nothing unless something is wrong.", "sudo cbackup.pyz client --until-settled"),
+    "status": ("Says what is safe and what is not, across the cluster.", "cbackup.pyz status",
+               "cbackup.pyz status --check || echo 'not safe'", "cbackup.pyz status --html page.html"),
+    "web": ("Serves a read-only page with the state of the cluster, until it is told to end.",
+            "cbackup.pyz web --listen 127.0.0.1:5080"),
+    "plan": ("Says whether everything fits, and what the loss of each host would mean now.", "cbackup.pyz plan"),
+    "restore": ("Brings back a source, or some paths of it, from whichever hosts are up.  What is there already and is right "
+                "stays; what differs is moved aside with --force.", "cbackup.pyz restore documents --to /tmp/documents",
+                "cbackup.pyz restore photos '2024/*' --at 2026-11-01 --to /tmp/photos"),
+    "find": ("Says where copies and older versions of matching files are.", "cbackup.pyz find '*.jpg'"),
+    "ls": ("Shows what a directory of a source had, now or at another time: time, size, copies, how many older versions.",
+           "cbackup.pyz ls photos 2026/11 --at 3d"),
+    "log": ("Shows what the passes of this host did, the newest first.", "cbackup.pyz log"),
+    "verify": ("Reads all copies on this host now, and sets bad ones aside, instead of a few in each pass.",
+               "sudo cbackup.pyz verify"),
+    "accept": ("Lets a mass change of a source through that was held back.", "cbackup.pyz accept photos"),
+    "forget": ("Deletes the copies and old versions of a source that is no longer in the configuration.",
+               "sudo cbackup.pyz forget photos --everywhere"),
+    "demo": ("Makes a cluster of four hosts on this machine in a temporary directory, backs up, kills two hosts, restores, "
+             "compares, and cleans up.", "python3 cbackup.pyz demo ~/Documents"),
+    "completion": ("Prints what lets a shell complete cbackup's commands and options.",
+                   "cbackup.pyz completion bash > /etc/bash_completion.d/cbackup"),
+    "help": ("Shows the help of a command, or what commands there are.", "cbackup.pyz help restore"),
+    "version": ("Prints the version.", "cbackup.pyz version")}
+"""What --help says of each command, and examples."""
+
+
+def add_help_parser(commands: Any) -> None:
+    parser = commands.add_parser("help", help="the help of a command")
+    parser.add_argument("about", nargs="?", metavar="COMMAND", choices=sorted(HELP), help="which")
+    parser.set_defaults(run=cmd_help)
+
+
+def cmd_help(args: argparse.Namespace, home: Home) -> int:
+    parser = build_parser()
+    (commands_of(parser)[args.about] if args.about else parser).print_help()
+    return EXIT_DONE
+
+
+def add_version_parser(commands: Any) -> None:
+    parser = commands.add_parser("version", help="the version")
+    parser.set_defaults(run=cmd_version)
+
+
+def cmd_version(args: argparse.Namespace, home: Home) -> int:
+    print("cbackup " + __version__)
+    return EXIT_DONE
+
+
+def commands_of(parser: argparse.ArgumentParser) -> "Dict[str, argparse.ArgumentParser]":
+    """The parsers of all commands by their names."""
+    return next(action.choices for action in parser._actions  # type: ignore[return-value]
+                if isinstance(action, argparse._SubParsersAction))
+
+
+def options_of(parser: argparse.ArgumentParser) -> "List[Tuple[List[str], str, bool]]":
+    """(names, what it does, whether a value follows) of each option."""
+    return [(list(action.option_strings), (action.help or "").replace("%%", "%"), action.nargs != 0)
+            for action in parser._actions if action.option_strings]
+
+
+def bash_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
+    def words(one: argparse.ArgumentParser) -> str:
+        return " ".join(name for names, _, _ in options_of(one) for name in names)
+    commands = commands_of(parser)
+    yield "# bash completion for cbackup, made by `cbackup.pyz completion bash`"
+    yield "_cbackup() {"
+    yield "    local word command= current=${COMP_WORDS[COMP_CWORD]}"
+    yield '    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do'
+    yield "        case $word in %s) command=$word; break;; esac" % "|".join(commands)
+    yield "    done"
+    yield "    case $command in"
+    yield "        '') word='%s %s';;" % (" ".join(commands), words(parser))
+    for name, one in commands.items():
+        yield "        %s) word='%s';;" % (name, words(one))
+    yield "    esac"
+    yield '    COMPREPLY=($(compgen -W "$word" -- "$current"))'
+    yield "}"
+    yield "complete -o default -F _cbackup cbackup.pyz cbackup"
+
+
+def zsh_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
+    def described(pairs: "Iterable[Tuple[str, str]]") -> str:
+        return " ".join(shlex.quote("%s:%s" % (name.replace(":", "\\:"), text)) for name, text in pairs)
+    commands = commands_of(parser)
+    yield "#compdef cbackup.pyz cbackup"
+    yield "# made by `cbackup.pyz completion zsh`"
+    yield "local -a choices"
+    yield "local command=${words[(r)%s]}" % "|".join(commands)
+    yield "case $command in"
+    yield "    '') choices=(%s); _describe command choices; return;;" % described(
+        (name, HELP[name][0].partition(".")[0]) for name in commands)
+    for name, one in commands.items():
+        yield "    %s) choices=(%s);;" % (name, described((n, text) for names, text, _ in options_of(one) for n in names))
+    yield "esac"
+    yield "_describe -o option choices"
+    yield "_files"
+
+
+def fish_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
+    commands = commands_of(parser)
+    yield "# made by `cbackup.pyz completion fish`"
+    for name, one in commands.items():
+        yield "complete -c cbackup.pyz -n __fish_use_subcommand -a %s -d %s" % (
+            name, shlex.quote(HELP[name][0].partition(".")[0]))
+        for names, text, value in options_of(one):
+            words = " ".join(("-l %s" if n.startswith("--") else "-s %s") % n.lstrip("-") for n in names)
+            yield "complete -c cbackup.pyz -n '__fish_seen_subcommand_from %s' %s%s -d %s" % (
+                name, words, " -r" if value else "", shlex.quote(text))
+
+
+def add_completion_parser(commands: Any) -> None:
+    parser = commands.add_parser("completion", help="what lets a shell complete commands and options")
+    parser.add_argument("shell", metavar="SHELL", choices=["bash", "fish", "zsh"], help="bash, fish or zsh")
+    parser.set_defaults(run=cmd_completion)
+
+
+def cmd_completion(args: argparse.Namespace, home: Home) -> int:
+    make = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[args.shell]
+    print("\n".join(make(build_parser())))
+    return EXIT_DONE
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="cbackup.pyz", description="A backup that lives on the free space of the UNIX machines you have.")
     add_common_options(parser)
@@ -11966,10 +12181,13 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser,
                 add_client_parser, add_status_parser, add_web_parser, add_plan_parser, add_restore_parser, add_find_parser,
-                add_ls_parser, add_log_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser):
+                add_ls_parser, add_log_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser,
+                add_completion_parser, add_help_parser, add_version_parser):
         add(commands)
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         add_common_options(command, default=argparse.SUPPRESS)
+        command.formatter_class = HelpFormatter
+        command.description, command.epilog = HELP[name][0], "example:\n  " + "\n  ".join(HELP[name][1:])
     return parser
 
 
@@ -11982,25 +12200,31 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         args = build_parser().parse_args(arguments)
         if not args.command:
             raise UsageError("which command?  See `cbackup.pyz --help`")
-        logging.basicConfig(stream=sys.stderr, level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
+        logging.basicConfig(handlers=[LogHandler(sys.stderr)],
+                            level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
         logging.getLogger().handlers[0].setFormatter(PlainFormatter("cbackup: %(message)s"))
+        Progress.quiet = args.quiet
         code = args.run(args, Home(args.home, args.host))
         sys.stdout.flush()
         return code
     except CBackupError as error:
+        clear_line()
         for line in str(error).split("\n"):
             print("cbackup: " + shown(line), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
+        clear_line()
         print("cbackup: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         return EXIT_INCOMPLETE
     except sqlite3.Error as error:
+        clear_line()
         print("cbackup: a database in %s cannot be used: %s" % (Home(args.home).state_path, error), file=sys.stderr)
         return EXIT_INCOMPLETE
     except OSError as error:
+        clear_line()
         print("cbackup: %s%s" % (shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)),
               file=sys.stderr)
         return EXIT_INCOMPLETE
