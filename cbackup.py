@@ -3904,9 +3904,9 @@ FIGURES = dict(dict.fromkeys((
     "blocked_files", "replicas"), _is_count), state=_is_text, reason=Maybe(_is_said), cause=Maybe(_is_text),
     copies=Each(_is_count), special=Maybe(_is_count), last_scan=Maybe(_is_real),
     problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_said)), unproven_files=May(_is_count),
-    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)])
+    unproven_since=May(Maybe(_is_real)), short_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)])
 """A source in the answer of `status`."""
-HERE = {"state": _is_said, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
+HERE = {"state": _is_said, "used": May(_is_count), "held": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
         "sources": May(Each(_is_count)), "disk": May(_is_number), "new": May(_is_flag)}
 """A backup in its own host's answer of `status`."""
 PLANNED = {"state": _is_text, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
@@ -3960,7 +3960,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)), {"rows": [_is_holding]}),
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
-                      {"rows": [(_is_text, Maybe(_is_count), _is_real, _is_real)], "next": Maybe(_is_text)}),
+                      {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)], "next": Maybe(_is_text)}),
     "accept": Operation({"source": _is_name}, {"text": _is_said}),
     "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "rows": Every(
         (_is_name, _is_text, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
@@ -10313,7 +10313,7 @@ class EmptyBackup(CBackupError):
 
 
 def list_pages(link: Link, backup: str, source: str, directory: bytes, kind: int) -> "Iterator[List[Any]]":
-    """The checked rows of `list`, page by page."""
+    """The rows of `list`, page by page."""
     after: "Optional[str]" = ""
     while after is not None:
         try:
@@ -10322,13 +10322,9 @@ def list_pages(link: Link, backup: str, source: str, directory: bytes, kind: int
             if error.reason == "unknown":
                 raise EmptyBackup(str(error))
             raise
-        for row in answer.get("rows", []):
-            if not isinstance(row, list) or len(row) != 4 or not isinstance(row[0], str) \
-                    or not (row[1] is None or _is_count(row[1])) or not all(isinstance(n, (int, float)) for n in row[2:]):
-                raise ProtocolError("%s: a listing that is not of the form" % link.host)
-            yield row
-        before, after = after, answer.get("next")
-        if after is not None and not (isinstance(after, str) and as_raw(after) > as_raw(before)):
+        yield from answer["rows"]
+        before, after = after, answer["next"]
+        if after is not None and as_raw(after) <= as_raw(before):
             raise ProtocolError("%s: a listing without an end" % link.host)
 
 
