@@ -7,8 +7,9 @@ import socket
 import unittest
 
 import cbackup
+from tests import matrix
 from tests.faults import tmpfs_or_skip
-from tests.harness import PATIENCE, Case, make_tree, some_bytes, write_file
+from tests.harness import PATIENCE, Case, Cluster, make_tree, some_bytes, write_file
 
 OPENRSYNC = """\
 #!/bin/sh
@@ -146,6 +147,23 @@ class TemporaryDirectoryTest(RsyncCase):
         os.mkdir(folder)
         tmpfs_or_skip(self, folder, "4m,noexec")
         self.backed_up_with(folder)
+
+
+class MatrixTest(unittest.TestCase):
+    """A short part of `python3 -m tests.matrix`: the oldest and the newest Python of this machine together."""
+
+    def test_the_oldest_python_serves_the_newest_and_the_reverse(self):
+        pythons = matrix.found_pythons()
+        if len(pythons) < 2:
+            self.skipTest("there are no two Pythons from 3.8 on here")
+        oldest, newest = (pythons[0], None), (pythons[-1], None)
+        self.assertEqual(("", ""), (matrix.try_pair(oldest, newest), matrix.try_pair(newest, oldest)))
+
+    def test_a_pair_that_does_not_work_together_is_told(self):
+        with Cluster() as place:
+            write_file(place.path("rsync"), OPENRSYNC.replace('"openrsync: protocol version 29"', '""') % {"rsync": "false"})
+            os.chmod(place.path("rsync"), 0o755)
+            self.assertIn("rsync", matrix.try_pair((None, None), (None, place.base)))
 
 
 if __name__ == "__main__":
