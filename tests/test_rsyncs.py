@@ -152,12 +152,11 @@ class TemporaryDirectoryTest(RsyncCase):
 class MatrixTest(unittest.TestCase):
     """A short part of `python3 -m tests.matrix`: the oldest and the newest Python of this machine together."""
 
-    def test_the_oldest_python_serves_the_newest_and_the_reverse(self):
+    def test_the_oldest_python_serves_the_newest(self):
         pythons = matrix.found_pythons()
         if len(pythons) < 2:
             self.skipTest("there are no two Pythons from 3.8 on here")
-        oldest, newest = (pythons[0], None), (pythons[-1], None)
-        self.assertEqual(("", ""), (matrix.try_pair(oldest, newest), matrix.try_pair(newest, oldest)))
+        self.assertEqual("", matrix.try_pair((pythons[0], None), (pythons[-1], None)))
 
     def test_a_pair_that_does_not_work_together_is_told(self):
         with Cluster() as place:
