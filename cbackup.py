@@ -239,6 +239,9 @@ SHAPES = 20000
 OVERDUE_LEAST, OVERDUE_PERIODS, OVERDUE_TIMES = 3600.0, 4, 3
 """A source that was not looked at for an hour, for 4 times `scan` and for 3 times as long as a look takes is not safe."""
 
+HELD_FILES = 10000
+"""Most files that are gone, and most that have changed, that the books keep to be shown while a source is held."""
+
 HELD_SHARE_OF = 20
 """Mass-change rule: more than half of at least this many files gone or changed within one scan."""
 
@@ -1043,6 +1046,10 @@ class Config:
         return "%d copies on different hosts are wanted, and only %s can have a copy" % (
             source.replicas, count_of(len(others), "other host"))
 
+    def names(self) -> "set[str]":
+        """All lines of sources and backups, as "sources/photos" and "backups/pi"."""
+        return {"sources/" + name for name in self.sources} | {"backups/" + name for name in self.backups}
+
     def rate(self, *lines: "Any", key: str) -> "Optional[int]":
         """The lowest of the cluster's and the given lines' `read_rate` or `bwlimit`; None without any."""
         found = {"read_rate": (self.read_rate, [x.read_rate for x in lines]),
@@ -1269,6 +1276,9 @@ keep     = 30d        # how long previous versions of files are kept
 CONFIG_LIMIT = 1 << 20
 """Longest configuration, bytes: it travels in one message."""
 
+CONFIG_NAMES = 10000
+"""Most names of accepted lines that travel with a version."""
+
 CONFIG_HISTORY = 100
 """Versions that are kept in state/, and whose digests travel with a version to tell an edit from a conflict."""
 
@@ -1276,6 +1286,21 @@ CONFIG_HISTORY = 100
 def sha256_of(text: "Any") -> str:
     """The digest of a configuration, as text or as the bytes of a file."""
     return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()
+
+
+HELD_LINES = 4
+"""A configuration that removes more than half of at least so many sources, or backups, is held back."""
+
+
+def removed_at_once(old: Config, new: Config, accepted: "Iterable[str]" = ()) -> str:
+    """What a changed configuration removes that must not go by itself: all sources or all backups, or more than half of at
+    least HELD_LINES of either; "" when it does not.  accepted: names (Config.names) that may go."""
+    said = []
+    for kind, before in (("sources", old.sources), ("backups", old.backups)):
+        gone = sorted(name.partition("/")[2] for name in old.names() - new.names() - set(accepted) if name.startswith(kind))
+        if gone and (not any(name.startswith(kind) for name in new.names()) or len(before) >= HELD_LINES and 2 * len(gone) > len(before)):
+            said.append("%d of %d %s (%s)" % (len(gone), len(before), kind, ", ".join(gone[:5] + ["..."] * (len(gone) > 5))))
+    return " and ".join(said)
 
 
 def config_order(state: "Dict[str, Any]") -> "Tuple[int, int, str]":
@@ -1361,15 +1386,18 @@ class Home:
         known, digest = self.config_state(), sha256_of(text)
         if known.get("sha256") != digest:
             history = ([known["sha256"]] if known else []) + known.get("history", [])
-            self._record({"version": known.get("version", 0) + 1, "stamp": stamp, "sha256": digest, "mine": True,
-                          "history": history[:CONFIG_HISTORY]}, text)
+            number = max(known.get("version", 0), self.held_config().get("version", 0)) + 1
+            self._record({"version": number, "stamp": stamp, "sha256": digest, "mine": True,
+                          "history": history[:CONFIG_HISTORY], "accepted": known.get("accepted", [])}, text)
 
     def config_state(self) -> "Dict[str, Any]":
         """What is known of the version in force here: version, stamp (seconds), sha256, history (older sha256s), mine
-        (edited on this machine); {} before the first."""
+        (edited on this machine), accepted (lines that may go, see `removed_at_once`); {} before the first."""
         return read_json(os.path.join(self.state_path, "config.json"))
 
     def _record(self, state: "Dict[str, Any]", text: str) -> None:
+        there = parse_config(text, self.config_path).names()
+        state["accepted"] = sorted(set(state.get("accepted", [])) - there)[:CONFIG_NAMES]
         kept = self.state("config-history")
         os.makedirs(kept, mode=0o700, exist_ok=True)
         atomic_write(os.path.join(kept, "%06d-%s.conf" % (state["version"], state["sha256"][:12])), text.encode())
@@ -1382,19 +1410,67 @@ class Home:
         if not self.config_state():  # `state/` was lost while a server was running
             self.config()
         state = self.config_state()
+        return dict({key: state[key] for key in ("version", "stamp", "sha256", "history")},
+                    accepted=state.get("accepted", []), text=self._text_in_force(state))
+
+    def _text_in_force(self, state: "Dict[str, Any]") -> str:
         path = os.path.join(self.state_path, "config-history", "%06d-%s.conf" % (state["version"], state["sha256"][:12]))
         with open(path, "rb") as stream:
-            return dict({key: state[key] for key in ("version", "stamp", "sha256", "history")}, text=stream.read().decode())
+            return stream.read().decode()
+
+    def held_config(self) -> "Dict[str, Any]":
+        """Another machine's version that is held back here until somebody says `accept config`: an offer with `removes`, in
+        words, and `since`; {} when there is none, or a newer one is in force."""
+        held = read_json(os.path.join(self.state_path, "config-held.json"))
+        try:
+            state = self.config_state()
+            return held if held and state and config_order(held) > config_order(state) and held["removes"] else {}
+        except (KeyError, TypeError):
+            return {}
+
+    def _hold(self, offer: "Dict[str, Any]") -> bool:
+        """Whether an offer removes too much to be put in force by itself; then it is kept.  The caller holds config.lock."""
+        state = self.config_state()
+        try:
+            old = parse_config(self._text_in_force(state), self.config_path)
+        except (KeyError, OSError, ValueError, ConfigError):  # before the first version, or its text was lost
+            return False
+        removes = removed_at_once(old, parse_config(offer["text"], "a configuration"), offer.get("accepted", []))
+        if removes and self.held_config().get("sha256") != offer["sha256"]:
+            atomic_write(self.state("config-held.json"),
+                         json.dumps(dict(offer, removes=removes, since=clock.now())).encode())
+        return bool(removes)
+
+    def accept_config(self) -> str:
+        """Let what was removed so far go: put the version that is held back here in force, and have the one in force here
+        taken by those that hold it back.  Returns what is accepted, in words."""
+        self.config()
+        held = self.held_config()
+        gone: "set[str]" = set()
+        kept = os.path.join(self.state_path, "config-history")
+        for name in sorted(os.listdir(kept)):
+            with contextlib.suppress(OSError, ValueError, ConfigError), open(os.path.join(kept, name), "rb") as stream:
+                gone |= parse_config(stream.read().decode(), name).names()
+        if held:
+            self.take_config(dict(held, accepted=sorted(gone | set(held.get("accepted", [])))))
+            return held["removes"]
+        with self.lock("config.lock"):
+            state = self.config_state()
+            self._record(dict(state, accepted=sorted(gone | set(state.get("accepted", [])))), self._text_in_force(state))
+        return ""
 
     def take_config(self, offer: "Dict[str, Any]") -> bool:
-        """Put another machine's newer version in force here; False when ours is the newer one.  Raises ConfigError for a
-        text that is wrong.  An edit made here that the new version does not know is kept beside it.
+        """Put another machine's newer version in force here; False when ours is the newer one, or when it is held back
+        (`held_config`).  Raises ConfigError for a text that is wrong.  An edit made here that the new version does not know
+        is kept beside it.
 
         The same text under a higher number is taken too, or an edit made here later would get a number that loses.
         """
         text, digest = offer["text"], sha256_of(offer["text"])
         if digest != offer["sha256"]:
             raise ProtocolError("a configuration that is not what its digest says")
+        if not text.strip():
+            raise ConfigError("a configuration from another machine", [(0, "is empty")])
         parse_config(text, "a configuration from another machine")
         ours = self.config_state().get("version")
         if ours is not None and offer["version"] > ours + VERSION_JUMP:
@@ -1404,6 +1480,8 @@ class Home:
         with self.lock("config.lock"):
             state = self.config_state()
             if state and config_order(offer) <= config_order(state):
+                return False
+            if self._hold(offer):
                 return False
             lost = state and state.get("mine") and state["sha256"] not in offer["history"] and state["sha256"] != digest
             there = None
@@ -1416,7 +1494,7 @@ class Home:
                 atomic_write(self.config_path, text.encode())
             mine = state.get("sha256") == digest and state["mine"]
             self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest, "mine": mine,
-                          "history": offer["history"][:CONFIG_HISTORY]}, text)
+                          "history": offer["history"][:CONFIG_HISTORY], "accepted": offer.get("accepted", [])}, text)
         return True
 
     def take_part(self, offer: "Dict[str, Any]") -> None:
@@ -1704,6 +1782,9 @@ CREATE INDEX copies_expires ON copies(backup, expires) WHERE expires IS NOT NULL
 CREATE INDEX copies_backup ON copies(backup, source, file);
 CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
 
+-- What a scan that holds a source found: the files that are gone or have changed, HELD_FILES of either at most.
+CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(source, path)) WITHOUT ROWID;
+
 -- Which backups have told new books everything that they hold (see Books.recovering).
 CREATE TABLE caught_up(backup INTEGER, source INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
 
@@ -1753,6 +1834,7 @@ CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
 BOOKS_UPGRADES: "Dict[int, str]" = {1: """
 ALTER TABLE backups ADD COLUMN fruitless INTEGER DEFAULT 0;
 CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
+CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(source, path)) WITHOUT ROWID;
 ALTER TABLE entries ADD COLUMN doubt REAL;
 ALTER TABLE entries ADD COLUMN basis TEXT;
 ALTER TABLE entries ADD COLUMN other BLOB;
@@ -2327,6 +2409,11 @@ class Books:
         with self.write() as db:
             db.execute("UPDATE sources SET %s WHERE name=?" % ", ".join("%s=?" % key for key in facts),
                        list(facts.values()) + [name])
+
+    def held_page(self, source: int, after: bytes, limit: int) -> "List[Tuple[bytes, str]]":
+        """(path, "gone" or "changed") of files for which a source is held, by path."""
+        return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? ORDER BY path LIMIT ?",
+                         source, after, limit)
 
     def mismatch(self, source: int) -> "Tuple[int, int]":
         """(copies that backups hold of something that the source does not have like that, all copies).  A disk may have kept
@@ -3033,10 +3120,10 @@ class Books:
         """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
         their contents cannot be trusted; without those that cannot be read, which the scan names."""
         rows = self.rows(
-            "SELECT e.path, e.blocked FROM groups g JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 AND g.files>0 "
-            "AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) FROM declines d "
-            "JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp WHERE g.source=?1 AND g.k<?2 AND d.version=e.version "
-            "AND d.reason<>'no room' GROUP BY e.id ORDER BY 1", source, replicas)
+            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 "
+            "AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) "
+            "FROM declines d CROSS JOIN entries e ON e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 "
+            "AND g.k<?2 AND d.version=e.version AND d.reason<>'no room' GROUP BY e.id ORDER BY 1", source, replicas)
         return len(rows), rows[:limit]
 
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
@@ -3045,11 +3132,12 @@ class Books:
         for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND "
                                         "host<>? AND capacity IS NOT NULL", self.host):
             largest[host] = max(capacity, largest.get(host, 0))
-        found = []
-        for path, size, why in self.rows(
-                "SELECT e.path, e.size, COALESCE(e.blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
-                "FROM entries e JOIN groups g ON g.id=e.grp WHERE g.source=? AND g.k<? ORDER BY e.size DESC LIMIT ?",
-                source, replicas, limit):
+        found, short = [], []
+        for (group,) in self.rows("SELECT id FROM groups WHERE source=? AND files>0 AND k<?", source, replicas):
+            short += self.rows(  # group by group, which is by index: a pass asks for this, also when a million are short
+                "SELECT path, size, COALESCE(blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
+                "FROM entries e WHERE grp=? ORDER BY size DESC LIMIT ?", group, limit)
+        for path, size, why in sorted(short, key=lambda row: -row[1])[:limit]:
             able = sum(capacity >= size for capacity in largest.values())
             if not why and largest and able < replicas:
                 why = "it fits into no backup" if not able else "it fits into the backups of only %s" % count_of(able, "host")
@@ -3093,13 +3181,19 @@ UNACCEPTABLE = ("gone", "restore", "paths")
 """Causes of which `accept` is not the way out: nothing is there that could be accepted."""
 
 
+def held_config_text(hosts: "List[str]", removes: str) -> str:
+    return "%s held back on %s: it removes %s; if that is right: cbackup.pyz accept config; if not: correct cbackup.conf " \
+        "on any machine" % ("a changed configuration is", ", ".join(hosts), removes)
+
+
 def held_advice(name: str, facts: "Dict[str, Any]") -> str:
     """What to do about a held source: `facts` have its reason and cause."""
     if facts.get("cause") == "gone":
         return "%s; if it is gone for good: remove its line from cbackup.conf" % facts["reason"]
     if facts.get("cause") in UNACCEPTABLE:
         return str(facts["reason"])
-    return "%s; if that is right: cbackup.pyz accept %s" % (facts["reason"], name)
+    return "%s; if that is right: cbackup.pyz accept %s; if not, this puts back what was there: cbackup.pyz restore %s --force" % (
+        facts["reason"], name, name)
 
 
 _NAMED_CLASS = re.compile(r"\[:([^\]]*):\]")
@@ -3502,6 +3596,21 @@ class Scan:
                 return count
             after = page[-1][0]
 
+    def keep_list(self, held: bool) -> None:
+        """Have the books keep what was found, so that it can be seen what `accept` would let through; or forget it."""
+        number = self.row["id"]
+        if not held and not self.books.held_page(number, b"", 1):
+            return
+        with self.books.write() as db:
+            db.execute("DELETE FROM held_files WHERE source=?", (number,))
+            if held:
+                moved = "EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
+                db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost WHERE kind='f' AND replaced=0 AND NOT "
+                           + moved % "lost.id" + " ORDER BY path LIMIT ?", (number, HELD_FILES))
+                db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found WHERE kind='f' AND "
+                           "(how='content' OR how='replaced' AND NOT " + moved % "found.known" + ") ORDER BY path LIMIT ?",
+                           (number, HELD_FILES))
+
     # -- applying --
 
     def _rows(self, condition: str) -> "Iterator[Dict[str, Any]]":
@@ -3610,9 +3719,13 @@ def _fsid(path: bytes) -> int:
 def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None,
              consent: bool = False) -> bool:
     """One scan, its verdict recorded.  Returns whether anything was different."""
+    scan = Scan(books, source, skip, pace, consent)
     try:
-        return Scan(books, source, skip, pace, consent).run()
+        changed = scan.run()
+        scan.keep_list(False)
+        return changed
     except Held as held:
+        scan.keep_list(held.cause not in UNACCEPTABLE)
         record_held(books, source, held)
         return False
 
@@ -3896,7 +4009,8 @@ WORDS = {
     "used": Maybe(_is_count), "files": Maybe(_is_count), "age": Maybe(_is_real), "period": Maybe(_is_real),
     "lost": _is_flag, "droppable": _is_count}
 """The last words of a backup."""
-OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _is_text, "history": Every(_is_text, 1000)}
+OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _is_text, "history": Every(_is_text, 1000),
+         "accepted": May(Every(_is_text, CONFIG_NAMES), list)}
 """A configuration: Home.config_offer."""
 SOME = {"count": May(_is_count, 0), "some": May([_is_said], list)}
 FIGURES = dict(dict.fromkeys((
@@ -3904,10 +4018,11 @@ FIGURES = dict(dict.fromkeys((
     "blocked_files", "replicas"), _is_count), state=_is_text, reason=Maybe(_is_said), cause=Maybe(_is_text),
     copies=Each(_is_count), special=Maybe(_is_count), last_scan=Maybe(_is_real),
     problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_said)), unproven_files=May(_is_count),
-    unproven_since=May(Maybe(_is_real)), short_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)])
+    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)], short_since=May(Maybe(_is_real)),
+    held_files=May([(_is_path, _one_of("gone", "changed"))], list))
 """A source in the answer of `status`."""
-HERE = {"state": _is_said, "used": May(_is_count), "held": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
-        "sources": May(Each(_is_count)), "disk": May(_is_number), "new": May(_is_flag)}
+HERE = {"state": _is_said, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
+        "sources": May(Each(_is_count)), "held": May(_is_count), "disk": May(_is_number), "new": May(_is_flag)}
 """A backup in its own host's answer of `status`."""
 PLANNED = {"state": _is_text, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
            "bare": (_is_count, _is_count), "without": Each((_is_count, _is_count)), "largest": (_is_count, _is_text)}
@@ -3953,7 +4068,7 @@ OPERATIONS: "Dict[str, Operation]" = {
                          {"upto": _is_count, "time": _is_real, "books": _is_text, "rows": [_is_anything],
                           "cursor": (_is_number, _is_number)}),
     "status": Operation({}, {"sources": Each(FIGURES), "backups": [WORDS], "mine": Each(HERE), "duties": Each(_is_count),
-                             "config_version": _is_count}),
+                             "config_version": _is_count, "config_held": May(Maybe(_is_said))}),
     "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
     "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
     # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
@@ -3961,6 +4076,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
                       {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)], "next": Maybe(_is_text)}),
+    "held_files": Operation({"source": _is_name, "after": _is_text}, {"rows": [(_is_path, _one_of("gone", "changed"))]}),
     "accept": Operation({"source": _is_name}, {"text": _is_said}),
     "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "rows": Every(
         (_is_name, _is_text, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
@@ -6148,6 +6264,7 @@ class Service:
         self.reader = Reader(self)
         self.names = Names()
         self.failures: "Dict[str, str]" = {}
+        self._said_held: "Optional[str]" = None
         self._scanning = threading.Lock()
 
     def _configure(self, config: Config) -> None:
@@ -6161,6 +6278,7 @@ class Service:
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
         return {"cbackup": PROTOCOL, "level": LEVEL, "host": self.host, "books": self.books.id, "version": __version__,
+                "time": clock.now(),
                 "config": [state.get("version", 0), state.get("stamp", 0), state.get("sha256", "")]}
 
     def handle(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -6239,6 +6357,13 @@ class Service:
     def say_news_of_lines(self) -> None:
         for line in self.home.news_of_lines("server", self.config, self.host):
             log.warning("%s", line)
+
+    def say_held(self) -> None:
+        """Once for each configuration that is held back: a line in the server's log."""
+        held = self.home.held_config()
+        if held and held["sha256"] != self._said_held:
+            log.warning("%s", held_config_text([self.host], held["removes"]))
+        self._said_held = held.get("sha256")
 
     # -- a pass begins --
 
@@ -6559,12 +6684,15 @@ class Service:
             figures = books.figures(row)
             figures.update(host=self.host, path=row["path"], replicas=row["replicas"], state=row["state"],
                            reason=row["reason"], cause=row["cause"], special=row["special"],
-                           stuck=self._stuck(row), **self.look_facts(row))
-            figures.update(short_since=books.short_since(row["id"], row["replicas"]), short=[[as_text(path), size, why] for path, size, why in
+                           stuck=self._stuck(row), held_files=[[as_text(path), change] for path, change in
+                                                               books.held_page(row["id"], b"", 6)], **self.look_facts(row))
+            figures.update(short_since=books.short_since(row["id"], row["replicas"]),
+                           short=[[as_text(path), size, why] for path, size, why in
                                   books.short_files(row["id"], row["replicas"], 10)])
             sources[name] = figures
         return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(), "duties": books.duties(),
-                "config_version": self.home.config_state().get("version", 0)}
+                "config_version": self.home.config_state().get("version", 0),
+                "config_held": self.home.held_config().get("removes")}
 
     def _stuck(self, row: "Dict[str, Any]") -> "Dict[str, Any]":
         count, some = self.books.stuck_files(row["id"], row["replicas"], 20)
@@ -6678,8 +6806,15 @@ class Service:
     def op_new_config(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A client brings a configuration that it believes to be newer."""
         taken = self.home.take_config(check_offer(request["config"]))
+        self.say_held()
         self.catch_up_with_home()  # also when an edit made here is the newer one
         return {"taken": taken}
+
+    @answers("held_files")
+    def op_held_files(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A page of the files for which a source is held, by path: [path, "gone" or "changed"]."""
+        rows = self.books.held_page(self.books.source_row(request["source"])["id"], as_raw(request["after"]), PAGE)
+        return {"rows": _files_out(rows)}
 
     @answers("accept")
     def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7168,6 +7303,7 @@ class Server:
             if ticks % 10 == 0:
                 with contextlib.suppress(sqlite3.Error, OSError):
                     self.service.books.save_up()
+                self.service.say_held()
             before, last = last, self._config_stamp()
             if last not in (None, taken) and last == before:  # an editor may be in the middle of writing it
                 taken = last
@@ -8509,6 +8645,8 @@ class Client:
         self.adopt, self.foreign = adopt, False  # `foreign`: also from another cluster, see Vault
         self.context = tls_context(home, server_side=False)
         self.cluster = home.cluster_id()
+        self.clocks: "Dict[str, float]" = {}  # how far ours is ahead of that of each host's server, seconds
+        self.clock_wrong = False
 
     def open_vault(self, spec: Backup) -> Vault:
         """The backup's directory, when it is the one that was used before (state/backups.json remembers)."""
@@ -8549,6 +8687,9 @@ class Client:
             link.connect().close()
             if host == self.host:  # the same home; what matters is that restore can ask it for what lies here
                 return
+            theirs_now = link.hello.get("time")
+            if isinstance(theirs_now, (int, float)):
+                self.clocks[host] = clock.now() - theirs_now
             theirs, ours = link.hello.get("config"), self.home.config_state()
             if not isinstance(theirs, list) or len(theirs) != 3 or ours and tuple(theirs) == config_order(ours):
                 return
@@ -8570,6 +8711,7 @@ class Client:
             self.exchange_config(figures)
         for line in self.home.news_of_lines("client", self.config, self.host):
             figures.remark(line)
+        self.clock_wrong = self.compare_clocks(figures)
         disks: "Dict[Any, List[Backup]]" = {}
         for spec in self.config.backups_of(self.host):
             try:
@@ -8582,6 +8724,16 @@ class Client:
         self.home.note_pass(dict(figures.as_json(), time=round(begun), seconds=round(clock.steady() - since, 1),
                                  wrong=figures.lines[:20]))
         return figures
+
+    def compare_clocks(self, figures: Figures) -> bool:
+        """Whether our clock is not to be trusted with what is old: at least half of the servers have another time."""
+        other = {host: ahead for host, ahead in sorted(self.clocks.items()) if abs(ahead) > CLOCK_SLACK}
+        wrong = bool(other) and 2 * len(other) >= len(self.clocks)
+        for host, ahead in other.items():
+            figures.complain("this machine's clock is %s %s that of %s%s" % (
+                format_age(abs(ahead)), "ahead of" if ahead > 0 else "behind", host,
+                ": no old version is deleted until they agree" if wrong else ""))
+        return wrong
 
     def links(self) -> "Dict[str, Link]":
         hosts = sorted({s.host for s in self.config.sources.values() if s.host != self.host})
@@ -8610,6 +8762,7 @@ class Client:
             with vault.locked():
                 one = Pass(vault, self.config, self.host, self.links(), figures, self.progress,
                            adopt=self.adopt == spec.name, own=self.own_link())
+                one.clock_wrong = self.clock_wrong
                 self.home.void_forgets(self.config)
                 for name in filter(_is_name, self.home.to_forget().get(spec.name, [])):
                     vault.forget_source(name)
@@ -9670,23 +9823,17 @@ def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **field
     return answers, down
 
 
-def collect_status(home: Home, config: Config, down: "Optional[Dict[str, str]]" = None) -> "Dict[str, Any]":
+def collect_status(home: Home, config: Config, down: "Iterable[str]" = ()) -> "Dict[str, Any]":
     """What is safe and what is not, from all servers that answer, and from what the others said last (kept in `state/`).
 
-    `down`: hosts that are not to be asked, because they were just found not to answer, and why.  `hosts` in what is
-    returned: for each, the seconds since its server answered here (`answered`), and since it or a backup of it was heard
+    `down`: hosts that are not to be asked, because they were just found not to answer.  `hosts` in what is returned: for each, the seconds since its server answered here (`answered`), and since it or a backup of it was heard
     of by anybody (`silent`); None: never.
     """
     hosts = sorted({s.host for s in config.sources.values()} | {b.host for b in config.backups.values()})
-    answers, silent = ask_all(home, config, [host for host in hosts if host not in (down or {})], "status")
-    for host, answer in list(answers.items()):
-        if not is_status_answer(answer):
-            silent[host] = "%s: its answer makes no sense: is its cbackup another version?" % host
-            del answers[host]
+    answers = ask_all(home, config, sorted(set(hosts) - set(down)), "status")[0]
     then = {host: _aged(answer, ago) for host, (ago, answer) in home.last_answers().items()
-            if host not in answers and is_status_answer(answer)}
+            if host not in answers and not misfit(answer, OPERATIONS["status"].answer)}
     home.note_answers(answers, hosts)
-    silent.update((down or {}).items())
     sources = {name: dict(_source_status(spec, answers.get(spec.host), then.get(spec.host)),
                           impossible=config.too_few_hosts(spec)) for name, spec in sorted(config.sources.items())}
     backups = {name: _backup_status(spec, config, answers, then) for name, spec in sorted(config.backups.items())}
@@ -9696,39 +9843,49 @@ def collect_status(home: Home, config: Config, down: "Optional[Dict[str, str]]" 
     return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources,
             "backups": backups, "unreachable": sorted(host for host in hosts if host not in answers),
             "hosts": {host: {"answered": answered[host], "silent": min(ages, default=None)} for host, ages in heard.items()},
-            "warn_after": config.warn_after, "scan": config.scan, "conflicts": home.conflicts(), "warnings": [
+            "warn_after": config.warn_after, "conflicts": home.conflicts(), "warnings": [
                 line for host in hosts for line in shared_disks(answers.get(host, {}).get("mine", {}), host)],
+            "config_held": _held_configs(home, answers),
             "config_age": max(0.0, clock.now() - home.config_state().get("stamp", clock.now()))}
 
 
-def is_status_answer(answer: Any) -> bool:
-    """Whether a server's answer to `status` has all that is used of it.  Not only peers may be wrong: what `state/` has
-    of an earlier answer is checked too."""
-    def numbers(facts: Any, *keys: str) -> bool:
-        return isinstance(facts, dict) and all(
-            facts.get(key) is None or isinstance(facts[key], (int, float)) and not isinstance(facts[key], bool) for key in keys)
+def _held_configs(home: Home, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, List[str]]":
+    """What a held configuration removes -> the hosts that hold it back."""
+    found: "Dict[str, List[str]]" = {}
+    held = {host: answer["config_held"] for host, answer in answers.items() if answer.get("config_held")}
+    if home.held_config():  # also where no server runs
+        held[home.own_name()] = home.held_config()["removes"]
+    for host, removes in sorted(held.items()):
+        found.setdefault(removes, []).append(host)
+    return found
 
-    def some(facts: Any) -> bool:
-        return numbers(facts, "count") and isinstance(facts.get("some", []), list) and all(
-            isinstance(line, str) for line in facts.get("some", []))
 
-    def a_source(s: Any) -> bool:
-        return numbers(s, "last_scan", "short_since", "unproven_files", "unproven_since") and all(_is_count(s.get(key)) for key in (
-            "files", "bytes", "replicas", "underserved_files", "underserved_bytes", "overserved_files")) \
-            and s.get("state") in ("ok", "held") and isinstance(s.get("reason"), (str, type(None))) \
-            and isinstance(s.get("copies"), dict) and all(k.isdigit() and _is_count(n) for k, n in s["copies"].items()) \
-            and some(s.get("problems")) and some(s.get("stuck", {})) and isinstance(s.get("failed"), (str, type(None))) \
-            and isinstance(s.get("short"), list) and all(
-                isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and _is_count(row[1]) for row in s["short"])
+HELD_CHANGES = {"gone": "is gone", "changed": "has changed"}
 
-    def a_backup(b: Any) -> bool:
-        return numbers(b, "used", "held", "files", "capacity", "disk") and isinstance(b.get("state"), str) \
-            and numbers(b.get("sources", {}), *b.get("sources", {}))
-    return isinstance(answer, dict) and all(isinstance(answer.get(key), dict) for key in ("sources", "mine", "duties")) \
-        and all(map(a_source, answer["sources"].values())) and all(map(a_backup, answer["mine"].values())) \
-        and numbers(answer["duties"], *answer["duties"]) and isinstance(answer.get("backups"), list) and all(
-            numbers(words, "age", "capacity", "used", "files") and isinstance(words.get("name"), str)
-            for words in answer["backups"])
+
+def held_files_of(link: Link, source: str) -> "Iterator[Tuple[str, str]]":
+    """(path, "gone" or "changed") of all files for which a source is held.  A server that is older names none."""
+    after = ""
+    while True:
+        try:
+            rows = link.call("held_files", source=source, after=after)["rows"]
+        except (Refused, ProtocolError):
+            return
+        yield from rows
+        if len(rows) < PAGE:
+            return
+        after = rows[-1][0]
+
+
+def print_held_files(rows: "Iterable[Iterable[str]]", most: "Optional[int]", indent: str = "") -> int:
+    """Print the first files for which a source is held, or all (`most` None); returns how many there are."""
+    count = 0
+    for count, (path, change) in enumerate(rows, 1):
+        if most is None or count <= most:
+            print("%s%s %s" % (indent, shown(as_raw(path)), HELD_CHANGES[change]))
+    if most is not None and count > most:
+        print("%sand more: -v names all" % indent)
+    return count
 
 
 def _aged(answer: "Dict[str, Any]", ago: float) -> "Dict[str, Any]":
@@ -9744,15 +9901,15 @@ def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]", then: "Opti
     """From its server; when that does not answer, what it said last is `then` (None when it never did)."""
     out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
                              "copies": {}, "underserved_files": None, "underserved_bytes": None, "overserved_files": None,
-                             "state": "unreachable", "last_scan": None, "then": None}
+                             "state": "unreachable", "last_scan": None, "then": None, "unknown": False}
     found = (answer or {}).get("sources", {}).get(spec.name)
     if found:
         for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
-                    "short_since", "state", "last_scan", "reason", "cause", "special", "problems", "short", "stuck", "late", "failed",
-                    "unproven_files", "unproven_since", "short_since"):
+                    "short_since", "state", "last_scan", "reason", "cause", "special", "problems", "short", "stuck", "late",
+                    "failed", "held_files", "unproven_files", "unproven_since"):
             out[key] = found.get(key)
     elif answer:
-        out["state"] = "unknown"
+        out["unknown"] = True
     elif then and spec.name in then["sources"]:
         out["then"] = dict(_source_status(spec, then, None), impossible="")
     return out
@@ -9810,6 +9967,10 @@ class Verdict:
 def verdict(status: "Dict[str, Any]") -> Verdict:
     """Whether everything is safe, and why not.  `status`: what `collect_status` returns."""
     found = Verdict()
+    if not status["sources"]:
+        found.wrong("no source is configured: nothing is backed up")
+    for removes, hosts in status["config_held"].items():
+        found.wrong(held_config_text(hosts, removes))
     for name, s in status["sources"].items():
         _judge_source(found, name, s, status)
         _judge_proof(found, name, s["then"] or s, status["warn_after"])
@@ -9824,7 +9985,7 @@ def verdict(status: "Dict[str, Any]") -> Verdict:
 
 def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]", status: "Dict[str, Any]") -> None:
     """Enter what is wrong with a source, as its server says now, or said when it was last awake."""
-    if s["state"] == "unknown":
+    if s["unknown"]:
         found.wrong("%s is not known to its server on %s: is its configuration the same?" % (name, s["host"]), pending=True)
     elif s["state"] != "unreachable":
         for line, pending in source_trouble(name, s):
@@ -9832,7 +9993,8 @@ def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]", status: "Dict[
             if pending and s["underserved_files"] and s.get("short_since") is not None:
                 found.at_most[line] = s["short_since"]
     elif s["then"] is None:
-        found.wrong("%s is unreachable: its server on %s does not answer, and nothing is known of it here" % (name, s["host"]))
+        found.wrong("%s is unreachable: its server on %s does not answer, and nothing is known of it here" % (name, s["host"]),
+                    pending=True)  # the pass has said that it does not answer
     elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:
         found.wrong("%s was last heard of %s ago, and nothing is known of %s since" % (
             s["host"], format_age(status["hosts"][s["host"]]["answered"]), name))
@@ -9907,7 +10069,12 @@ def _judge_proof(found: Verdict, name: str, s: "Dict[str, Any]", warn_after: flo
         found.note(line)
 
 
-def print_status(status: "Dict[str, Any]") -> None:
+def print_status(status: "Dict[str, Any]", links: "Dict[str, Link]") -> None:
+    """links: host -> Link where all files are to be listed for which a source is held."""
+    if not status["sources"]:
+        print("No source is configured: nothing is backed up.")
+    for removes, hosts in status["config_held"].items():
+        print(held_config_text(hosts, removes))
     for name, s in status["sources"].items():
         print("%s  (%s:%s)" % (name, s["host"], s["path"]))
         if s["impossible"]:
@@ -9915,12 +10082,14 @@ def print_status(status: "Dict[str, Any]") -> None:
         if s["state"] == "unreachable" and s["then"]:
             print("    its server does not answer; what it said %s ago:" % format_age(status["hosts"][s["host"]]["answered"]))
             s = s["then"]
-        if s["state"] in ("unreachable", "unknown"):
-            print("    its server %s" % ("does not answer: nothing is known of it from here" if s["state"] == "unreachable"
-                                         else "does not know it: is its configuration the same?"))
+        if s["state"] == "unreachable":
+            print("    its server %s" % ("does not know it: is its configuration the same?" if s["unknown"] else
+                                         "does not answer: nothing is known of it from here"))
             continue
         if s["state"] == "held":
             print(tint("wrong", "    HELD, nothing changes in the backups: %s" % held_advice(name, s)))
+            rows = held_files_of(links[s["host"]], name) if s["host"] in links else s.get("held_files") or []
+            print_held_files(rows, None if links else 5, " " * 8)
         print("    %s, %s; %d copies wanted" % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
         if s["underserved_files"]:
             print(tint("wait", "    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
@@ -10016,29 +10185,42 @@ def _size_of(sources: "Any", number: int) -> int:
 def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
     """Whether everything fits, and what the loss of each host means: the object that `plan --json` prints.
 
-    `fits` is None when a source or a backup is not known, because its host does not answer; `tight`: it fits only if whole
-    files happen to go in.
+    `fits` is None when that is not known, because a server does not answer or a source was not looked at yet; `tight`: it
+    fits only if whole files happen to go in.  `short_bytes`: the room that is missing, `missing_hosts`: how many more hosts
+    with a backup are, whatever the room.
     """
     hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
     answers, down = ask_all(home, config, sorted(hosts), "plan")
     backups = {name: _planned_backup(spec, answers) for name, spec in sorted(config.backups.items())}
-    rooms: "Dict[str, int]" = {}
-    for b in backups.values():
-        if b["capacity"] is not None and not b["leaving"]:
-            rooms[b["host"]] = rooms.get(b["host"], 0) + b["capacity"]
     sources = {name: _planned_source(spec, config, answers, backups) for name, spec in sorted(config.sources.items())}
     known = {name: s for name, s in sources.items() if s["bytes"] is not None}
-    needs = [(s["host"], s["replicas"], s["bytes"]) for s in known.values()]
+    rooms, sure = _rooms(backups.values()), _rooms(b for b in backups.values() if b["state"] == "ok")
+    others = {name: len({b["host"] for b in backups.values() if not b["leaving"]} - {s["host"]}) for name, s in sources.items()}
+    lacking = {name: s["replicas"] - others[name] for name, s in sources.items() if s["replicas"] > others[name]}
+    needs = [(s["host"], min(s["replicas"], others[name]), s["bytes"]) for name, s in known.items()]
     largest = max([s["largest_bytes"] for s in known.values()], default=0)
-    needed, fit = sum(s["needed_bytes"] for s in known.values()), bytes_that_fit(needs, rooms)
-    fits: "Optional[bool]" = fit == needed and not any(s["problems"] for s in known.values())
-    if fits and len(known) < len(sources) or not fits and any(b["capacity"] is None for b in backups.values()):
+    needed, fit = sum(replicas * size for _, replicas, size in needs), bytes_that_fit(needs, rooms)
+    fits: "Optional[bool]" = bytes_that_fit(needs, sure) == needed and not any(s["problems"] for s in known.values())
+    unsure = any(b["capacity"] is None for b in backups.values())
+    if not lacking and (len(known) < len(sources) or not sources) and (fits or not known):
         fits = None
-    return {"cluster": config.name, "fits": fits, "needed_bytes": needed, "offered_bytes": sum(rooms.values()),
-            "short_bytes": needed - fit, "tight": fit == needed and needed > bytes_that_fit(
+    elif not fits and not lacking and (unsure or fit == needed and sure != rooms):
+        fits = None
+    return {"cluster": config.name, "fits": fits, "needed_bytes": sum(s["needed_bytes"] for s in known.values()),
+            "offered_bytes": sum(rooms.values()), "short_bytes": needed - fit, "missing_hosts": max(lacking.values(), default=0),
+            "tight": fit == needed and needed > bytes_that_fit(
                 needs, {host: max(0, room - largest) for host, room in rooms.items()}),
             "sources": sources, "backups": backups, "unreachable": sorted(down),
-            "hosts": {host: _planned_loss(host, known, rooms) for host in sorted(hosts)}}
+            "hosts": {host: _planned_loss(host, sources, rooms) for host in sorted(hosts)}}
+
+
+def _rooms(backups: "Iterable[Dict[str, Any]]") -> "Dict[str, int]":
+    """host -> the bytes that its backups offer together."""
+    rooms: "Dict[str, int]" = {}
+    for b in backups:
+        if b["capacity"] is not None and not b["leaving"]:
+            rooms[b["host"]] = rooms.get(b["host"], 0) + b["capacity"]
+    return rooms
 
 
 def _planned_backup(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
@@ -10072,9 +10254,10 @@ def _planned_source(spec: Source, config: Config, answers: "Dict[str, Dict[str, 
 
 def _planned_loss(host: str, sources: "Dict[str, Dict[str, Any]]", rooms: "Dict[str, int]") -> "Dict[str, Any]":
     """What is lost for good (own files without any copy), what becomes short of copies, and whether the other hosts have
-    the room to make these again, if `host` dies now."""
-    here = [s for s in sources.values() if s["host"] == host]
-    others = [s for s in sources.values() if s["host"] != host]
+    the room to make these again, if `host` dies now.  `unknown`: sources of which that cannot be said."""
+    known = {name: s for name, s in sources.items() if s["bytes"] is not None}
+    here = [s for s in known.values() if s["host"] == host]
+    others = [s for s in known.values() if s["host"] != host]
     needs = [(s["host"], s["replicas"], s["bytes"]) for s in others]
     left = {name: room for name, room in rooms.items() if name != host}
     missing = sum(replicas * size for _, replicas, size in needs) - bytes_that_fit(needs, left)
@@ -10082,6 +10265,8 @@ def _planned_loss(host: str, sources: "Dict[str, Dict[str, Any]]", rooms: "Dict[
             "short_files": sum(s["without"].get(host, (0, 0))[0] for s in others),
             "short_bytes": sum(s["without"].get(host, (0, 0))[1] for s in others),
             "room": missing == 0, "room_missing_bytes": missing,
+            "missing_hosts": max([replicas - len(set(left) - {own}) for own, replicas, _ in needs] + [0]),
+            "unknown": sorted(name for name, s in sources.items() if s["bytes"] is None),
             "sources": sorted(name for name, s in sources.items() if s["host"] == host)}
 
 
@@ -10089,7 +10274,7 @@ def print_plan(plan: "Dict[str, Any]") -> None:
     for name, s in plan["sources"].items():
         print("%s  (%s:%s)" % (name, s["host"], s["path"]))
         if s["bytes"] is None:
-            print("    its size is not known: %s" % ("its server does not answer" if s["host"] in plan["unreachable"]
+            print("    its size is unknown: %s" % ("its server does not answer" if s["host"] in plan["unreachable"]
                                                      else "it has not been looked at yet"))
             continue
         print("    %s, %s; with %s of each %s" % (
@@ -10102,9 +10287,11 @@ def print_plan(plan: "Dict[str, Any]") -> None:
     for name, b in plan["backups"].items():
         print("%s  (%s:%s)  %s%s%s" % (
             name, b["host"], b["path"],
-            "offers what is not known" if b["capacity"] is None else "offers " + format_size(b["capacity"]),
+            "what it offers is unknown" if b["capacity"] is None else
+            "offers %s%s" % ("" if b["state"] == "ok" else "at most ", format_size(b["capacity"])),
             "" if b["used"] is None else ", %s used" % format_size(b["used"]),
-            ", but it is leaving" if b["leaving"] else "" if b["state"] == "ok" else ", its server does not answer"))
+            ", but it is leaving" if b["leaving"] else "" if b["state"] == "ok" else
+            ", and how much of it is there is unknown: its server does not answer"))
     print("\n" + plan_verdict(plan))
     print("\nIf one host dies now:")
     for host, loss in plan["hosts"].items():
@@ -10113,13 +10300,22 @@ def print_plan(plan: "Dict[str, Any]") -> None:
 
 def plan_verdict(plan: "Dict[str, Any]") -> str:
     figures = "%s are needed, %s are offered" % (format_size(plan["needed_bytes"]), format_size(plan["offered_bytes"]))
+    if not plan["sources"]:
+        return "No source is configured: there is nothing that could fit or not."
+    if plan["missing_hosts"]:
+        return "It does NOT fit: %s with a backup %s missing (copies count on different hosts)%s %s." % (
+            count_of(plan["missing_hosts"], "more host"), "is" if plan["missing_hosts"] == 1 else "are",
+            ", and so is room for %s:" % format_size(plan["short_bytes"]) if plan["short_bytes"] else
+            "; what the others can hold, they have room for:", figures)
+    if plan["fits"] is None:
+        return "It is unknown whether it fits: %s. Of what is known: %s." % (
+            "no answer from %s" % ", ".join(plan["unreachable"]) if plan["unreachable"] else "not everything was looked at yet",
+            figures)
     if plan["short_bytes"]:
         return "It does NOT fit: %s, and room for %s is missing (a host counts once for each file, and not for its own)." % (
             figures, format_size(plan["short_bytes"]))
     if plan["fits"] is False:
         return "It does NOT fit: %s, but see above." % figures
-    if plan["fits"] is None:
-        return "Not everything is known; of what is: %s." % figures
     if plan["tight"]:
         return "It fits, but only just: %s. Files are not divided, so the last ones may find no place." % figures
     return "It fits: %s." % figures
@@ -10127,18 +10323,27 @@ def plan_verdict(plan: "Dict[str, Any]") -> str:
 
 def plan_loss_text(loss: "Dict[str, Any]") -> str:
     parts = []
+    unknown = sorted(set(loss["unknown"]) & set(loss["sources"]))
+    known = sorted(set(loss["sources"]) - set(unknown))
+    if unknown:
+        parts.append("what would be lost of %s is unknown" % ", ".join(unknown))
     if loss["lost_files"]:
         parts.append("%s of it (%s) have no copy yet and would be LOST" % (
             count_of(loss["lost_files"], "file"), format_size(loss["lost_bytes"])))
-    elif loss["sources"]:
-        parts.append("nothing of %s would be lost" % ", ".join(loss["sources"]))
-    else:
-        parts.append("nothing would be lost")
+    elif known or not unknown:
+        parts.append("nothing of %s would be lost" % ", ".join(known) if known else "nothing would be lost")
     if loss["short_files"]:
         parts.append("%s (%s) of others would be short of a copy" % (
             count_of(loss["short_files"], "file"), format_size(loss["short_bytes"])))
-    parts.append("the others have the room to make its copies again" if loss["room"] else
-                 "the others do NOT have the room for all copies: %s are missing" % format_size(loss["room_missing_bytes"]))
+    elsewhere = sorted(set(loss["unknown"]) - set(loss["sources"]))
+    if elsewhere:
+        parts.append("what becomes of the copies of %s is unknown" % ", ".join(elsewhere))
+    if loss["missing_hosts"]:
+        parts.append("too few other hosts would be left for all copies: %s missing" % count_of(loss["missing_hosts"], "host"))
+    elif not loss["room"]:
+        parts.append("the others do NOT have the room for all copies: %s are missing" % format_size(loss["room_missing_bytes"]))
+    elif not loss["unknown"]:
+        parts.append("the others have the room to make its copies again")
     return "; ".join(parts)
 
 
@@ -11502,12 +11707,14 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     elif args.check:
         print_check(status)
     elif not args.html:
-        print_status(status)
+        hosts = {s["host"] for s in status["sources"].values() if s["state"] == "held"} if args.verbose else set()
+        context = tls_context(home, server_side=False)
+        print_status(status, {host: Link(host, config, context) for host in hosts})
         for line in home.news_of_lines("status", config, home.own_name()):
             print(shown(line))
     if args.check:
         return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE
-    return EXIT_INCOMPLETE if any(s["state"] in ("unreachable", "unknown") for s in status["sources"].values()) else EXIT_DONE
+    return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) else EXIT_DONE
 
 
 PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes", "largest_bytes", "largest_path", "problems")
@@ -11992,17 +12199,43 @@ def cmd_verify(args: argparse.Namespace, home: Home) -> int:
 
 
 def add_accept_parser(commands: Any) -> None:
-    parser = commands.add_parser("accept", help="let a held-back mass change of a source through")
-    parser.add_argument("source", help="the source's name")
+    parser = commands.add_parser("accept", help="let a held-back mass change of a source, or of the configuration, through")
+    parser.add_argument("source", help="the source's name; `config` for a configuration that is held back")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.set_defaults(run=cmd_accept)
 
 
 def cmd_accept(args: argparse.Namespace, home: Home) -> int:
     config = home.config()
+    if args.source == "config" and (home.held_config() or "config" not in config.sources):
+        return accept_config(args, home, config)
     if args.source not in config.sources:
         raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
     link = Link(config.sources[args.source].host, config, tls_context(home, server_side=False))
+    count = print_held_files(held_files_of(link, args.source), None if args.verbose else 10)
+    if count and not agreed(args, "Let %s of %s through" % ("this change" if count == 1 else "these changes", args.source)):
+        return EXIT_INCOMPLETE
     print(link.call("accept", source=args.source)["text"])
+    return EXIT_DONE
+
+
+def agreed(args: argparse.Namespace, question: str) -> bool:
+    """Whether somebody at a terminal says yes; without a terminal, or with --yes, nobody is asked."""
+    return args.yes or not sys.stdin.isatty() or input(question + "?  Type yes: ").strip() == "yes"
+
+
+def accept_config(args: argparse.Namespace, home: Home, config: Config) -> int:
+    """Let go what a changed configuration removes, and have the hosts that can be reached know of it at once."""
+    removes = home.held_config().get("removes")
+    if removes:
+        print("The configuration that is held back here removes %s." % removes)
+        if not agreed(args, "Put it in force"):
+            return EXIT_INCOMPLETE
+    home.accept_config()
+    figures, host = Figures(), home.own_name()
+    Client(home, home.config(), host, Progress(args.quiet)).exchange_config(figures)
+    print("configuration: accepted%s" % ("; not yet known to %s" % ", ".join(sorted(figures.unreachable))
+                                         if figures.unreachable else ""))
     return EXIT_DONE
 
 

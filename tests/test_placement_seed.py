@@ -21,7 +21,7 @@ class SeedTest(Case):
         cluster.source("docs", "s", {"file %d" % number: SIZE for number in range(FILES)})
         for host in "abc":
             cluster.backup("b" + host, host, str(ROOM * SIZE))
-        cluster.start("s")
+        cluster.start()
         return cluster
 
     def assertSettledWell(self, cluster, figures):
@@ -116,7 +116,7 @@ class LastPieceTest(Case):
         cluster.source("docs", "s", {"file %d" % number: SIZE for number in range(FILES)})
         for host, room in zip("abc", (7, 7, 5)):
             cluster.backup("b" + host, host, str(room * SIZE + SIZE // 2))
-        cluster.start("s")
+        cluster.start()
         figures = []
         for _ in range(4):
             figures.append([cluster.client(host).json for host in "abc"])

@@ -9,7 +9,7 @@ import unittest
 
 import cbackup
 from tests.faults import tmpfs_or_skip
-from tests.harness import TOP, Case, Process, make_tree, write_file
+from tests.harness import TOP, Case, Process, make_tree, program, wait_for, write_file
 
 HOUR, DAY = 3600, 86400
 
@@ -258,6 +258,195 @@ class UnreadTest(Case):
         c.advance(25 * HOUR)
         self.assertRc(0, c.client("a"))
         self.assertRc(0, c.run("a", "status", "--check"))
+
+
+class NothingConfiguredTest(Case):
+    """Without sources nothing is called safe, and nothing is said to fit."""
+
+    def test_a_configuration_with_only_a_cluster(self):
+        c = self.cluster("a")
+        for home in (c.home("a"),):
+            write_file(os.path.join(home, "cbackup.conf"), "[cluster]\nname = home\n")
+        c._written = c.config()
+        check = c.run("a", "status", "--check")
+        self.assertRc(1, check)
+        self.assertEqual("NOT SAFE: no source is configured: nothing is backed up\n", check.stdout)
+        self.assertIn("No source is configured", c.run("a", "status").stdout)
+        plan = c.run("a", "plan")
+        self.assertRc(1, plan)
+        self.assertNotIn("It fits", plan.stdout)
+        self.assertIn("No source is configured", plan.stdout)
+
+    def test_a_source_that_its_server_does_not_know(self):
+        c = self.cluster("s", "a", replicas=1)
+        c.source("docs", "s", {"f": 10})
+        c.backup("ba", "a", "9M")
+        c.start()
+        c.settle()
+        write_file(os.path.join(c.home("a"), "cbackup.conf"), c.config().replace("[backups]", "more = s:/more\n[backups]"))
+        check = c.run("a", "status", "--check")
+        self.assertRc(1, check)
+        self.assertIn("more is not known to its server on s", check.stdout)
+
+
+class HeldConfigTest(Case):
+    """A configuration that removes too much is held back on every machine that it comes to."""
+
+    def setUp(self):
+        self.c = c = self.cluster("s", "a", "b", replicas=1)
+        for name in ("one", "two", "three", "four"):
+            c.source(name, "s", {"f": name})
+        for host in "ab":
+            c.backup("b" + host, host, "9M")
+        c.start()
+        c.settle()
+        self.before = c.config()
+
+    def edit(self, host, text):
+        """An edit on one machine, later than all before it."""
+        self.c.now += 5
+        path = os.path.join(self.c.home(host), "cbackup.conf")
+        write_file(path, text)
+        os.utime(path, (os.stat(path).st_mtime + self.c.now,) * 2)
+
+    def text(self, host):
+        with open(os.path.join(self.c.home(host), "cbackup.conf")) as stream:
+            return stream.read()
+
+    def without(self, *names):
+        return "".join(line for line in self.before.splitlines(True) if line.split(" ")[0] not in names)
+
+    def test_held_until_accepted_anywhere_and_then_in_force_everywhere(self):
+        c, small = self.c, self.without("one", "two", "three")
+        self.edit("a", small)
+        result = c.client("a")
+        self.assertRc(1, result)
+        self.assertIn("held back on b, s: it removes 3 of 4 sources (one, three, two)", result.stderr)
+        wait_for(lambda: "3 of 4 sources (one, three, two)" in c.servers["s"].stderr, 10, "the server's log says nothing")
+        for host in "sb":
+            self.assertEqual(self.before, self.text(host))
+        result = c.client("b")
+        self.assertRc(1, result)
+        self.assertIn("held back on b, s: it removes 3 of 4 sources (one, three, two)", result.stderr)
+        check = c.run("b", "status", "--check")
+        self.assertRc(1, check)
+        self.assertIn("accept config", check.stdout)
+        self.assertIn("held back on b, s", c.run("b", "status").stdout)
+        self.assertEqual(4, len(c.run("b", "status", "--json").json["sources"]))
+        result = c.run("b", "accept", "config")
+        self.assertRc(0, result)
+        self.assertIn("3 of 4 sources", result.stdout)
+        self.assertEqual([small] * 3, [self.text(host) for host in "sab"])
+        self.assertRc(0, c.client("b"))
+        self.assertRc(0, c.run("a", "status", "--check"))
+
+    def test_accepted_on_the_machine_of_the_edit(self):
+        c, small = self.c, self.without("ba", "bb").replace("replicas = 1", "replicas = 2")
+        self.edit("s", small)
+        c.client("a")
+        self.assertEqual(self.before, self.text("a"))
+        self.assertRc(0, c.run("s", "accept", "config"))
+        self.assertEqual([small] * 3, [self.text(host) for host in "sab"])
+
+    def test_a_correction_anywhere_takes_its_place(self):
+        c = self.c
+        self.edit("a", self.without("one", "two", "three"))
+        c.client("a")
+        self.edit("s", self.without("one"))
+        wait_for(lambda: c.run("s", "status", "--json").json["config_version"] == 3, 20, "the edit is not taken")
+        self.assertRc(0, c.client("b"))
+        self.assertRc(0, c.client("a"))
+        self.assertEqual([self.without("one")] * 3, [self.text(host) for host in "sab"])
+        self.assertRc(0, c.run("b", "status", "--check"))
+
+    def test_half_of_them_or_another_name_goes_through(self):
+        c = self.c
+        self.edit("a", self.without("one", "two"))
+        self.assertRc(0, c.client("a"))
+        self.assertEqual(self.without("one", "two"), self.text("s"))
+
+    def test_an_empty_one_is_never_a_version(self):
+        c = self.c
+        self.edit("a", "\n")
+        result = c.client("a")
+        self.assertRc(2, result)
+        self.assertIn("is empty", result.stderr)
+        home = cbackup.Home(c.home("b"))
+        offer = dict(home.config_offer(), text="\n", version=9)
+        offer["sha256"] = cbackup.sha256_of(offer["text"])
+        with self.assertRaises(cbackup.ConfigError):
+            home.take_config(offer)
+        self.assertEqual(self.before, self.text("b"))
+
+
+class HeldListTest(Case):
+    """Which files a source is held for, and what `accept` lets through."""
+
+    def test_the_files_are_named_the_first_at_once_and_all_with_v(self):
+        c = self.cluster("s", "a", replicas=1)
+        source = c.source("docs", "s", {"f%02d" % number: 100 for number in range(40)})
+        c.backup("ba", "a", "9M")
+        c.start()
+        c.settle()
+        for number in range(20):
+            os.unlink(os.path.join(source, "f%02d" % number))
+        write_file(os.path.join(source, "f30"), "changed")
+        self.assertRc(1, c.client("a"))
+        status = c.run("a", "status").stdout
+        self.assertIn("f00 is gone\n", status)
+        self.assertIn("and more: -v names all", status)
+        self.assertIn("restore docs --force", status)
+        self.assertIn("accept docs", status)
+        named = [line.strip() for line in c.run("a", "-v", "status").stdout.splitlines() if line.startswith(" " * 8)]
+        self.assertEqual(["f%02d is gone" % number for number in range(20)] + ["f30 has changed"], named)
+        accepted = c.run("a", "accept", "docs")
+        self.assertRc(0, accepted)
+        self.assertIn("f00 is gone\n", accepted.stdout)
+        self.assertRc(0, c.client("a"))
+        self.assertNotIn("is gone", c.run("a", "status").stdout)
+
+    def test_at_a_terminal_accept_asks(self):
+        c = self.cluster("s", "a", replicas=1)
+        source = c.source("docs", "s", {"f": 100})
+        c.backup("ba", "a", "9M")
+        c.start()
+        c.settle()
+        os.unlink(os.path.join(source, "f"))
+        c.client("a")
+        for answer, code, state in ((b"no\n", 1, "held"), (b"yes\n", 0, "ok")):
+            master, slave = os.openpty()
+            try:
+                os.write(master, answer)
+                done = subprocess.run(program("--home", c.home("a"), "accept", "docs"), stdin=slave, env=c.environment("a"),
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+            finally:
+                os.close(master)
+                os.close(slave)
+            self.assertEqual((code, state), (done.returncode, c.status()["sources"]["docs"]["state"]), done.stdout)
+
+
+class ClockTest(SaidCase):
+    """A host whose clock is not that of the servers."""
+
+    def test_it_says_so_and_expires_nothing(self):
+        self.c.settle()
+        write_file(os.path.join(self.source, "f"), "changed")
+        self.c.settle()
+        old = sum("attic" in name for backup in "ab" for name in kept_files(self.c, backup))
+        self.assertTrue(old)
+        ahead = self.c.path("ahead")
+        write_file(ahead, "%d\n" % (366 * DAY))
+        for host in "ab":
+            result = self.c.run(host, "client", CBACKUP_TEST_CLOCK=ahead)
+            self.assertRc(1, result)
+            self.assertIn("this machine's clock is 366 days ahead of that of ", result.stderr)
+        self.assertEqual(old, sum("attic" in name for backup in "ab" for name in kept_files(self.c, backup)))
+        self.assertRc(0, self.c.client("a"))
+
+
+def kept_files(cluster, host):
+    path = cluster.backups["b" + host].path
+    return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
 
 
 if __name__ == "__main__":
