@@ -9826,8 +9826,9 @@ def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **field
 def collect_status(home: Home, config: Config, down: "Iterable[str]" = ()) -> "Dict[str, Any]":
     """What is safe and what is not, from all servers that answer, and from what the others said last (kept in `state/`).
 
-    `down`: hosts that are not to be asked, because they were just found not to answer.  `hosts` in what is returned: for each, the seconds since its server answered here (`answered`), and since it or a backup of it was heard
-    of by anybody (`silent`); None: never.
+    `down`: hosts that are not to be asked, because they were just found not to answer.  `hosts` in what is returned: for
+    each, the seconds since its server answered here (`answered`), and since it or a backup of it was heard of by anybody
+    (`silent`); None: never.
     """
     hosts = sorted({s.host for s in config.sources.values()} | {b.host for b in config.backups.values()})
     answers = ask_all(home, config, sorted(set(hosts) - set(down)), "status")[0]
@@ -9901,7 +9902,8 @@ def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]", then: "Opti
     """From its server; when that does not answer, what it said last is `then` (None when it never did)."""
     out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
                              "copies": {}, "underserved_files": None, "underserved_bytes": None, "overserved_files": None,
-                             "state": "unreachable", "last_scan": None, "then": None, "unknown": False}
+                             "state": "unreachable", "last_scan": None, "unproven_files": None, "unproven_since": None,
+                             "then": None, "unknown": False}
     found = (answer or {}).get("sources", {}).get(spec.name)
     if found:
         for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",

@@ -193,12 +193,13 @@ class HtmlTest(PageCase):
         return {"host": "s", "path": "/x", "replicas": 2, "files": 2, "bytes": 10, "copies": {"2": 2}, "then": None,
                 "underserved_files": 0, "underserved_bytes": 0, "overserved_files": 0, "state": "ok", "last_scan": 1.0,
                 "reason": None, "cause": None, "impossible": "", "problems": {}, "stuck": {}, "late": False, "failed": None,
-                "short": [], "unproven_files": 0, "unproven_since": None, "short_since": None}
+                "short": [], "unknown": False, "held_files": [], "unproven_files": 0, "unproven_since": None, "short_since": None}
 
     @staticmethod
     def status(**more):
         return dict({"cluster": "casa", "config_version": 1, "sources": {}, "backups": {}, "unreachable": [], "hosts": {},
-                     "warn_after": 1e5, "scan": 900.0, "conflicts": [], "warnings": [], "config_age": 1.0}, **more)
+                     "warn_after": 1e5, "scan": 900.0, "conflicts": [], "warnings": [], "config_age": 1.0, "config_held": {}},
+                    **more)
 
     def made(self, status, passes=(), hosts=()):
         plan = {"hosts": dict(hosts), "unreachable": status["unreachable"]}
