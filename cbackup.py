@@ -4562,7 +4562,7 @@ numeric ids = yes
 munge symlinks = no
 timeout = 900
 log file = /dev/null
-refuse options = copy-links copy-unsafe-links copy-dirlinks remove-source-files remove-sent-files
+refuse options = copy-links copy-unsafe-links copy-dirlinks remove-source-files remove-sent-files write-batch only-write-batch read-batch log-file
 {owner}[m]
 path = {path}
 """
