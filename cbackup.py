@@ -66,6 +66,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -3189,7 +3190,8 @@ def held_config_text(hosts: "List[str]", removes: str) -> str:
 def held_advice(name: str, facts: "Dict[str, Any]") -> str:
     """What to do about a held source: `facts` have its reason and cause."""
     if facts.get("cause") == "gone":
-        return "%s; if it is gone for good: remove its line from cbackup.conf" % facts["reason"]
+        return "%s; if the disk is dead: put in another (at another path: change its line in cbackup.conf), then: cbackup.pyz " \
+            "restore %s" % (facts["reason"], name)
     if facts.get("cause") in UNACCEPTABLE:
         return str(facts["reason"])
     return "%s; if that is right: cbackup.pyz accept %s; if not, this puts back what was there: cbackup.pyz restore %s --force" % (
@@ -3299,6 +3301,11 @@ CACHE_TAG, CACHE_SIGNATURE = b"CACHEDIR.TAG", b"Signature: 8a477f597d28d172789f0
 """The file that marks a directory as a cache, and how it begins (bford.info/cachedir)."""
 
 
+def restore_unfinished(root: bytes) -> bool:
+    """Whether a source is just being restored, or was, and not everything came back."""
+    return os.path.exists(os.path.join(root, RESTORE_DIR, RESTORE_MARK))
+
+
 class LeftOut:
     """What of a source is in no catalog: what its line says, and what is cbackup's own there."""
 
@@ -3377,7 +3384,7 @@ class Scan:
             names = os.listdir(self.root)
         except OSError as error:
             raise Held("gone", "%s cannot be read (%s): is its disk mounted?" % (self.source.path, reason_of(error)))
-        if RESTORE_DIR in names and os.path.exists(os.path.join(self.root, RESTORE_DIR, RESTORE_MARK)):
+        if RESTORE_DIR in names and restore_unfinished(self.root):
             raise Held("restore", "a restore into %s is not finished: run it again until it says that everything is back, or "
                        "delete %s to go on without what is missing"
                        % (self.source.path, os.path.join(self.source.path, RESTORE_DIR.decode())))
@@ -4072,13 +4079,14 @@ OPERATIONS: "Dict[str, Operation]" = {
     "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
     "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
     # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
-    "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)), {"rows": [_is_holding]}),
+    "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1), prefix=May(_is_text, "")),
+                          {"rows": [_is_holding]}),
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
                       {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)], "next": Maybe(_is_text)}),
     "held_files": Operation({"source": _is_name, "after": _is_text}, {"rows": [(_is_path, _one_of("gone", "changed"))]}),
     "accept": Operation({"source": _is_name}, {"text": _is_said}),
-    "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "rows": Every(
+    "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "at": May(Every(Maybe(_is_count), 100000), list), "rows": Every(
         (_is_name, _is_text, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
     "forget_source": Operation({"source": _is_name}, {}),
     "config": Operation({}, {"config": OFFER}),
@@ -4603,6 +4611,13 @@ _RSYNC_CHECKED: "Dict[str, bool]" = {}
 """Path of an rsync that will do -> whether it is openrsync, as macOS 15 has it."""
 
 
+def plain_directory() -> "tempfile.TemporaryDirectory[str]":
+    """A temporary directory whose path can stand in rsync's configuration, whatever TMPDIR says."""
+    places = [tempfile.gettempdir(), "/tmp", "/var/tmp", os.path.expanduser("~")]
+    plain = [place for place in places if re.match(r"[\w@+=:,./-]+\Z", place, re.A) and os.access(place, os.W_OK | os.X_OK)]
+    return tempfile.TemporaryDirectory(prefix="cbackup-", dir=(plain or places)[0])
+
+
 @dataclass
 class Pull:
     """The outcome of one rsync: what matters is what lies at the destination, never `code` alone."""
@@ -4714,7 +4729,7 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
         options.append("--max-size=%d" % most)
     with contextlib.closing(connection):
         try:
-            with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+            with plain_directory() as scratch:
                 with open(os.path.join(scratch, "list"), "wb") as stream:
                     stream.write(list_with_parents(paths))
                 result = _run_pull(connection, scratch, options, destination, on_bytes)
@@ -4837,7 +4852,7 @@ def serve_rsync(connection: socket.socket, root: str) -> None:
     as_root = os.geteuid() == 0
     ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync] else socket.socketpair()
     process = None
-    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
+    with plain_directory() as scratch:
         # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
         tree, configuration = os.path.join(scratch, "t"), os.path.join(scratch, "conf")
         os.symlink(root, tree)
@@ -5752,11 +5767,11 @@ class Vault:
             self.tree.set_mtime(place, row.mtime)
 
 
-def files_here(tree: Tree, source: str, after: bytes = b"") -> "Iterator[Tuple[bytes, int, int]]":
-    """(path, size, mtime) of what lies in a backup's directory as copies of a source, without asking its database; behind
-    the path `after`, in the order of Tree.walk_files."""
+def files_here(tree: Tree, source: str, after: bytes = b"", below: bytes = b"") -> "Iterator[Tuple[bytes, int, int]]":
+    """(path, size, mtime) of what lies in a backup's directory as copies of a source, or of one directory in it, without asking
+    its database; behind the path `after`, in the order of Tree.walk_files."""
     top = source.encode()
-    for rel in tree.walk_files(top, after):
+    for rel in tree.walk_files(top + b"/" + below if below else top, after):
         info = tree.lstat(rel)
         if info is not None and stat.S_ISREG(info.st_mode):
             yield rel[len(top) + 1:], info.st_size, info.st_mtime_ns
@@ -5942,14 +5957,42 @@ CATALOG_LINE = 1 << 20
 """Longest line of a catalog, bytes: a small file must not unfold into all of the memory."""
 
 
-def read_catalog(path: str) -> "Iterator[CatalogRow]":
-    """The rows of a catalog file, checked.  Raises DamagedCatalog when it is damaged or cut off."""
+class PathsOf:
+    """A quick test for the lines of a catalog: whether they are of one of the paths, or of one that begins with one of the
+    prefixes (few).  What is not wanted need not be understood, which is most of the work of reading."""
+
+    _PATH = re.compile(rb'\["[^"\\]*(?:\\.[^"\\]*)*"')
+
+    def __init__(self, paths: "Iterable[bytes]", prefixes: "Iterable[bytes]" = ()) -> None:
+        self._paths = {self._written(path) + b'"' for path in paths}
+        self._begin = tuple(self._written(prefix) for prefix in prefixes) + (b"{",)
+        if len(self._paths) < 50:
+            self._begin += tuple(path + end for path in self._paths for end in (b",", b"]"))
+            self._paths = set()
+
+    @staticmethod
+    def _written(path: bytes) -> bytes:
+        return b"[" + json.dumps(as_text(path)).encode()[:-1]
+
+    def __call__(self, line: bytes) -> bool:
+        if line.startswith(self._begin):
+            return True
+        match = self._PATH.match(line) if self._paths else None
+        return match is not None and match.group() in self._paths
+
+
+def read_catalog(path: str, wanted: "Optional[PathsOf]" = None) -> "Iterator[CatalogRow]":
+    """The rows of a catalog file, checked; only those that are wanted.  Raises DamagedCatalog when it is damaged or cut off."""
     count, ended = 0, False
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, gzip.GzipFile(fileobj=raw) as stream:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, \
+                io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BLOCK) as stream:  # type: ignore[arg-type]
             if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
                 raise ValueError("it is no file")
             for line in iter(lambda: stream.readline(CATALOG_LINE), b""):
+                if wanted is not None and not wanted(line):
+                    count += 1
+                    continue
                 value = json.loads(line)
                 if isinstance(value, dict):
                     ended = value.get("end") == count
@@ -5962,6 +6005,19 @@ def read_catalog(path: str) -> "Iterator[CatalogRow]":
         raise DamagedCatalog("%s is damaged: it has %s" % (path, error))
     if not ended:
         raise DamagedCatalog("%s is cut off" % path)
+
+
+def times_of_versions(directory: str, paths: "Iterable[bytes]") -> "Dict[Tuple[bytes, int, int], int]":
+    """(path, size, mtime) -> the last time of which a catalog says so, for all that the catalogs in a directory know of these
+    files.  A restore as of that time brings back that version.  Damaged catalogs are passed over."""
+    found: "Dict[Tuple[bytes, int, int], int]" = {}
+    wanted = PathsOf(paths)
+    for file in reversed(catalogs_in(directory)):
+        with contextlib.suppress(DamagedCatalog):
+            for row in read_catalog(os.path.join(directory, file.name), wanted):
+                if row.kind == "f":
+                    found[row.path, row.size, row.mtime] = file.time
+    return found
 
 
 def prune_catalogs(directory: str, keep: float) -> None:
@@ -6083,6 +6139,15 @@ class Scanner(threading.Thread):
                     self._wanted[name] = max(since, self._wanted.get(name, since))
                 self._changed.notify_all()
                 self._changed.wait(left)
+
+    def look_at(self, names: "List[str]", wait: float) -> None:
+        """Want a look at these sources that begins now; returns when there was one, or after `wait` seconds."""
+        now = time.monotonic()
+        with self._changed:
+            for name in names:
+                self._wanted[name] = now
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stop or all(self._seen.get(name, 0.0) >= now for name in names), wait)
 
     def run(self) -> None:
         while not self._stop:
@@ -6373,10 +6438,21 @@ class Service:
         reading what is presumed to be the same: what is not is better known before a pass."""
         if self.scanner is None:
             return {"waiting": []}
+        self._look_after_restores()
         waiting = self.scanner.look(self.config.scan_min, LOOK_WAIT)
         if not waiting:
             self.reader.catch_up(READ_WAIT)
         return {"waiting": waiting}
+
+    def _look_after_restores(self) -> None:
+        """A restore that began or ended since the last look is not news for later: look at its source at once."""
+        changed = []
+        for name in self.books.active_sources():
+            row = self.books.source_row(name)
+            if (row["cause"] == "restore") != restore_unfinished(os.fsencode(row["path"])):
+                changed.append(name)
+        if changed and self.scanner is not None:
+            self.scanner.look_at(changed, LOOK_WAIT)
 
     @answers("begin")
     def op_begin(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -6679,6 +6755,7 @@ class Service:
     def op_status(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         books, sources = self.books, {}
         books.expire(self.config.lost_after)
+        self._look_after_restores()
         for name in books.active_sources():
             row = books.source_row(name)
             figures = books.figures(row)
@@ -6757,25 +6834,27 @@ class Service:
     def op_holdings(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A page of what a backup of this host has of a source, by path; with `kind` 2 of its old versions, by number."""
         spec = self._own_backup(request["backup"])
-        reader, after = VaultReader(spec), request["after"]
+        reader, after, prefix = VaultReader(spec), request["after"], as_raw(request["prefix"])
         if request.get("kind") == 2:
-            rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0)
+            rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0, prefix)
             return {"rows": [[number, as_text(path), as_text(stored), size, mtime, digest.hex() if digest else None]
                              for number, path, stored, size, mtime, digest in rows]}
-        rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"")
+        rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"", prefix)
         return {"rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
 
     @answers("find")
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Copies and older versions in the backups of this host, of files that match a pattern; FIND_LIMIT a backup."""
-        found, more = [], False
+        found, times, more = [], [], False
         for spec in self._open_backups():
             with contextlib.suppress(Refused):
-                rows = VaultReader(spec).find(request["pattern"])
+                reader = VaultReader(spec)
+                rows = reader.find(request["pattern"])
                 more = more or len(rows) > FIND_LIMIT
                 found += [[spec.name, source, as_text(path), size, mtime, since]
                           for source, path, size, mtime, since in rows[:FIND_LIMIT]]
-        return {"rows": found, "more": more}
+                times += reader.times_of(rows[:FIND_LIMIT])
+        return {"rows": found, "at": times, "more": more}
 
     @answers("list")
     def op_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -6822,8 +6901,7 @@ class Service:
         if row["state"] == "ok":
             return {"text": "source %s is not held: nothing to accept" % request["source"]}
         if row["cause"] in UNACCEPTABLE:
-            raise Refused("held", row["reason"] + "; this cannot be accepted" + (
-                ": mount it, or remove its line" if row["cause"] == "gone" else ""))
+            raise Refused("held", held_advice(request["source"], row) + "; there is nothing that could be accepted")
         self.scan(request["source"], consent=True)
         return {"text": "source %s: accepted" % request["source"]}
 
@@ -6879,6 +6957,11 @@ def compile_pattern(pattern: str) -> "Callable[[bytes], bool]":
         return path == plain or path.startswith(plain + b"/") or bool(test.match(as_text(path))) \
             or b"/" not in plain and bool(test.match(as_text(path.rpartition(b"/")[2])))
     return matches
+
+
+def beyond_prefix(prefix: bytes) -> bytes:
+    """What stands, in the order of paths, behind all that begin with a prefix: no name has so many bytes."""
+    return prefix + b"\xff" * 256
 
 
 class VaultReader:
@@ -6950,13 +7033,16 @@ class VaultReader:
         except OSError as error:
             raise Refused("unknown", "%s: %s: is its disk mounted?" % (self.spec.path, reason_of(error)))
 
-    def held_page(self, source: str, after: bytes) -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
-        """(path, size, mtime, digest) of copies, by path; no digests when they have to be looked for in the directory."""
+    def held_page(self, source: str, after: bytes, prefix: bytes = b"") -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
+        """(path, size, mtime, digest) of copies that begin with a prefix, by path; no digests when they have to be looked for in
+        the directory."""
         if self._usable():
-            return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
-                               source, after, PAGE)
+            return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path%s? AND path<? ORDER BY path "
+                               "LIMIT ?" % (">" if after >= prefix else ">="), source, max(after, prefix),
+                               beyond_prefix(prefix), PAGE)
         with self._tree() as tree:
-            return [row + (None,) for row in itertools.islice(files_here(tree, source, after), PAGE)]
+            found = (row for row in files_here(tree, source, after) if row[0].startswith(prefix))
+            return [row + (None,) for row in itertools.islice(found, PAGE)]
 
     def find(self, pattern: str) -> "List[Tuple[str, bytes, int, int, Optional[float]]]":
         """(source, path, size, mtime, None for a copy or since when it is an old version), a few more than FIND_LIMIT."""
@@ -7001,13 +7087,23 @@ class VaultReader:
                 at = prefix + name + (b"0" if slash else b"\0")
         return found, at
 
-    def old_versions(self, source: str, after: int) -> "List[Tuple[Any, ...]]":
-        """(number, path, name in the attic, size, mtime, digest or None) of old versions, by number."""
+    def times_of(self, rows: "List[Tuple[str, bytes, int, int, Optional[float]]]") -> "List[Optional[int]]":
+        """For each row of `find` a time as of which a restore brings back that old version; None: not known, or a copy."""
+        known = {}
+        for source in {row[0] for row in rows if row[4] is not None}:
+            directory = os.path.join(self.spec.path, META_DIR.decode(), "catalog", source)
+            known[source] = times_of_versions(directory, {row[1] for row in rows if row[0] == source and row[4] is not None})
+        return [known[source].get((path, size, mtime)) if since is not None else None
+                for source, path, size, mtime, since in rows]
+
+    def old_versions(self, source: str, after: int, prefix: bytes = b"") -> "List[Tuple[Any, ...]]":
+        """(number, path, name in the attic, size, mtime, digest or None) of old versions of paths that begin so, by number."""
         if self._usable():
             return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
-                               "AND why<>'bad' ORDER BY id LIMIT ?", source, after, PAGE)
+                               "AND why<>'bad' AND path>=? AND path<? ORDER BY id LIMIT ?", source, after, prefix,
+                               beyond_prefix(prefix), PAGE)
         with self._tree() as tree:
-            found = enumerate(old_files_here(tree, source), 1)
+            found = enumerate((row for row in old_files_here(tree, source) if row[0].startswith(prefix)), 1)
             return [(number,) + row + (None,) for number, row in itertools.islice(found, after, after + PAGE)]
 
 
@@ -8802,7 +8898,7 @@ PLAN_SCHEMA = """
 CREATE TABLE want(
     path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
     grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1,
-    rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
+    proven INTEGER DEFAULT 1, rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
 CREATE INDEX want_open ON want(rank, path) WHERE kind='f' AND state=0;
 CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL;
 
@@ -8828,6 +8924,9 @@ BATCH_SECONDS, FIRST_BATCH = 5.0, 8 << 20
 """A holder gets at most as much at once as it delivers in this time; before its rate is known, FIRST_BATCH bytes.  And at
 most half of its share of what is left, so that all end at about the same time."""
 
+FEW_FILES = 50000
+"""Of so many files that are asked for, and the rest not, what they look like is kept in memory."""
+
 STEAL_AFTER = 2.0
 """Seconds that a holder has for a batch before others look whether they would be faster."""
 
@@ -8841,23 +8940,42 @@ FAILURES = 3
 """Batches in a row of which nothing came, until a holder is given up."""
 
 
+_TIME = re.compile(r"(\d{4})-(\d\d?)-(\d\d?)(?:[ T](\d\d?):(\d\d)(?::(\d\d)(?:\.\d*)?)?)?\s*(Z|[+-][01]\d:?[0-5]\d)?\Z", re.A)
+
+
 def parse_time(word: str) -> float:
-    """Seconds since 1970 of `2026-11-01` (the end of that day), `2026-11-01 14:00`, `yesterday` (24 hours ago), `3d`
-    (3 days ago).  Local time.  Raises UsageError."""
+    """Seconds since 1970 of `2026-11-01` (the end of that day), `2026-11-01 14:00` (the end of that minute), `2026-11-01
+    14:00:05`, each also with a zone (`+01:00`, `Z`), `yesterday` (24 hours ago), `3d` (3 days ago).  Without a zone it is local
+    time, and in the hour that comes twice the second one.  Raises UsageError."""
+    import datetime
     now = clock.now()
     if word in ("yesterday", "now", "today"):
         return now - (86400 if word == "yesterday" else 0)
     with contextlib.suppress(ValueError):
         return now - parse_duration(word)
-    for form, add in (("%Y-%m-%d", 86399), ("%Y-%m-%d %H:%M", 59), ("%Y-%m-%dT%H:%M", 59), ("%Y-%m-%d %H:%M:%S", 0),
-                      ("%Y-%m-%dT%H:%M:%S", 0)):
-        with contextlib.suppress(ValueError, OverflowError):
-            return time.mktime(time.strptime(word, form)) + add
-    raise UsageError("%r is not a time: write 2026-11-01, \"2026-11-01 14:00\", yesterday, or 3d for three days ago" % word)
+    match = _TIME.match(word)
+    with contextlib.suppress(ValueError, OverflowError):
+        year, month, day, hour, minute, second, zone = match.groups() if match else ("x",) * 7
+        when = datetime.datetime(int(year), int(month), int(day), int(hour or 23), int(minute or 59), int(second or 59), fold=1)
+        plain = (when - datetime.datetime(1970, 1, 1)).total_seconds()
+        if zone:
+            digits = zone.replace(":", "")
+            return plain - (0 if zone == "Z" else int(digits[0] + "1") * (int(digits[1:3]) * 3600 + int(digits[3:5]) * 60))
+        try:
+            return when.timestamp()
+        except (ValueError, OverflowError, OSError):  # a year of which this machine knows no zone
+            return plain
+    raise UsageError("%r is not a time: write 2026-11-01, \"2026-11-01 14:00\", \"2026-11-01 14:00:05+01:00\", yesterday, or 3d "
+                     "for three days ago" % word)
 
 
 def format_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    """Local time with its zone, as `parse_time` reads it."""
+    try:
+        text = time.strftime("%Y-%m-%d %H:%M:%S%z", time.localtime(seconds // 1))
+    except (ValueError, OverflowError, OSError):
+        return "%d s after 1970" % seconds
+    return text[:-2] + ":" + text[-2:]
 
 
 class RemoteHolder:
@@ -8875,12 +8993,14 @@ class RemoteHolder:
             raise outcome.own_failure()
         return [os.path.join(scratch, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
-        """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with `old` of older versions."""
+    def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
+        """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with `old` of older versions: of paths
+        that begin with `prefix`, and from servers that do not know that field, of all."""
+        narrow = {"prefix": as_text(prefix)} if prefix and self.link.peer_level() > 1 else {}
         after: Any = ""
         rounds = Rounds(self.link.host, "copies")
         while True:
-            rows = self.link.call("holdings", backup=self.backup, source=source, after=after)["rows"]
+            rows = self.link.call("holdings", backup=self.backup, source=source, after=after, **narrow)["rows"]
             for path, size, mtime, digest in rows:
                 yield check_relative(as_raw(path)), b"", size, mtime, bytes.fromhex(digest) if digest else None
             if len(rows) < PAGE:
@@ -8889,7 +9009,7 @@ class RemoteHolder:
             rounds.page(len(rows), as_raw(after))
         after, rounds = 0, Rounds(self.link.host, "old versions")
         while old:
-            rows = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2)["rows"]
+            rows = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2, **narrow)["rows"]
             for _, path, stored, size, mtime, digest in rows:
                 yield (check_relative(as_raw(path)), check_relative(as_raw(stored)), size, mtime,
                        bytes.fromhex(digest) if digest else None)
@@ -8936,13 +9056,16 @@ class DirectoryHolder:
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
-        """From the directory itself, not from the database: digests are checked when the files are read."""
+    def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
+        """From the directory itself, not from the database: digests are checked when the files are read.  Of paths that begin
+        with `prefix`."""
         with Tree(self.path) as tree:
-            for path, size, mtime in files_here(tree, source):
-                yield path, b"", size, mtime, None
+            for path, size, mtime in files_here(tree, source, below=prefix.rpartition(b"/")[0]):
+                if path.startswith(prefix):
+                    yield path, b"", size, mtime, None
             for path, stored, size, mtime in old_files_here(tree, source) if old else ():
-                yield path, stored, size, mtime, None
+                if path.startswith(prefix):
+                    yield path, stored, size, mtime, None
 
     def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
               on_bytes: "Callable[[int], None]") -> Pull:
@@ -9011,7 +9134,7 @@ class Restore:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.names = Names()
-        self.catalog_time = 0
+        self.catalog_time, self.catalog_from = 0, ""
         # Of each holder: what is on its way (path -> size), since when, how much of it came; its rate; how far its turn is.
         self._flying: "Dict[int, Dict[bytes, int]]" = {}
         self._since: "Dict[int, float]" = {}
@@ -9066,6 +9189,24 @@ class Restore:
         self._load_catalog()
         self._select()
 
+    def _literal_prefixes(self) -> "Optional[List[bytes]]":
+        """How every path begins that is asked for, none of them within another; None: it may be anything."""
+        prefixes = sorted({re.split(rb"[*?[]", pattern, 1)[0] for pattern in self.patterns})
+        if b"" in prefixes or not prefixes:
+            return None
+        return [p for p in prefixes if not any(p.startswith(other) for other in prefixes if other != p)]
+
+    def _lines_wanted(self) -> "Optional[PathsOf]":
+        """What of a catalog has to be understood: what is asked for, and the directories above."""
+        prefixes = self._literal_prefixes()
+        if prefixes is None:
+            return None
+        above = {b""}
+        for prefix in prefixes:
+            parts = prefix.split(b"/")
+            above.update(b"/".join(parts[:count]) for count in range(1, len(parts)))
+        return PathsOf(above, prefixes)
+
     def _load_catalog(self) -> None:
         choices = [(chain[-1].upto, chain[-1].time, number, chain) for number, holder in enumerate(self.holders)
                    for chain in catalog_chains(holder.catalogs, self.at)]
@@ -9076,9 +9217,9 @@ class Restore:
                 self.db.execute("BEGIN")
                 self.db.execute("DELETE FROM want")
                 for path in holder.catalog_paths(self.source, chain, scratch):
-                    self._load_rows(read_catalog(path))
+                    self._load_rows(read_catalog(path, self._lines_wanted()))
                 self.db.execute("COMMIT")
-                self.catalog_time = when
+                self.catalog_time, self.catalog_from = when, holder.name
                 return
             except (UsageError, OwnFailure):
                 self.db.execute("ROLLBACK")
@@ -9104,9 +9245,9 @@ class Restore:
             else:
                 self.db.execute(
                     "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest, "
-                    "holders) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "holders, proven) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
-                     row.target, row.digest, ",".join(row.holders)))
+                     row.target, row.digest, ",".join(row.holders), int(row.proven)))
 
     def _select(self) -> None:
         """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
@@ -9154,23 +9295,45 @@ class Restore:
     # -- who has it --
 
     def ask_holders(self) -> None:
-        """Learn which holder has which wanted file."""
-        for number, holder in enumerate(self.holders):
-            self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
-            self.db.execute("BEGIN")
-            try:
-                for path, place, size, mtime, digest in holder.holdings(self.source, self.at is not None):
-                    self._enter_holding(number, path, place, size, mtime, digest)
-            except (Unreachable, Refused, ProtocolError, OSError) as error:
-                self.down[holder.backup] = holder.name
-                log.warning("%s: %s", holder.name, error)
-            finally:
-                self.db.execute("COMMIT")
+        """Learn which holder has which wanted file.  Of all that they have, when something may have another name there."""
+        prefixes = self._literal_prefixes()
+        if prefixes is not None:
+            self._ask_all(prefixes)
+            self._rank("kind='f'")
+        if prefixes is None or self._one("SELECT 1 FROM want WHERE kind='f' AND rank=0 LIMIT 1"):
+            self._ask_all([b""])
         # What nobody has under its path may have been renamed since: the same bytes under another name.
         for condition in ("o.digest=w.digest", "o.size=w.size AND o.mtime=w.mtime AND o.digest IS NULL"):
             self.db.execute("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place, 0 FROM want w JOIN other o ON %s "
                             "WHERE w.kind='f' AND NOT EXISTS(SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
         self._rank("kind='f'")
+
+    def _ask_all(self, prefixes: "List[bytes]") -> None:
+        """Enter what the holders have of paths that begin so."""
+        few = self._few_wanted()
+        for number, holder in enumerate(self.holders):
+            self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
+            self.db.execute("BEGIN")
+            try:
+                for prefix in prefixes:
+                    for path, place, size, mtime, digest in holder.holdings(self.source, self.at is not None, prefix):
+                        if few is None or path in few or digest in few or digest is None and (size, mtime) in few:
+                            self._enter_holding(number, path, place, size, mtime, digest)
+            except (Unreachable, Refused, ProtocolError, OSError) as error:
+                self.down[holder.backup] = holder.name
+                log.warning("%s: %s", holder.name, error)
+            finally:
+                self.db.execute("COMMIT")
+
+    def _few_wanted(self) -> "Optional[set[Any]]":
+        """When only some files of a source are asked for: their paths, digests, and (size, mtime); what has none of these is of
+        no use.  None: too many to keep them in memory."""
+        if not self.patterns or self.counts["files"] > FEW_FILES:
+            return None
+        few: "set[Any]" = set()
+        for path, digest, size, mtime in self._each("digest, size, mtime", "kind='f'"):
+            few |= {path, digest, (size, mtime)}
+        return few - {None}
 
     def _enter_holding(self, number: int, path: bytes, place: bytes, size: int, mtime: int, digest: "Optional[bytes]") -> None:
         row = self._one("SELECT size, mtime, digest FROM want WHERE path=? AND kind='f'", path)
@@ -9284,12 +9447,16 @@ class Restore:
             try:
                 self.open_plan(work)
                 self.ask_holders()
+                if whole:
+                    self._check_room()
             except CBackupError:
                 if not os.path.exists(mark):  # nothing has been done, and nothing is held because of it
                     shutil.rmtree(work, ignore_errors=True)
                     with contextlib.suppress(OSError):
                         os.rmdir(self.target) if fresh else None
                 raise
+            log.info("restoring %s into %s, as of %s, with the catalog of %s", self.source, self.target,
+                     format_time(self.catalog_time), self.catalog_from)
             if whole:
                 atomic_write(mark, b"")
             with Tree(self.target) as self.tree:
@@ -9323,6 +9490,50 @@ class Restore:
             except OSError:
                 raise CBackupError("another restore is at work in %s" % self.target)
             yield
+
+    def room(self) -> "Tuple[int, int]":
+        """(bytes that the files need which have to be fetched, bytes that are free at the target).  What is there with the
+        right size is not fetched again, as far as one can tell without reading it, nor what an earlier run has begun."""
+        path = self.target
+        while not os.path.isdir(path) and path != os.path.dirname(path):
+            path = os.path.dirname(path)
+        info = os.statvfs(path)
+        free = (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
+        needed = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND rank>0 AND link IS NULL")[0] + self._one(
+            "SELECT COALESCE(SUM(size), 0) FROM (SELECT MAX(size) size FROM want WHERE kind='f' AND rank>0 AND link IS NOT NULL "
+            "GROUP BY link)")[0]
+        if needed > free and os.path.isdir(self.target):
+            with Tree(self.target) as tree:
+                needed -= self._there(tree)
+        return max(0, needed), free
+
+    def _there(self, tree: Tree) -> int:
+        """Bytes of what is to be restored that need no room, because they are there, or because something else is."""
+        seen, count = set(), 0
+        for path, size, link in self._each("size, link", "kind='f' AND rank>0"):
+            with contextlib.suppress(OSError):
+                info = tree.lstat(path)
+                if info is not None and link not in seen and (not self.force or info.st_size == size):
+                    count += size
+                    seen |= {link} - {None}
+        begun = [tree.lstat(path) for top in tree.list(RESTORE_DIR) if top.startswith(b"files-")
+                 for path in tree.walk_files(RESTORE_DIR + b"/" + top)]
+        return count + sum(info.st_size for info in begun if info is not None)
+
+    def _check_room(self) -> None:
+        """Before anything is written: what cannot end well is not begun."""
+        needed, free = self.room()
+        if needed > free:
+            raise CBackupError(
+                "%s has no space for all of %s: %s are needed, %s are free; make room, say --to for another disk, or name the "
+                "PATHs to begin with ('*' tries all of it)" % (self.target, self.source, format_size(needed), format_size(free)))
+
+    def unproven(self) -> "Iterator[bytes]":
+        """Files that were brought back although the catalog does not call their contents proven."""
+        return (path for path, _ in self._each("state", "kind='f' AND state=1 AND proven=0"))
+
+    def unproven_count(self) -> int:
+        return self._one("SELECT COUNT(*) FROM want WHERE kind='f' AND state=1 AND proven=0")[0]
 
     def _bring_back(self) -> bool:
         self.prepare_target()
@@ -9740,9 +9951,10 @@ class Restore:
         there, differ = self.count_target()
         self._lead_links()
         self._left = self.counts["bytes"]
+        needed, free = self.room() if self.target else (self.counts["bytes"], None)
         self.measure()
         share = self.forecast()
-        return {"kept_files": there, "refused_files": differ,
+        return {"needed_bytes": needed, "free_bytes": free, "kept_files": there, "refused_files": differ,
                 "missing_files": self._one("SELECT COUNT(*) FROM want WHERE kind='f' AND state=0 AND rank=0")[0],
                 "seconds": round(max([seconds for _, _, seconds in share.values()], default=0.0), 1),
                 "holders": {self.holders[n].name: {"files": files, "bytes": size, "rate": int(self._rates[n])}
@@ -10113,8 +10325,8 @@ def print_status(status: "Dict[str, Any]", links: "Dict[str, Link]") -> None:
         print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
         for source, files in sorted(b.get("sources", {}).items()):
             if source not in status["sources"]:
-                print("    has %s of %s, which is no longer configured; `cbackup.pyz forget %s` deletes them" % (
-                    count_of(files, "file"), source, source))
+                print("    has %s of %s, which is no longer configured; `cbackup.pyz restore %s --to DIR` brings them back, "
+                      "`cbackup.pyz forget %s` deletes them" % (count_of(files, "file"), source, source, source))
         if b.get("leaving"):
             duties = b["duties"]
             needed = "it is not known what is" if duties is None else count_of(duties, "copy" if duties == 1 else "copie")
@@ -11613,7 +11825,7 @@ def add_client_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the pass's figures as one JSON object")
     parser.add_argument("--adopt", metavar="NAME", help="take the directory of backup NAME as it is now")
     parser.add_argument("--yes", action="store_true", help="with --adopt: also one of another cluster; do not ask")
-    parser.set_defaults(run=cmd_client)
+    parser.set_defaults(run=cmd_client, failed={"settled": False})
 
 
 def may_take_foreign(args: argparse.Namespace, spec: Backup, cluster: str) -> bool:
@@ -11919,7 +12131,7 @@ def cmd_web(args: argparse.Namespace, home: Home) -> int:
 def add_plan_parser(commands: Any) -> None:
     parser = commands.add_parser("plan", help="does it fit, and what happens when a host is lost?")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
-    parser.set_defaults(run=cmd_plan)
+    parser.set_defaults(run=cmd_plan, failed={"fits": None})
 
 
 def cmd_plan(args: argparse.Namespace, home: Home) -> int:
@@ -11943,7 +12155,7 @@ def add_restore_parser(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="move files that differ aside instead of leaving them")
     parser.add_argument("--dry-run", action="store_true", help="say what would come from where")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(run=cmd_restore)
+    parser.set_defaults(run=cmd_restore, failed={"complete": False})
 
 
 def config_for_restore(args: argparse.Namespace, home: Home) -> Config:
@@ -11956,22 +12168,45 @@ def config_for_restore(args: argparse.Namespace, home: Home) -> Config:
         if os.path.exists(home.config_path):
             log.warning("%s; going on without it", str(error).splitlines()[0])
         config = parse_config("")
-    if args.source not in config.sources and args.directories and not args.to:
-        raise UsageError("where to?  Say --to DIR: no configuration here says where %s was" % args.source)
-    if args.source not in config.sources and not (args.directories and _is_name(args.source)):
-        raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
+    if not _is_name(args.source):
+        raise UsageError("%r is not a source's name; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
     return config
+
+
+def restore_target(args: argparse.Namespace, home: Home, config: Config) -> str:
+    """Where a restore goes to; empty for a dry run that need not know it.  Raises UsageError when nobody has said it: what is
+    right on the source's own host would be a surprise on another."""
+    spec = config.sources.get(args.source)
+    if args.to:
+        return os.path.abspath(args.to)
+    if spec is None and not args.dry_run:
+        raise UsageError("where to?  Say --to DIR: no configuration here says where %s was" % args.source)
+    if spec is not None and (args.directories or home.own_name() == spec.host):
+        return spec.path
+    if spec is None or args.dry_run:
+        return ""
+    raise UsageError("%s lives on %s, and this machine is %s: say --to DIR, or --host %s if it is to be %s from now on"
+                     % (args.source, spec.host, home.own_name(), spec.host, spec.host))
+
+
+def check_known_source(restore: Restore, config: Config) -> None:
+    """A source of which nobody has anything and that has no line either is a mistake in its name."""
+    if restore.source not in config.sources and not any(holder.catalogs for holder in restore.holders):
+        raise UsageError("there is no source %s, and %s has something of one; there are: %s" % (
+            restore.source, "no backup that can be reached (not reachable: %s)" % ", ".join(sorted(restore.down.values()))
+            if restore.down else "no backup", ", ".join(config.sources) or "none"))
 
 
 def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     config = config_for_restore(args, home)
-    target = args.to or config.sources[args.source].path
+    target = restore_target(args, home, config)
     at = None if args.at is None else parse_time(args.at)
-    restore = Restore(args.source, os.path.abspath(target), args.paths, at, args.force, Progress(args.quiet))
+    restore = Restore(args.source, target, args.paths, at, args.force, Progress(args.quiet))
     restore.holders += [DirectoryHolder(path, args.source) for path in dict.fromkeys(args.directories)]
     if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
         find_rsync()
         restore.find_holders(config, tls_context(home, server_side=False))
+    check_known_source(restore, config)
     if args.dry_run:
         return print_dry_run(restore, args.json, args.verbose > 0)
     try:
@@ -11994,10 +12229,14 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
             print("%-8s %10s  %s" % (word, format_size(size), shown(path)))
     code = EXIT_INCOMPLETE if plan["missing_files"] else EXIT_DONE
     if as_json:
-        print(json.dumps(dict(restore.counts, catalog_time=restore.catalog_time, **plan)))
+        print(json.dumps(dict(restore.counts, **origin_of(restore), **plan)))
         return code
-    print("%s, %s, as of %s" % (count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
-                                format_time(restore.catalog_time)))
+    print("%s, %s%s, as of %s (the catalog of %s)" % (
+        count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
+        " into %s" % restore.target if restore.target else "", format_time(restore.catalog_time), restore.catalog_from))
+    if plan["free_bytes"] is not None and plan["needed_bytes"] > plan["free_bytes"]:
+        print("    NO ROOM: %s are needed, %s are free" % (
+            format_size(plan["needed_bytes"]), format_size(plan["free_bytes"])))
     if plan["kept_files"]:
         print("    %s there already, by size and time" % count_of(plan["kept_files"], "file"))
     if plan["refused_files"]:
@@ -12015,6 +12254,11 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
     return code
 
 
+def origin_of(restore: Restore) -> "Dict[str, Any]":
+    """From when and whom the list of files is, and where they go: for --json."""
+    return {"catalog_time": restore.catalog_time, "catalog_from": restore.catalog_from, "target": restore.target or None}
+
+
 SHOWN_MISSING = 1000
 """Missing files that are named one by one without --json, which names all of them."""
 
@@ -12022,10 +12266,13 @@ SHOWN_MISSING = 1000
 def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     missing, in_the_way = restore.missing_count(), restore.in_the_way()
     if as_json:
-        print(json.dumps(dict(restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way,
-                              catalog_time=restore.catalog_time, missing=[
-                                  {"path": as_text(path), "reason": why} for path, why in restore.missing()])))
+        print(json.dumps(dict(
+            restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way, **origin_of(restore),
+            missing=[{"path": as_text(path), "reason": why} for path, why in restore.missing()],
+            unproven=[as_text(path) for path in restore.unproven()])))
         return
+    for path in restore.unproven():
+        log.info("%s: what the backups have; its own host had not read the file again when the catalog was made", shown(path))
     for path, why in itertools.islice(restore.missing(), SHOWN_MISSING):
         print("cbackup: %s: %s" % (shown(path), shown(why)), file=sys.stderr)
     if missing + in_the_way > SHOWN_MISSING:
@@ -12036,40 +12283,58 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
         part for part in (missing and "%s missing" % count_of(missing, "file"),
                           in_the_way and "%s in the way" % count_of(in_the_way, "other path"),
                           restore.unmatched and "%s matched nothing" % count_of(len(restore.unmatched), "argument")) if part)
-    print("%s: %s (%s restored, %s; %s were there already), as of %s" % (
+    unproven = restore.unproven_count()
+    print("%s: %s (%s restored, %s; %s were there already) in %s, as of %s, by the catalog of %s%s" % (
         restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
-        format(restore.counts["kept_files"], ","), format_time(restore.catalog_time)))
+        format(restore.counts["kept_files"], ","), restore.target, format_time(restore.catalog_time), restore.catalog_from,
+        "; %s of them not proven yet at that time (-v names them)" % format(unproven, ",") if unproven else ""))
 
 
 def add_find_parser(commands: Any) -> None:
     parser = commands.add_parser("find", help="where copies and older versions of matching files are")
     parser.add_argument("pattern", metavar="PATTERN", help="a path, or a pattern such as '*.jpg' or '2024/*'")
     parser.add_argument("--json", action="store_true", help="print the hits as one JSON object")
-    parser.set_defaults(run=cmd_find)
+    parser.set_defaults(run=cmd_find, failed={"files": []})
+
+
+def found_versions(answers: "Dict[str, Dict[str, Any]]", config: Config) -> "Dict[Tuple[str, str], List[Dict[str, Any]]]":
+    """(source, path) -> what there is of it, copies first, then old versions, the newest first.  answers: host -> of `find`."""
+    files: "Dict[Tuple[str, str], List[Dict[str, Any]]]" = {}
+    for host, answer in sorted(answers.items()):
+        times = itertools.chain(answer["at"], itertools.repeat(None))  # older servers say none
+        for (backup, source, path, size, mtime, since), at in zip(answer["rows"], times):
+            if backup not in config.backups or config.backups[backup].host != host:
+                continue  # a server speaks for its own backups
+            files.setdefault((source, path), []).append({
+                "backup": backup, "host": host, "size": size, "mtime": mtime / 1e9, "until": since, "at": at})
+    for versions in files.values():
+        versions.sort(key=lambda found: (found["until"] is not None, -(found["until"] or 0), found["backup"]))
+    return files
+
+
+def version_text(found: "Dict[str, Any]") -> str:
+    """A copy or an old version in words, with what brings it back."""
+    text = "%s, %s, of %s" % ("a copy" if found["until"] is None else "old version", format_size(found["size"]),
+                              format_time(found["mtime"]))
+    if found["until"] is not None:
+        text += ", until %s" % format_time(found["until"])
+    return text if found["at"] is None else text + "; --at '%s'" % format_time(found["at"])
 
 
 def cmd_find(args: argparse.Namespace, home: Home) -> int:
     config = home.config()
     hosts = sorted({b.host for b in config.backups.values()})
     answers, down = ask_all(home, config, hosts, "find", pattern=as_text(os.fsencode(args.pattern)))
-    files: "Dict[Tuple[str, str], List[Tuple[float, int, str]]]" = {}
-    for host, answer in answers.items():
-        for backup, source, path, size, mtime, since in answer["rows"]:
-            if backup not in config.backups or config.backups[backup].host != host:
-                continue  # a server speaks for its own backups
-            files.setdefault((source, path), []).append((float("inf") if since is None else since, size, backup))
+    files = found_versions(answers, config)
     if args.json:
         print(json.dumps({"unreachable": sorted(down), "files": [
-            {"source": source, "path": path, "versions": [
-                {"backup": backup, "size": size, "until": None if since == float("inf") else since}
-                for since, size, backup in sorted(versions, reverse=True)]}
-            for (source, path), versions in sorted(files.items())]}))
+            {"source": source, "path": path, "versions": versions} for (source, path), versions in sorted(files.items())]}))
     else:
         for (source, path), versions in sorted(files.items()):
-            print("%s/%s" % (source, shown(as_raw(path))))
-            for since, size, backup in sorted(versions, reverse=True):
-                when = "a copy" if since == float("inf") else "old version, until %s" % format_time(since)
-                print("    %s on %s: %s, %s" % (backup, config.backups[backup].host, when, format_size(size)))
+            print("%s/%s%s" % (source, shown(as_raw(path)), "" if source in config.sources else
+                               "    (%s has no line in the configuration any more)" % source))
+            for found in versions:
+                print("    %(backup)s on %(host)s: " % found + version_text(found))
         if any(answer["more"] for answer in answers.values()):
             print("there are more; give a narrower pattern", file=sys.stderr)
     for host, why in sorted(down.items()):
@@ -12422,10 +12687,81 @@ def build_parser() -> Parser:
     return parser
 
 
+class Outlet:
+    """A standard stream that cannot stop the work: what it does not take is lost, and `failed` says why."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.encoding = getattr(stream, "encoding", "utf-8")
+        self.failed: "Optional[OSError]" = None
+
+    def write(self, text: str) -> int:
+        if self.failed is None:
+            try:
+                self.stream.write(text)
+            except OSError as error:
+                self.failed = error
+        return len(text)
+
+    def flush(self) -> None:
+        if self.failed is None:
+            try:
+                self.stream.flush()
+            except OSError as error:
+                self.failed = error
+
+    def isatty(self) -> bool:
+        return bool(self.stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self.stream.fileno())
+
+    def abandon(self) -> None:
+        """What is still kept for it must not make the interpreter's end fail."""
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def open_closed_streams() -> None:
+    """Standard streams that are closed lead nowhere from now on: a file that is opened would get the number of one, and what is
+    printed would land in it.  Writing to them fails, as it does on a full disk."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            found = os.open(os.devnull, os.O_RDONLY)
+            if found != number:
+                os.dup2(found, number)
+                os.close(found)
+    sys.stdin = sys.stdin or open(0, "r", closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
 def main(argv: "Optional[List[str]]" = None) -> int:
-    """Run one command; returns the exit status.  Everything that goes wrong becomes one line."""
-    arguments = sys.argv[1:] if argv is None else argv
-    verbose = any(re.match(r"-v+\Z", word) for word in arguments)
+    """Run one command; returns the exit status.  Everything that goes wrong becomes one line.  That something could not be
+    printed does not end the work before its time, and is in the exit status."""
+    open_closed_streams()
+    streams = sys.stdout, sys.stderr
+    out, err = Outlet(sys.stdout), Outlet(sys.stderr)
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    try:
+        code = run_arguments(sys.argv[1:] if argv is None else argv)
+        out.flush()
+        if out.failed is not None and out.failed.errno != errno.EPIPE:  # `| head` has seen enough
+            print("cbackup: not all could be printed: %s" % reason_of(out.failed), file=sys.stderr)
+        err.flush()
+    finally:
+        for outlet in (out, err):
+            if outlet.failed is not None:
+                outlet.abandon()
+        sys.stdout, sys.stderr = streams
+    return code or (EXIT_DONE if out.failed is None and err.failed is None else EXIT_INCOMPLETE)
+
+
+def run_arguments(arguments: "List[str]") -> int:
+    """Parse and run one command; what it raises is told, with --json also as one object, {"error"} and `failed` of its parser."""
+    args = argparse.Namespace()
     try:
         require_python_parts()
         args = build_parser().parse_args(arguments)
@@ -12435,36 +12771,34 @@ def main(argv: "Optional[List[str]]" = None) -> int:
                             level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
         logging.getLogger().handlers[0].setFormatter(PlainFormatter("cbackup: %(message)s"))
         Progress.quiet = args.quiet
-        code = args.run(args, Home(args.home, args.host))
-        sys.stdout.flush()
-        return code
-    except CBackupError as error:
-        clear_line()
-        for line in str(error).split("\n"):
-            print("cbackup: " + shown(line), file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        clear_line()
-        print("cbackup: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-        return EXIT_INCOMPLETE
-    except sqlite3.Error as error:
-        clear_line()
-        print("cbackup: a database in %s cannot be used: %s" % (Home(args.home).state_path, error), file=sys.stderr)
-        return EXIT_INCOMPLETE
-    except OSError as error:
-        clear_line()
-        print("cbackup: %s%s" % (shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)),
-              file=sys.stderr)
-        return EXIT_INCOMPLETE
-    except Exception as error:
-        if verbose:
+        return int(args.run(args, Home(args.home, args.host)))
+    except SystemExit as end:  # --help, --version
+        return end.code if isinstance(end.code, int) else EXIT_DONE
+    except BaseException as error:
+        if not isinstance(error, (CBackupError, KeyboardInterrupt, sqlite3.Error, OSError)) \
+                and any(re.match(r"-v+\Z", word) for word in arguments):
             raise
-        print("cbackup: a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error),
-              file=sys.stderr)
-        return EXIT_INCOMPLETE
+        text, code = words_for(error, args)
+    clear_line()
+    for line in text.split("\n"):
+        print("cbackup: " + shown(line), file=sys.stderr)
+    if vars(args).get("json", "--json" in arguments):
+        print(json.dumps(dict(vars(args).get("failed", {}), error=text)))
+    return code
+
+
+def words_for(error: BaseException, args: argparse.Namespace) -> "Tuple[str, int]":
+    """(what is said of something that ended a command, its exit status)."""
+    if isinstance(error, CBackupError):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
+    if isinstance(error, sqlite3.Error):
+        return "a database in %s cannot be used: %s" % (Home(args.home).state_path, error), EXIT_INCOMPLETE
+    if isinstance(error, OSError):
+        where = shown(os.fsencode(error.filename)) + ": " if isinstance(error.filename, (str, bytes)) else ""
+        return where + reason_of(error), EXIT_INCOMPLETE
+    return "a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error), EXIT_INCOMPLETE
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class VanishingLinkTest(Case):
         row = books.source_row("docs")
         upto = books.close_generation(row)
         return {cbackup.CatalogRow.from_json(cbackup.CatalogRow(path, kind, target=target).to_json()).path for
-                _, _, path, kind, _, _, _, _, _, _, target, _, _ in books.catalog_entries(row["id"], 0, upto, (0, 0))}
+                _, _, path, kind, _, _, _, _, _, _, target, *_ in books.catalog_entries(row["id"], 0, upto, (0, 0))}
 
 
 class DamagedTest(Case):
@@ -119,6 +119,35 @@ class DamagedTest(Case):
         self.assertRc(0, cluster.restore("a", "docs", to=cluster.path("to")))
         self.assertSameTree(source, cluster.path("to"))
 
+
+class PartOfACatalogTest(CatalogFilesTest):
+    """Of a large catalog only those lines are understood that somebody wants; it is checked to its end all the same."""
+
+    def test_some_paths_and_all_that_begins_so(self):
+        names = [b"a", b"a/b", b"ab", b'q"uo\\te', b'q",x', b"\xff odd\n", "\u00e9/\U0001f600".encode(), b"z"]
+        self.write(0, 1, 1, *[self.row(name, 1) for name in names])
+        path = os.path.join(self.kept, os.listdir(self.kept)[0])
+
+        def read(*arguments):
+            return [row.path for row in cbackup.read_catalog(path, cbackup.PathsOf(*arguments))]
+        for name in names:
+            self.assertEqual([name], read([name]))
+            self.assertEqual([name], read([name] + [b"none %d" % number for number in range(60)]))
+        self.assertEqual([b"a", b"a/b", b"ab"], read([], [b"a"]))
+        self.assertEqual([b"a", b"a/b"], read([b"a"], [b"a/"]))
+        self.assertEqual([b"\xff odd\n"], read([], [b"\xff"]))
+        with open(path, "rb") as stream:
+            data = stream.read()
+        write_file(path, data[:-20])
+        with self.assertRaises(cbackup.DamagedCatalog):
+            read([b"a"])
+
+    def test_the_last_time_of_each_version(self):
+        self.write(0, 1, 10, self.row(b"f", 1), self.row(b"g", 1))
+        self.write(1, 2, 20, self.row(b"f", 2))
+        self.write(2, 3, 30, self.row(b"f", 1))
+        self.write(3, 4, 40, cbackup.CatalogRow(b"f"))
+        self.assertEqual({(b"f", 1, 0): 30, (b"f", 2, 0): 20}, cbackup.times_of_versions(self.kept, [b"f"]))
 
 if __name__ == "__main__":
     unittest.main()
