@@ -312,16 +312,21 @@ def the_oldest(stages, oldest):
 
 
 def the_rest(stages, python):
-    """Steps that are no unit tests; each adds one failure when it fails."""
+    """Steps that are no unit tests; each adds one failure when it fails. Each day has a seed, and a part of the mutants."""
     env = environment(python, None, stages.scratch)
-    today = int(time.time()) // 86400
-    steps = [("soak", ["--minutes", "1", "--seed", str(today % 1000)], 180)]
-    for module, arguments, most in steps:
+    today = str(int(time.time()) // 86400 % 1000)
+    for module, most, options in (("mutants", 300, {"--minutes": "4", "--seed": today, "--part": today}),
+                                  ("soak", 180, {"--minutes": "1", "--seed": today})):
         if os.path.exists("tests/%s.py" % module):
-            title = " ".join(["python3", "-m", "tests." + module] + arguments)
-            ended = stages.run(["python3", "-m", "tests." + module] + arguments, title, most, env)
+            command = ["python3", "-m", "tests." + module]
+            known = subprocess.run(command + ["--help"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL).stdout.decode()
+            for option, value in options.items():
+                if re.search(re.escape(option) + r"\b", known):
+                    command += [option, value]
+            ended = stages.run(command, " ".join(command), most, env)
             if ended is not None and ended[0] != 0:
-                stages.fail("%s: exit status %s" % (title, ended[0]))
+                stages.fail("%s: exit status %s" % (" ".join(command), ended[0]))
 
 
 def list_skips(stages, what):
