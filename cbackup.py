@@ -11227,20 +11227,22 @@ def page_passes(facts: "Dict[str, Any]") -> str:
     return make_section("passes", "The last passes of %s" % facts["host"], body)
 
 
-def style_hash() -> str:
-    return base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
+def page_policy() -> str:
+    """What the page may do: show its own style, and nothing else."""
+    style = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
+    return ("default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'"
+            % style)
 
 
 def make_page(facts: "Dict[str, Any]", link: str = "", refresh: int = 0) -> str:
     """The page: one HTML text that needs nothing else and runs nothing.  link: the address of the same as JSON; refresh:
     after so many seconds a browser asks for it again."""
     status = facts["status"]
-    policy = "default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'" % style_hash()
     again = '<meta http-equiv="refresh" content="%d">' % refresh if refresh else ""
     title = "%s: %s" % (status["cluster"], "all safe" if facts["verdict"].safe else "NOT SAFE")
     return "".join((
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
-        '<meta http-equiv="Content-Security-Policy" content="%s">' % policy, again,
+        '<meta http-equiv="Content-Security-Policy" content="%s">' % page_policy(), again,
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">',
         '<link rel="icon" href="data:,"><title>%s</title><style>%s</style></head>\n<body>' % (esc(title), PAGE_STYLE),
         '<a class="skip" href="#hosts">To the details</a><header><h1>cbackup: %s</h1></header>\n<main>' % esc(status["cluster"]),
@@ -12028,10 +12030,9 @@ WEB_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosnif
                ("Cross-Origin-Resource-Policy", "same-origin"), ("X-Frame-Options", "DENY"))
 
 
-def web_server(web: Web) -> Any:
-    """The HTTP server of a page.  Classes in here, because what they are made of is imported only for `web`."""
+def web_handler(web: Web) -> Any:
+    """The class that answers one visitor; in here, because its parts are imported only for `web`."""
     import http.server
-    import socketserver
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout, server_version, sys_version = WEB_TIMEOUT, "cbackup", ""
@@ -12050,22 +12051,30 @@ def web_server(web: Web) -> Any:
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("Content-Security-Policy", "default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; "
-                             "form-action 'none'; frame-ancestors 'none'" % style_hash())
+            self.send_header("Content-Security-Policy", page_policy() + "; frame-ancestors 'none'")
             for name, value in WEB_HEADERS:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(data)
 
-        def send_error(self, code: int, message: "Optional[str]" = None, explain: "Optional[str]" = None) -> None:
+        def send_error(self, code: int, message: "Optional[str]" = None,
+                       explain: "Optional[str]" = None) -> None:
             """What http.server itself refuses, another method than GET and HEAD for example."""
             self.close_connection = True
-            self.reply(405 if code == 501 else code, "text/plain", "This page can only be read.\n" if code == 501
-                       else "That is no request for this page.\n")
+            self.reply(405 if code == 501 else code, "text/plain", "This page can only be read.\n"
+                       if code == 501 else "That is no request for this page.\n")
 
         def log_message(self, form: str, *words: Any) -> None:
             log.debug("web: %s", shown((form % words).encode("utf-8", "replace")))
+
+    return Handler
+
+
+def web_server(web: Web) -> Any:
+    """The HTTP server of a page, bound to its address.  Raises CBackupError when that cannot be."""
+    import http.server
+    import socketserver
 
     class Listener(socketserver.ThreadingMixIn, http.server.HTTPServer):
         daemon_threads, block_on_close, request_queue_size = True, False, 16
@@ -12089,10 +12098,10 @@ def web_server(web: Web) -> Any:
                 self.places.release()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            log.info("web: %s: %s", client_address[0], sys.exc_info()[1])  # a visitor that went away
+            log.info("web: %s: %s", client_address[0], sys.exc_info()[1])  # a visitor that left
 
     try:
-        return Listener(web.where, Handler)
+        return Listener(web.where, web_handler(web))
     except OSError as error:
         raise CBackupError("cannot listen on %s port %d: %s; `web --listen ADDR:PORT` says another" % (
             web.ip, web.port, reason_of(error)))
