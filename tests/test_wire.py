@@ -1,14 +1,17 @@
 """What is said between client and server: levels, and that each side checks what the other one says."""
 
+import contextlib
+import json
 import logging
 import os
+import socket
 import time
 import unittest
 from unittest import mock
 
 import cbackup
 from tests.harness import Case, write_file
-from tests.liar import between, copy, one_pass
+from tests.liar import between, context, copy, one_pass
 
 
 class LevelTest(Case):
@@ -66,6 +69,67 @@ class TableTest(unittest.TestCase):
         answer = {"rows": []}
         self.assertEqual("", cbackup.misfit(answer, {"rows": [cbackup._is_count], "new": cbackup.May([], list)}))
         self.assertEqual([], answer["new"])
+
+
+class FormerVersionTest(Case):
+    """What client and server of level 1 said to each other, recorded from them (wire_level_1.json), is understood by both
+    sides now: a cluster is brought to a new version machine by machine."""
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(os.path.dirname(__file__), "wire_level_1.json")) as stream:
+            cls.said = json.load(stream)
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=1)
+        c.source("docs", "s", {"f": b"1", "dir/g": b"22", "big": 300000, "old": b"x"})
+        c.backup("ba", "a", "10M")
+        c.backup("bb", "b", "10M")
+        c.start("s", "a")
+        c.settle()
+        cls.pem = os.path.join(c.home("a"), "cluster.pem")
+
+    def test_the_answers_of_a_former_server_are_right_ones(self):
+        for op, pairs in self.said.items():
+            for pair in pairs:
+                if "error" not in pair["answer"]:
+                    with self.subTest(op=op):
+                        self.assertEqual("", cbackup.misfit(copy(pair["answer"]), cbackup.OPERATIONS[op].answer))
+
+    def test_the_requests_of_a_former_client_are_answered_as_before(self):
+        for host in ("s", "a"):
+            for op, pairs in self.said.items():
+                for pair in pairs:
+                    with self.subTest(op=op, host=host, request=str(pair["request"])[:200]):
+                        answer = self.answer(host, dict(pair["request"], op=op))
+                        self.assertNotIn(answer.get("error"), ("protocol", "unknown-op"), answer)
+                        if answer.get("ok") and pair["answer"].get("ok"):
+                            self.assertCovers(pair["answer"], answer)
+
+    def answer(self, host, request):
+        plain = socket.create_connection(("127.0.0.1", self.c.ports[host]), 30)
+        with contextlib.closing(cbackup.Channel(context(self.pem).wrap_socket(plain))) as channel:
+            self.assertLessEqual({"cbackup", "host", "books", "version", "config"}, set(channel.receive(30)))
+            channel.socket.sendall(json.dumps(request, separators=(",", ":")).encode() + b"\n")
+            return channel.receive(60)
+
+    def assertCovers(self, old, new, where=""):
+        """`new` has all that a reader of `old` looks for: the same kinds of values at the same places."""
+        if old is None or new is None:
+            return
+        kinds = [(int, float) if isinstance(one, (int, float)) and not isinstance(one, bool) else type(one) for one in (old, new)]
+        self.assertEqual(kinds[0], kinds[1], where)
+        if isinstance(old, dict):
+            names = {"docs", "ba", "bb", "a", "b", "0", "1"}  # what is there now need not be what was there then
+            for key in set(old) - names if new else ():
+                self.assertIn(key, new, where)
+            for key in set(old) & set(new):
+                self.assertCovers(old[key], new[key], "%s.%s" % (where, key))
+        elif isinstance(old, list) and old and new:
+            if any(type(one) is not type(old[0]) for one in old):  # a row
+                self.assertEqual(len(old), len(new), where)
+                for number, (one, other) in enumerate(zip(old, new)):
+                    self.assertCovers(one, other, "%s[%d]" % (where, number))
+            elif isinstance(old[0], (list, dict)):
+                self.assertCovers(old[0], new[0], where + "[]")
 
 
 class OddServerTest(Case):
