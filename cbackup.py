@@ -416,6 +416,23 @@ def shown(raw: "bytes | str") -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def fold_key(path: bytes) -> bytes:
+    """The same for all names that some file system may take for one name: by case, by the form of composed letters."""
+    import unicodedata
+    try:
+        text = unicodedata.normalize("NFD", path.decode()).casefold()
+    except UnicodeDecodeError:
+        return path.lower()
+    return unicodedata.normalize("NFC", text).encode()
+
+
+def difference(other: bytes, path: bytes) -> str:
+    """In which way `path` is taken for `other` by a file system that folds names."""
+    import unicodedata
+    texts = [unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape")) for name in (other, path)]
+    return "differs only in %s from %s" % ("Unicode normal form" if texts[0] == texts[1] else "case", shown(other))
+
+
 def check_relative(raw: bytes) -> bytes:
     """`raw` itself when it is a plain relative path that stays below its root; else ProtocolError."""
     if not raw or len(raw) > 8192 or b"\0" in raw:
@@ -5003,6 +5020,7 @@ class Vault:
                                 "DELETE", VAULT_UPGRADES)
         self.db.execute("CREATE TEMP TABLE kept(source TEXT PRIMARY KEY) WITHOUT ROWID")
         self.clock_wrong, self._kept_bytes = False, 0
+        self._folding: "Optional[str]" = None
         self.stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock.now())).encode()
 
     def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool, foreign: bool) -> "Dict[str, Any]":
@@ -5287,12 +5305,17 @@ class Vault:
 
     # -- setting aside --
 
+    def _own_at(self, source: str, path: bytes) -> "Optional[os.stat_result]":
+        """The stat of what stands at a file's place; None also when that is another's."""
+        place = self.place_of(source, path)
+        return None if self.anothers(place) is not None else self.tree.lstat(place)
+
     def set_aside(self, source: str, paths: "List[bytes]", why: str) -> None:
         """Move files of this backup into the attic (`why`: changed, deleted, found or bad) and forget them as copies."""
         names = []
         with self.write() as db:
             for path in paths:
-                info = self.tree.lstat(self.place_of(source, path))
+                info = self._own_at(source, path)
                 row = self.one("SELECT size, mtime, digest FROM held WHERE source=? AND path=?", source, path)
                 db.execute("DELETE FROM held WHERE source=? AND path=?", (source, path))
                 if info is None or not stat.S_ISREG(info.st_mode):
@@ -5383,7 +5406,7 @@ class Vault:
         with self.write() as db:
             for path, digest in rows:
                 db.execute("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?", (digest, source, path))
-                info = self.tree.lstat(self.place_of(source, path))
+                info = self._own_at(source, path)
                 if info is None or not stat.S_ISREG(info.st_mode):
                     continue
                 row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, path)
@@ -5415,31 +5438,90 @@ class Vault:
 
         Raises OSError for a directory with files in it, and for a name that this file system takes for another.
         """
-        info = self.tree.lstat(place)
+        info, other = self.tree.lstat(place), self.anothers(place)
         if info is None:
             return
+        if other is not None:
+            raise OSError(errno.EEXIST, "it %s, which is here" % difference(other, place.partition(b"/")[2]))
         if stat.S_ISLNK(info.st_mode):
             self.tree.unlink(place)
         elif stat.S_ISDIR(info.st_mode):
             self.tree.clear_empty(place, links=True)
             if self.tree.lstat(place) is not None:
                 raise OSError(errno.ENOTEMPTY, "a directory with other files is in its place")
-        else:
-            above, _, name = place.rpartition(b"/")
-            if self.folds and name not in self.tree.list(above):
-                raise OSError(errno.EEXIST, "this file system takes its name for that of another file")
 
     @property
     def folds(self) -> bool:
-        """Whether this file system takes names for the same that differ (by case, say); found out once."""
-        known = self.meta("folds")
-        if known is None:
-            probe = META_DIR + b"/probe-Name"
+        """Whether this file system takes names for the same that differ."""
+        if self._folding is None:
+            self._folding = self._learn_folding()
+        return "c" in self._folding or "f" in self._folding
+
+    def _learn_folding(self) -> str:
+        """What this file system does with names: c, case is the same; f, normal forms are the same; n, a name comes back in
+        another form than it was given.  Tried out once, and again on a disk to which all was copied from one of another kind,
+        as far as that shows without writing."""
+        known, case = self.meta("folding"), self.tree.lstat(META_DIR.upper()) is not None
+        if known is not None and ("c" in known) == case:
+            return str(known)
+        known, probe = "c" if case else "", META_DIR + "/probe-\u00e9".encode()
+        with contextlib.suppress(OSError):  # without such letters there are no forms of them
             self.tree.make_directory(probe)
-            known = int(self.tree.lstat(META_DIR + b"/PROBE-nAME") is not None)
+            known += "f" if self.tree.lstat(META_DIR + "/probe-e\u0301".encode()) is not None else ""
+            known += "n" if probe.rpartition(b"/")[2] not in self.tree.list(META_DIR) else ""
             self.tree.rmdir(probe)
-            self.set_meta("folds", known)
-        return bool(known)
+        self.set_meta("folding", known)
+        return known
+
+    def anothers(self, place: bytes) -> "Optional[bytes]":
+        """The path of the file whose place this is, when that is another one that this file system takes for the same; also of
+        a file that is not ours."""
+        if not self.folds or self.tree.lstat(place) is None:
+            return None
+        name, _, path = place.partition(b"/")
+        source, here = as_text(name), self._listed(place)
+        self._fold_all()
+        for (other,) in self.rows("SELECT path FROM temp.folded WHERE source=? AND key=? AND path<>?", source, fold_key(path), path):
+            if self._listed(name + b"/" + other) == here:
+                return other
+        strange = here.rpartition(b"/")[2] != place.rpartition(b"/")[2] and "n" not in str(self._folding)
+        return here[len(name) + 1:] if strange and not self.held(source, path) else None
+
+    def _listed(self, rel: bytes) -> bytes:
+        """The path under which a file system that folds names lists what it finds at `rel`."""
+        above = b""
+        for part in rel.split(b"/"):
+            names = self.tree.list(above)
+            if part not in names:
+                part = next((name for name in names if fold_key(name) == fold_key(part)), part)
+            above = above + b"/" + part if above else part
+        return above
+
+    def _fold_all(self) -> None:
+        """Make the table of the folded names of our copies, and keep it up to date; once, when something is to be done."""
+        with self.lock:
+            if self.db.execute("SELECT 1 FROM temp.sqlite_master WHERE name='folded'").fetchone():
+                return
+            self.db.create_function("fold_key", 1, fold_key)
+            self.db.execute("CREATE TEMP TABLE folded(source TEXT, key BLOB, path BLOB, PRIMARY KEY(source, key, path)) "
+                            "WITHOUT ROWID")
+            for table, which in (("held", ""), ("coming", " WHERE stage=1")):
+                self.db.execute("INSERT OR IGNORE INTO folded SELECT source, fold_key(path), path FROM main.%s%s" % (table, which))
+            added = "BEGIN INSERT OR IGNORE INTO folded VALUES(NEW.source, fold_key(NEW.path), NEW.path); END"
+            self.db.execute("CREATE TEMP TRIGGER folded_held AFTER INSERT ON main.held " + added)
+            self.db.execute("CREATE TEMP TRIGGER folded_coming AFTER UPDATE OF stage ON main.coming " + added)
+            for table, other in (("held", "coming"), ("coming", "held")):
+                self.db.execute(
+                    "CREATE TEMP TRIGGER folded_not_%s AFTER DELETE ON main.%s WHEN NOT EXISTS(SELECT 1 FROM main.%s o WHERE "
+                    "o.source=OLD.source AND o.path=OLD.path) BEGIN DELETE FROM folded WHERE source=OLD.source AND "
+                    "key=fold_key(OLD.path) AND path=OLD.path; END" % (table, table, other))
+
+    def is_here_as(self, source: str, path: bytes) -> bool:
+        """Whether `path`, as this file system lists it, is one of our copies under a name that it has folded."""
+        if not self.folds:
+            return False
+        self._fold_all()
+        return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source, fold_key(path)) is not None
 
     def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int) -> None:
         """Mode, times and, as root, owner, where they are others.  What the file system cannot do is no error: the catalog
@@ -5536,7 +5618,7 @@ class Vault:
             row = self.one("SELECT size, mtime, digest, checked FROM held WHERE source=? AND path=?", source, old)
             try:
                 if self.tree.lstat(between) is not None:
-                    info = self.tree.lstat(place)
+                    info = self._own_at(source, new)
                     if info is not None and stat.S_ISREG(info.st_mode):
                         self.set_aside(source, [new], "deleted")
                     self.clear_the_way(place)
@@ -5633,9 +5715,8 @@ class Vault:
                 continue
             known = self._named_in_catalogs(as_text(name))
             if known or as_text(name) in configured:
-                paths = (rel[len(name) + 1:] for rel in self.tree.walk_files(name))
-                for batch in in_batches(path for path in paths if not known or self.one(
-                        "SELECT 1 FROM named WHERE path=?", path)):
+                paths = (self._named_as(rel[len(name) + 1:], known) for rel in self.tree.walk_files(name))
+                for batch in in_batches(path for path in paths if path is not None):
                     count += self._enter(as_text(name), batch, say)
         for kind in (b"attic", b"bad", b"moving"):
             for batch in in_batches(self.tree.walk_files(META_DIR + b"/" + kind)):
@@ -5643,17 +5724,33 @@ class Vault:
         self.tree.sync_all()  # what had just been copied may not have been
         return count
 
+    def _named_as(self, path: bytes, known: bool) -> "Optional[bytes]":
+        """Under which name a file that lies here is in the catalogs: on some file systems another one than they list."""
+        if not known or self.one("SELECT 1 FROM named WHERE path=?", path):
+            return path
+        row = self.one("SELECT path FROM named WHERE key=?", fold_key(path)) if self.folds else None
+        return row[0] if row else None
+
+    def _named_with(self, path: bytes, digest: bytes) -> bytes:
+        """Of names that this file system takes for one, that of which the catalogs say that it has this content."""
+        row = self.one("SELECT path FROM named WHERE key=? AND digest=? ORDER BY path<>?", fold_key(path), digest, path) \
+            if self.folds else None
+        return row[0] if row else path
+
     def _named_in_catalogs(self, source: str) -> bool:
         """Fill the table `named` with all files that the kept catalogs of a source name; False without a catalog."""
         with self.lock:
-            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS named(path BLOB PRIMARY KEY) WITHOUT ROWID")
+            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS named(path BLOB PRIMARY KEY, key BLOB, digest BLOB) "
+                            "WITHOUT ROWID")
+            self.db.execute("CREATE INDEX IF NOT EXISTS named_key ON named(key) WHERE key IS NOT NULL")
             self.db.execute("DELETE FROM named")
         directory = os.path.join(self.meta_path, "catalog", source)
         try:
             for found in catalogs_in(directory):
                 for row in read_catalog(os.path.join(directory, found.name)):
                     if row.kind == "f":
-                        self.db.execute("INSERT OR IGNORE INTO named VALUES(?)", (row.path,))
+                        self.db.execute("INSERT OR IGNORE INTO named VALUES(?,?,?)", (
+                            (row.path, fold_key(row.path), row.digest) if self.folds else (row.path, None, None)))
         except CBackupError as error:
             log.warning("%s: %s", self.name, error)
             return False
@@ -5686,7 +5783,7 @@ class Vault:
                 digest, size = digest_descriptor(descriptor)
             finally:
                 os.close(descriptor)
-            found.append((path, size, info.st_mtime_ns, digest))
+            found.append((self._named_with(path, digest), size, info.st_mtime_ns, digest))
         with self.write():
             for path, size, mtime, digest in found:
                 self.hold(source, path, size, mtime, digest, clock.now())
@@ -5735,6 +5832,11 @@ class Vault:
             place = self.place_of(source, row.path) if row.path else source.encode()
             info = self.tree.lstat(place)
             kind = stat.S_IFMT(info.st_mode) if info else 0
+            other = self.anothers(place) if row.kind != "f" else None
+            if other is not None:  # the directories of two names become one; of two symlinks one is laid
+                if row.kind == "l":
+                    yield row.path, OSError(errno.EEXIST, "it " + difference(other, row.path))
+                continue
             try:
                 if row.kind is None and kind == stat.S_IFLNK:
                     self.tree.unlink(place)
@@ -8146,6 +8248,13 @@ class Pass:
     def fetch(self, standing: Standing, files: "List[Wanted]", updating: bool = False) -> None:
         """Copy a batch, and have it checked while the next one is copied."""
         vault = self.vault
+        if vault.folds:
+            files, later = self._that_can_stand_here(standing, files)
+            if later:  # when the first of two names is in place, the file system says whether the other is the same to it
+                for part in (files, later):
+                    self.fetch(standing, part, updating)
+                    self.pipeline.drain()
+                return
         files = self._that_fit(standing, files, updating, vault.free())  # no old version goes for what does not fit even so
         need = sum(f.size for f in files)
         self.make_room(need)
@@ -8187,6 +8296,27 @@ class Pass:
         """Let old versions go where copies of current files need their room; the user wanted to keep them, and is told."""
         files, size = self.vault.make_room(need, self.config.keep)
         self._early = self._early[0] + files, self._early[1] + size
+
+    def _that_can_stand_here(self, standing: Standing, files: "List[Wanted]") -> "Tuple[List[Wanted], List[Wanted]]":
+        """On a file system that folds names: those files whose names are not taken, and those of which only the arrival of the
+        others will tell.  The rest is left to other backups."""
+        vault, now, later, taken = self.vault, [], [], []
+        keys = {fold_key(path): path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)}
+        if any(keys.get(fold_key(f.path), f.path) != f.path for f in files):
+            self.pipeline.drain()
+            keys = {}
+        for f in files:
+            other = None if vault.held(standing.name, f.path) else vault.anothers(vault.place_of(standing.name, f.path))
+            if other is not None:
+                taken.append((f, "%s, and %s takes both for one name" % (
+                    difference(other, f.path), vault.spec.path)))
+            elif keys.setdefault(fold_key(f.path), f.path) != f.path:
+                later.append(f)
+            else:
+                now.append(f)
+        if taken:
+            self.decline(standing, self.links[standing.host], taken)
+        return now, later
 
     def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool, room: int) -> "List[Wanted]":
         """The files for which there is `room`.  The others are given back: the room went while they were claimed, and what is
@@ -8683,7 +8813,8 @@ class Pass:
                 if info is not None and stat.S_ISREG(info.st_mode) and info.st_mode & 0o7000:
                     with contextlib.suppress(OSError):  # from a time when copies had these
                         vault.tree.chmod(rel, stat.S_IMODE(info.st_mode) & 0o777)
-                if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path):
+                if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path) or vault.is_here_as(
+                        source, path):
                     continue
                 count += 1
                 some += [shown(rel)] if count <= 3 else []

@@ -52,6 +52,33 @@ def tmpfs_or_skip(test, path, size="16m"):
     mount_or_skip(test, "-t", "tmpfs", "-o", "size=" + size, "none", path)
 
 
+def folding_or_skip(test, path, size=32 << 20):
+    """A small, empty FAT or exFAT file system at `path` for the time of a test; to it `A` and `a` are one name."""
+    os.makedirs(path, exist_ok=True)
+    cleanup = test.addClassCleanup if isinstance(test, type) else test.addCleanup
+    image = path.rstrip("/") + ".image"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for make, mount in (("mkfs.vfat", ["mount", "-o", "loop,iocharset=utf8"]), ("mkfs.exfat", ["mount", "-o", "loop"]),
+                        ("mkfs.exfat", ["mount.exfat-fuse"])):
+        if os.geteuid() != 0 or not shutil.which(make) or not shutil.which(mount[0]):
+            continue
+        with open(image, "wb") as file:
+            file.truncate(size)
+        if subprocess.call([make, image], **quiet) != 0:
+            continue
+        device = image
+        if mount[0] != "mount":
+            try:
+                device = subprocess.check_output(["losetup", "-f", "--show", image], stderr=subprocess.DEVNULL).decode().strip()
+            except subprocess.CalledProcessError:
+                continue
+            cleanup(subprocess.call, ["losetup", "-d", device], **quiet)
+        if subprocess.call(mount + [device, path], **quiet) == 0:
+            cleanup(unmount, path)
+            return
+    (getattr(test, "skipTest", None) or _skip)("no file system that folds names can be mounted here")
+
+
 def unmount(path):
     """Takes away what is mounted at `path`, in use or not; nothing when nothing is."""
     subprocess.call(["umount", "-l", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
