@@ -9499,13 +9499,48 @@ class Restore:
 
     # -- the target --
 
+    def _leave_out_folded(self) -> None:
+        """Where the target takes several wanted names for one, bring one of them: a directory, that which is there already, or
+        the first.  The others have their reason noted, and are not fetched: each would take the other's place."""
+        probe = RESTORE_DIR + "/probe-\u00e9".encode()
+        with contextlib.suppress(OSError):
+            self.tree.make_directory(probe)
+            folds = self.tree.lstat(RESTORE_DIR.upper()) or self.tree.lstat(RESTORE_DIR + "/probe-e\u0301".encode())
+            self.tree.rmdir(probe)
+            if not folds:
+                return
+        self.db.create_function("fold_key", 1, fold_key)
+        for (key,) in self._rows("SELECT fold_key(path) FROM want GROUP BY 1 HAVING COUNT(*)>1 AND SUM(kind<>'d')>0"):
+            rows = self._rows("SELECT path, kind FROM want WHERE fold_key(path)=? ORDER BY kind<>'d', path", key)
+            there = [path for path, kind in rows if kind == "d" or path.rpartition(b"/")[2] in self.tree.list(
+                path.rpartition(b"/")[0])]
+            first = there[0] if there else rows[0][0]
+            for path, kind in rows:
+                if path != first and kind != "d" and self._is_one_name(first, path):
+                    self._set_state(path, 4, "%s: %s takes both for one name" % (difference(first, path), self.target))
+
+    def _is_one_name(self, one: bytes, other: bytes) -> bool:
+        """Whether the target takes two paths, alike but for case or forms of letters, for one: tried out part by part."""
+        probe = RESTORE_DIR + b"/probe"
+        try:
+            for part, same in zip(one.split(b"/"), other.split(b"/")):
+                self.tree.make_directory(probe + b"/" + part)
+                if self.tree.lstat(probe + b"/" + same) is None:
+                    return False
+            return True
+        except OSError:
+            return False
+        finally:
+            self.tree.clear_empty(probe)
+
     def prepare_target(self) -> None:
         """Find what is there already: what has the right digest stays, what differs is in the way."""
         for path, asked in self._each("asked", "kind='d' AND path<>x''"):
             info = self._what_is_at(path)
             if info is not None and not stat.S_ISDIR(info.st_mode) and (asked or self._leads_to(path)):
                 self._meet(path)
-        for path, size, digest, *metadata in self._each("size, digest, mode, uid, gid, user, grp, mtime", "kind='f'"):
+        for path, size, digest, *metadata in self._each("size, digest, mode, uid, gid, user, grp, mtime",
+                                                       "kind='f' AND state=0"):
             info = self._what_is_at(path)
             if info is None:
                 continue
@@ -9667,6 +9702,7 @@ class Restore:
         return self._one("SELECT COUNT(*) FROM want WHERE kind='f' AND state=1 AND proven=0")[0]
 
     def _bring_back(self) -> bool:
+        self._leave_out_folded()
         self.prepare_target()
         self._keep_parts()
         self._lead_links()
@@ -9990,7 +10026,7 @@ class Restore:
                 self._set_state(path, 4, reason_of(error))
 
     def _symlinks(self) -> None:
-        for path, target, mtime, *owner in self._each("target, mtime, uid, gid, user, grp", "kind='l'"):
+        for path, target, mtime, *owner in self._each("target, mtime, uid, gid, user, grp", "kind='l' AND state<>4"):
             try:
                 info = self.tree.lstat(path)
                 if info is None or not stat.S_ISLNK(info.st_mode) or self.tree.readlink(path) != target:
