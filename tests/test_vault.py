@@ -188,6 +188,35 @@ class HeldTest(Case):
         self.assertEqual([], c.attic("b1", "docs"))
 
 
+class WrongClockTest(Case):
+    """A host whose clock is a year ahead says so, and deletes no old version and no catalog until it is right again."""
+
+    def test_a_clock_a_year_ahead_on_one_host(self):
+        c = self.cluster("s", "a", replicas=1)
+        source = c.source("docs", "s", {"f": "1", "g": "1"})
+        kept = c.backup("b1", "a", "9M")
+        c.start()
+        c.settle()
+        for number in range(3):
+            write_file(os.path.join(source, "f"), "version %d" % number)
+            c.settle()
+        ahead = c.path("ahead")
+        write_file(ahead, "%d\n" % (365 * DAY))
+        catalogs = os.listdir(os.path.join(kept, ".cbackup", "catalog", "docs"))
+        for _ in range(2):
+            result = c.client("a", CBACKUP_TEST_CLOCK=ahead)
+            self.assertRc(1, result)
+            self.assertOneError(result, "clock", "ahead of that of s")
+        write_file(os.path.join(source, "g"), "while the clock was wrong")
+        c.client("a", CBACKUP_TEST_CLOCK=ahead)
+        self.assertEqual(4, len(c.attic("b1", "docs")))
+        self.assertLessEqual(set(catalogs), set(os.listdir(os.path.join(kept, ".cbackup", "catalog", "docs"))))
+        c.settle()
+        c.advance(31 * DAY)     # what came then is kept for as long as everything else
+        c.client("a")
+        self.assertEqual([], c.attic("b1", "docs"))
+
+
 class ManyBadCopiesTest(Case):
     """However many copies are gone, one `verify` finds them all."""
 
