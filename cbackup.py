@@ -142,7 +142,7 @@ REQUEST_IDLE = 900.0
 REPLY_TIMEOUT = 300.0
 """Seconds a client waits for an answer: a confirmation may make the server read a large file in full."""
 
-RSYNC_IDLE = float(os.environ.get("CBACKUP_TEST_IDLE") or 180)
+RSYNC_IDLE = 180.0
 """Seconds without a byte in either direction after which a transfer is given up.  rsync's own --timeout
 did not fire within 30 s on stalled 3.2.7 and 3.5.0 clients (measured), so the relay watches as well."""
 
@@ -500,18 +500,37 @@ class PlainFormatter(logging.Formatter):
         return "\n".join(map(shown, super().format(record).split("\n")))
 
 
+def for_test(name: str) -> "Optional[str]":
+    """What a test has set for this process: the variable CBACKUP_TEST_`name`, or None; only together
+    with CBACKUP_TEST=1, so that nobody has it by mistake.  Read when it is needed."""
+    return os.environ.get("CBACKUP_TEST_" + name) if os.environ.get("CBACKUP_TEST") == "1" else None
+
+
+def number_or(text: "Optional[str]", default: float) -> float:
+    """A finite number that a test has set; what makes no sense is as if nothing were set."""
+    try:
+        value = float(text or default)
+    except ValueError:
+        return default
+    return value if abs(value) < 1e12 else default
+
+
 class Clock:
-    """The program's times.  CBACKUP_TEST_CLOCK names a file with seconds to add, so that tests can age things."""
+    """The program's times, for all that is policy: how old, how often, how long.  What waits for a
+    peer, a disk or another thread uses time.monotonic().  CBACKUP_TEST_CLOCK names a file with seconds
+    to add, so that tests can age things."""
 
     def __init__(self) -> None:
-        self._file = os.environ.get("CBACKUP_TEST_CLOCK")
+        self._furthest = 0.0
 
-    def _offset(self) -> float:
-        if not self._file:
+    @staticmethod
+    def _offset() -> float:
+        name = for_test("CLOCK")
+        if not name:
             return 0.0
         try:
-            with open(self._file) as stream:
-                return float(stream.read().strip() or 0)
+            with open(name) as stream:
+                return number_or(stream.read(64), 0.0)
         except (OSError, ValueError):
             return 0.0
 
@@ -521,7 +540,13 @@ class Clock:
 
     def steady(self) -> float:
         """Seconds that only ever grow while this process runs; no relation to the date."""
-        return time.monotonic() + self._offset()
+        self._furthest = max(self._furthest, self._offset())
+        return time.monotonic() + self._furthest
+
+    @staticmethod
+    def nap(seconds: float) -> float:
+        """How long to wait for `seconds` of this clock before it is looked at again: a test may set it."""
+        return min(seconds, 0.1) if for_test("CLOCK") else seconds
 
 
 clock = Clock()
@@ -530,19 +555,24 @@ clock = Clock()
 def test_point(name: str) -> None:
     """A place where a test may want this process to die: CBACKUP_TEST_KILL=NAME or NAME:COUNT or any:COUNT.
 
-    `any:COUNT` dies at the COUNT-th of all points.  Without the variable this costs one comparison.
+    `any:COUNT` dies at the COUNT-th of all points.  Without the variable this costs two look-ups.
     """
-    if _KILL_AT is None:
-        return
-    wanted, _, count = _KILL_AT.partition(":")
+    wanted, _, count = (for_test("KILL") or "").partition(":")
     if wanted in (name, "any"):
-        _KILL_SEEN[0] += 1
-        if _KILL_SEEN[0] >= int(count or 1):
+        _test_points[0] += 1
+        if _test_points[0] >= int(count if count.isdecimal() else 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-_KILL_AT = os.environ.get("CBACKUP_TEST_KILL")
-_KILL_SEEN = [0]
+_test_points = [0]
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log what went wrong where the work goes on; with its traceback when all is logged, and in a test
+    when it is a mistake in cbackup itself."""
+    mistake = not isinstance(error, (CBackupError, OSError, sqlite3.Error, MemoryError))
+    log.error("%s: %s", what, reason_of(error), exc_info=error if log.isEnabledFor(logging.DEBUG)
+              or mistake and os.environ.get("CBACKUP_TEST") == "1" else None)
 
 
 RATE_SECONDS = 30.0
@@ -4635,6 +4665,11 @@ def plain_directory() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="cbackup-", dir=(plain or places)[0])
 
 
+def rsync_idle() -> float:
+    """RSYNC_IDLE, unless a test set another."""
+    return number_or(for_test("IDLE"), RSYNC_IDLE)
+
+
 @dataclass
 class Pull:
     """The outcome of one rsync: what matters is what lies at the destination, never `code` alone."""
@@ -4737,7 +4772,7 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
     sent arrives torn, with status 0).  Raises OwnFailure when no rsync can be started here.
     """
     options: "List[Any]" = ["-W", "--inplace"] if plain else ["-S", b"--partial-dir=" + PART_SUFFIX_DIR]
-    options.append("--timeout=%d" % max(60, RSYNC_IDLE))
+    options.append("--timeout=%d" % max(60, rsync_idle()))
     if bwlimit:
         options.append("--bwlimit=%d" % max(1, bwlimit // 1024))
     if always:
@@ -4754,7 +4789,7 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
             raise OwnFailure("rsync could not be started on this machine: %s%s" % (
                 shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)))
     if result.how == "stalled":
-        result.errors.append("no byte came for %d s" % RSYNC_IDLE)
+        result.errors.append("no byte came for %d s" % rsync_idle())
     return result
 
 
@@ -4816,7 +4851,7 @@ def _relay_for(process: "subprocess.Popen[bytes]", ours: socket.socket, connecti
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             pipes += [int.from_bytes(data[i:i + 4], sys.byteorder) for i in range(0, len(data) - len(data) % 4, 4)]
     try:
-        return relay(connection, pipes[0], pipes[1], RSYNC_IDLE, on_bytes) if len(pipes) == 2 else "unstarted"
+        return relay(connection, pipes[0], pipes[1], rsync_idle(), on_bytes) if len(pipes) == 2 else "unstarted"
     finally:
         for descriptor in pipes:
             os.close(descriptor)
@@ -6228,7 +6263,7 @@ class Scanner(threading.Thread):
     def look(self, age: float, wait: float) -> "List[str]":
         """Want a look at every source that began at most `age` seconds ago; returns, after at most `wait`
         seconds, the sources for which there is none yet."""
-        since = time.monotonic() - age
+        since = clock.steady() - age
         deadline = time.monotonic() + wait
         with self._changed:
             while True:
@@ -6256,11 +6291,11 @@ class Scanner(threading.Thread):
             name = self._next()
             if name is None:
                 continue
-            begun = time.monotonic()
+            begun = clock.steady()
             try:
                 self.service.scan(name)
             except Exception as error:
-                log.error("looking at %s: %s", name, reason_of(error), exc_info=log.isEnabledFor(logging.DEBUG))
+                log_failure("looking at " + name, error)
                 if isinstance(error, sqlite3.Error) and is_damage(error):
                     self.service.books.start_again(self.service.config, str(error))
                 time.sleep(0.2)
@@ -6271,7 +6306,7 @@ class Scanner(threading.Thread):
     def _next(self) -> "Optional[str]":
         """Wait until a source is due, and return it; None from time to time, for a look at the configuration."""
         with self._changed:
-            now, every = time.monotonic(), self.service.config.scan
+            now, every = clock.steady(), self.service.config.scan
             due = []
             for name in self.service.books.active_sources():
                 seen = self._seen.get(name)
@@ -6279,7 +6314,7 @@ class Scanner(threading.Thread):
                     due.append((seen or 0.0, name))
             if due:
                 return min(due)[1]
-            self._changed.wait(min(5.0, max(0.05, every)))
+            self._changed.wait(clock.nap(min(5.0, max(0.05, every))))
             return None
 
 
@@ -6343,8 +6378,7 @@ class Reader(threading.Thread):
             try:
                 pause = 0.5 if self._round() else None
             except Exception as error:
-                log.error("comparing files with their copies: %s", reason_of(error),
-                          exc_info=log.isEnabledFor(logging.DEBUG))
+                log_failure("comparing files with their copies", error)
                 pause = 5.0  # the books may be damaged, their disk full: others say so
 
     def _round(self) -> bool:
@@ -7560,7 +7594,7 @@ class Server:
         except (OSError, ProtocolError) as error:
             log.debug("a connection ended: %s", reason_of(error))
         except Exception as error:
-            log.error("a request failed: %s", reason_of(error), exc_info=log.isEnabledFor(logging.DEBUG))
+            log_failure("a request failed", error)
         finally:
             self.door.forget(guest)
             if channel:
@@ -12952,7 +12986,7 @@ def run_arguments(arguments: "List[str]") -> int:
         return end.code if isinstance(end.code, int) else EXIT_DONE
     except BaseException as error:
         if not isinstance(error, (CBackupError, KeyboardInterrupt, sqlite3.Error, OSError)) \
-                and any(re.match(r"-v+\Z", word) for word in arguments):
+                and (os.environ.get("CBACKUP_TEST") == "1" or any(re.match(r"-v+\Z", word) for word in arguments)):
             raise
         text, code = words_for(error, args)
     clear_line()

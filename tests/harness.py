@@ -4,7 +4,7 @@ Every test starts its hosts through `Cluster` and every process through `Process
 tracebacks and left-over processes are looked after. What a test may rely on:
 
 - each host has its own home, `BASE/HOST/home`, its own port on 127.0.0.1, and the same configuration as all others;
-- whatever prints a Python traceback fails the test, whichever process it was;
+- whatever prints a Python traceback, or that cbackup itself made a mistake, fails the test, whichever process it was;
 - no call waits for ever: each has a deadline (multiply them with $CBACKUP_TEST_PATIENCE on a slow machine);
 - when the test process dies, however it dies, its processes die too (see `Guard`);
 - directories are removed, unless a test failed: then they stay, and the place is printed.
@@ -39,6 +39,9 @@ PATIENCE = float(os.environ.get("CBACKUP_TEST_PATIENCE", "1"))
 START_TIMEOUT = 20      # seconds until a server's ready line
 STOP_TIMEOUT = 15       # seconds from SIGTERM to the exit
 COMMAND_TIMEOUT = 90    # seconds for any other command
+
+MISTAKES = ("Traceback (most recent call last)", "a mistake in cbackup itself", "a request failed")
+"""Whatever prints one of these fails the test."""
 
 CLIENT_KEYS = {"copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files", "dropped_bytes",
                "wire_bytes", "failed_files", "unreachable", "settled"}
@@ -277,15 +280,16 @@ class Process:
             self._err.close()
             if late:
                 raise AssertionError("still running after %g s, killed: %s" % (timeout * PATIENCE, self._result))
-            if "Traceback (most recent call last)" in self._result.text:
-                raise AssertionError("a traceback: %s" % self._result)
+            for words in MISTAKES:
+                if words in self._result.text:
+                    raise AssertionError("%s: %s" % (words, self._result))
         return self._result
 
 
 def plain_environment(home, **more):
     """An environment like cron's, with `home` as the user's home directory."""
     env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1",
-           "PYTHONPATH": TOP}
+           "PYTHONPATH": TOP, "CBACKUP_TEST": "1"}
     env.update(more)
     return env
 

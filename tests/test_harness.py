@@ -5,11 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import unittest
+from unittest import mock
+
+import cbackup
 
 from tests.faults import process_table
 from tests.harness import (DIRECTORY, TOP, Case, Cluster, Link, Process, differences, make_tree, plain_environment,
-                           tree, wait_for)
+                           tree, wait_for, write_file)
 
 
 def alive(pid):
@@ -21,7 +25,7 @@ class ProcessTest(Case):
     """A process that takes too long or prints a traceback fails the test; none outlives the tests."""
 
     def test_a_traceback_fails_the_test(self):
-        with self.assertRaisesRegex(AssertionError, "a traceback"):
+        with self.assertRaisesRegex(AssertionError, "Traceback"):
             Process([sys.executable, "-c", "1 / 0"]).wait(20)
 
     def test_a_process_that_takes_too_long_is_killed_and_fails_the_test(self):
@@ -85,6 +89,83 @@ class ClusterTest(Case):
         for host in cluster.hosts:
             with open(cluster.environment(host)["CBACKUP_TEST_CLOCK"]) as file:
                 self.assertEqual(61.5, float(file.read()))
+
+
+class MistakeTest(Case):
+    """A mistake in cbackup itself, wherever it is made, fails the test that met it."""
+
+    def start(self, mistake):
+        """A server and a backup whose program has one line more."""
+        with open(os.path.join(TOP, "cbackup.py")) as file:
+            text = file.read()
+        c = self.cluster("s", "a")
+        c.file = c.path("cbackup.py")
+        end = text.rindex("if __name__ ==")
+        write_file(c.file, text[:end] + mistake + "\n\n\n" + text[end:])
+        c.source("src", "s", {"file": b"x"})
+        c.backup("ba", "a", "8M")
+        return c
+
+    def test_in_a_server_s_handler(self):
+        c = self.start("OPERATIONS['begin'].handler = lambda *_: 1 // 0")
+        c.start()
+        c.client("a")
+        with self.assertRaisesRegex(AssertionError, "a request failed|Traceback"):
+            c.stop("s")
+
+    def test_in_a_server_s_thread(self):
+        c = self.start("def run_scan(*_): 1 // 0")
+        server = c.spawn("s", "server")
+        wait_for(lambda: "ZeroDivisionError" in server.stderr, 20, lambda: server.stderr)
+        with self.assertRaisesRegex(AssertionError, "Traceback"):
+            server.kill()
+
+    def test_in_a_command(self):
+        c = self.start("Client.run = lambda *_: 1 // 0")
+        with self.assertRaisesRegex(AssertionError, "Traceback"):
+            c.client("a")
+        with self.assertRaisesRegex(AssertionError, "a mistake in cbackup itself"):
+            c.client("a", CBACKUP_TEST="")
+
+
+class EnvironmentTest(Case):
+    """What tests set in the environment counts only with CBACKUP_TEST=1, and is never in the way."""
+
+    def test_nonsense_is_as_if_nothing_were_set(self):
+        c = self.cluster("s", "a", replicas=1)
+        c.source("src", "s", {"file": b"x"})
+        c.backup("ba", "a", "8M")
+        nonsense = {"CBACKUP_TEST_" + name: "no:sense" for name in ("CLOCK", "IDLE", "KILL")}
+        c.servers["s"] = c.spawn("s", "server", **nonsense)
+        c._wait_ready("s")
+        c.start("a")
+        self.assertRc(0, c.client("a", **nonsense))
+        self.assertRc(0, c.client("a", CBACKUP_TEST_KILL="any:", CBACKUP_TEST="0"))
+        self.assertEqual(["ba"], c.copies_on_disk("src")["file"])
+
+    def test_without_the_switch_nothing_of_it_counts(self):
+        with mock.patch.dict(os.environ, CBACKUP_TEST_CLOCK=self.clock("1000000"), CBACKUP_TEST_IDLE="3"):
+            os.environ.pop("CBACKUP_TEST", None)
+            self.assertAlmostEqual(time.time(), cbackup.clock.now(), delta=60)
+            self.assertEqual(cbackup.RSYNC_IDLE, cbackup.rsync_idle())
+            os.environ["CBACKUP_TEST"] = "1"
+            self.assertAlmostEqual(time.time() + 1000000, cbackup.clock.now(), delta=60)
+            self.assertEqual(3, cbackup.rsync_idle())
+
+    def clock(self, text):
+        path = os.path.join(self.directory(), "clock")
+        write_file(path, text)
+        return path
+
+    def test_the_clock_that_only_grows_does_so_when_the_date_is_set_back(self):
+        path = self.clock("5000")
+        with mock.patch.dict(os.environ, CBACKUP_TEST="1", CBACKUP_TEST_CLOCK=path):
+            clock = cbackup.Clock()
+            before, date = clock.steady(), clock.now()
+            for text in ("-5000", "nan", "inf", "1e400", "\0", ""):
+                write_file(path, text)
+                self.assertGreaterEqual(clock.steady(), before)
+                self.assertLess(clock.now(), date)
 
 
 class TreeTest(Case):
