@@ -786,13 +786,14 @@ class Tree:
             os.mkdir(part, 0o700, dir_fd=descriptor)
         return os.open(part, self._DIRECTORY, dir_fd=descriptor)
 
-    def lstat(self, rel: bytes) -> "Optional[os.stat_result]":
-        """The entry's own stat; None when there is none (or a parent is missing or not a directory)."""
+    def lstat(self, rel: bytes, strict: bool = False) -> "Optional[os.stat_result]":
+        """The entry's own stat; None when there is none (or a parent is missing or not a directory), and also when no such
+        name can be there, which raises OSError when `strict`."""
         try:
             with self._parent(rel) as (descriptor, name):
                 return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         except OSError as error:
-            if error.errno in self._ABSENT + self.IMPOSSIBLE:
+            if error.errno in self._ABSENT or not strict and error.errno in self.IMPOSSIBLE:
                 return None
             raise
 
@@ -9588,7 +9589,7 @@ class Restore:
     def _what_is_at(self, path: bytes) -> "Optional[os.stat_result]":
         """lstat; a path that cannot be there, such as one with a name too long for this file system, has its reason noted."""
         try:
-            return self.tree.lstat(path)
+            return self.tree.lstat(path, strict=True)
         except OSError as error:
             self._set_state(path, 4, reason_of(error))
             return None

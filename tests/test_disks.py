@@ -196,6 +196,7 @@ class HostileDiskTest(DiskCase):
                                                  {"good": "1"}), rc=1)
                 self.assertLessEqual({"good", "v", "k"}, self.back(), str(result))
                 self.assertIn(bad[0][:100], result.stderr)
+                self.assertIn("File name too long", result.stderr)
 
     def test_times_and_owners_that_this_file_system_cannot_have_cost_no_file(self):
         self.restored(self.disk([row("a", content="1", mtime=2 ** 63 - 1), row("b", content="1", uid=2 ** 32 - 2),
