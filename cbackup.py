@@ -10134,7 +10134,7 @@ class Restore:
         if self._one("SELECT 1 FROM other WHERE path=?", path):
             names = sorted(self.holders[n].name for n, in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path))
             return "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
-        return "no backup is known to have had it%s" % down
+        return "no backup is known to have had it: not copied yet when the catalog was made, or its server could not read it%s" % down
 
     def in_the_way(self) -> int:
         return self._one("SELECT COUNT(*) FROM want WHERE state=4 AND asked=1")[0]
