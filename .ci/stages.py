@@ -28,6 +28,10 @@ BESIDES = {             # program -> {package manager: packages}: what single te
     "mkfs.ext4": {"*": ["e2fsprogs"]},
     "setpriv": {"*": ["util-linux"], "apk": ["setpriv"]},
     "cc": {"apt-get": ["gcc", "libc6-dev"], "apk": ["gcc", "musl-dev"], "*": ["gcc"]},
+    "curl": {"*": ["curl"]},
+    "bash": {"*": ["bash"]},
+    "zsh": {"*": ["zsh"]},
+    "fish": {"*": ["fish"]},
     "chromium": {"apt-get": ["chromium"]},
 }
 MANAGERS = {"apt-get": ["apt-get", "install", "-y", "-q", "--no-install-recommends"], "dnf": ["dnf", "install", "-y", "-q"],
@@ -111,7 +115,8 @@ class Stages:
             self.fail("%s: the tests did not come to an end, or there are none: exit status %s" % (title, status))
             return
         numbers = dict(re.findall(r"([a-z ]+)=(\d+)", closing[-1]))
-        bad = sum(int(number) for what, number in numbers.items() if what.strip() in ("failures", "errors", "unexpected successes"))
+        bad = sum(int(number) for what, number in numbers.items()
+                  if what.strip() in ("failures", "errors", "unexpected successes"))
         left_out = int(numbers.get("skipped", 0))
         self.passed += max(0, int(ran[-1]) - bad - left_out)
         self.failed += bad
@@ -178,9 +183,8 @@ def probe(path, user=None):
 
 def pythons(user=None):
     """The Pythons of this machine, the newest last."""
-    candidates = [path for folder in os.environ["PATH"].split(os.pathsep)
-                  for path in glob.glob(os.path.join(folder or ".", "python3")) + glob.glob(os.path.join(folder, "python3.[0-9]*"))
-                  if re.search(r"python3(\.\d+)?\Z", path)]
+    candidates = [path for folder in os.environ["PATH"].split(os.pathsep) for path in glob.glob(os.path.join(folder, "python3*"))
+                  if re.search(r"/python3(\.\d+)?\Z", path)]
     candidates += glob.glob(os.path.join(home(), ".pyenv/versions/*/bin/python3"))
     found = {}
     for path in sorted(set(map(os.path.abspath, candidates))):
@@ -242,14 +246,15 @@ def install_besides(stages):
     """What single tests need and is missing; what cannot be installed stays missing."""
     manager = next((name for name in MANAGERS if shutil.which(name)), None)
     missing = [program for program in BESIDES if not shutil.which(program)]
-    if not missing or not manager or not as_root([]) and os.geteuid() != 0:
+    if not missing or not manager or as_root(["true"]) is None:
         print("\n== not here, and nothing to install it with: %s" % (" ".join(missing) or "nothing"))
         return
+    enough = stages.left - 270
     if manager == "apt-get":
         stages.run(as_root(["apt-get", "-q", "update"]), "apt-get update", 90)
-    for program in missing:
+    for program in missing:     # one by one: what this system does not have stops nothing else
         packages = BESIDES[program].get(manager) or BESIDES[program].get("*")
-        if packages:
+        if packages and stages.left > enough:
             command = as_root(["env", "DEBIAN_FRONTEND=noninteractive", *MANAGERS[manager], *packages])
             stages.run(command, "installing %s, for single tests" % " ".join(packages), 150)
 
