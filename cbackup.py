@@ -585,8 +585,9 @@ WAITING_AFTER = 5.0
 class Progress:
     """One line on a terminal that says what, how much of how much, the rate and the time left.
 
-    Silent when standard error is not a terminal or when told to be quiet.  `update` may be called as often
-    as the caller likes, from any thread.  What else goes to standard error calls `clear_line` before.
+    Silent when standard error is not a terminal or when told to be quiet.  `update` may be called
+    as often as the caller likes, from any thread.  What else goes to standard error calls
+    `clear_line` before.
     """
 
     quiet = False  # of the whole process: nobody shows progress
@@ -616,7 +617,8 @@ class Progress:
 
     @staticmethod
     def _rate(points: "List[Tuple[float, float]]", now: float, done: float) -> float:
-        """Bytes a second since RATE_SECONDS ago; 0 when it is not known.  points: (time, done) of before, one a second."""
+        """Bytes a second since RATE_SECONDS ago; 0 when it is not known.  points: (time, done) of
+        before, one a second."""
         while len(points) > 1 and points[1][0] <= now - RATE_SECONDS:
             points.pop(0)
         if now - points[-1][0] >= 1:
@@ -663,7 +665,8 @@ TINTS = {"well": "32", "wait": "33", "wrong": "31"}
 
 
 def tint(state: str, text: str) -> str:
-    """Text for standard output, in the colour of `well`, `wait` or `wrong` on a terminal, unless NO_COLOR is set."""
+    """Text for standard output, in the colour of `well`, `wait` or `wrong` on a terminal, unless
+    NO_COLOR is set."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return "\033[%sm%s\033[0m" % (TINTS[state], text)
@@ -10903,9 +10906,9 @@ class Demo:
 
 def ask_lists(home: Home, config: Config, source: str, directory: bytes,
               ) -> "Tuple[List[Tuple[str, str, Optional[int], int, float, bool]], Dict[str, str]]":
-    """What all backups have directly in a directory of a source, or of that path: rows (backup, name, size or None for a
-    directory, mtime, until when it was the present version, whether it is an old version); and host -> why it is not
-    known."""
+    """What all backups have directly in a directory of a source, or of that path: rows (backup,
+    name, size or None for a directory, mtime, until when it was the present version, whether it is
+    an old version); and host -> why it is not known."""
     context, lock = tls_context(home, server_side=False), threading.Lock()
     found: "List[Tuple[str, str, Optional[int], int, float, bool]]" = []
     down: "Dict[str, str]" = {}
@@ -10950,10 +10953,11 @@ def list_pages(link: Link, backup: str, source: str, directory: bytes, kind: int
 
 
 def collect_listing(home: Home, config: Config, source: str, directory: bytes, at: "Optional[float]") -> "Dict[str, Any]":
-    """What a directory of a source had: the object that `ls --json` prints.  Raises CBackupError when it was not there.
+    """What a directory of a source had: the object that `ls --json` prints.  Raises CBackupError
+    when it was not there.
 
-    An entry's `copies`: on how many other hosts this version is, None for what is no file; `older`: how many other
-    versions there are.  `gone`: names of which there are old versions only.
+    An entry's `copies`: on how many other hosts this version is, None for what is no file; `older`:
+    how many other versions there are.  `gone`: names of which there are old versions only.
     """
     restore = Restore(source, os.devnull, [], at, False, Progress(True))
     restore.find_holders(config, tls_context(home, server_side=False))
@@ -10980,7 +10984,8 @@ def collect_listing(home: Home, config: Config, source: str, directory: bytes, a
 
 
 def _listed(config: Config, source: str, row: "Tuple[Any, ...]", held: "List[Any]", asked: "set[str]") -> "Dict[str, Any]":
-    """One entry of a listing.  row: of `Restore.catalog_of`; held: what the backups have under that name."""
+    """One entry of a listing.  row: of `Restore.catalog_of`; held: what the backups have under that
+    name."""
     path, kind, size, mtime, target, holders = row
     out = {"name": as_text(path.rpartition(b"/")[2]), "kind": {"f": "file", "d": "directory", "l": "symlink"}[kind],
            "size": size if kind == "f" else None, "mtime": mtime / 1e9, "target": None if target is None else as_text(target),
@@ -11023,8 +11028,8 @@ def pass_text(record: "Dict[str, Any]") -> str:
 
 
 def pass_lines(records: "Iterable[Dict[str, Any]]") -> "Iterator[Tuple[float, float, str, List[str]]]":
-    """(time of the first, of the last, what was done, what was wrong) of passes, the newest first; passes in a row that
-    had nothing to do and nothing to say are one."""
+    """(time of the first, of the last, what was done, what was wrong) of passes, the newest first;
+    passes in a row that had nothing to do and nothing to say are one."""
     idle: "List[Dict[str, Any]]" = []
 
     def idle_line() -> "List[Tuple[float, float, str, List[str]]]":
@@ -11050,21 +11055,24 @@ ALERT_SECONDS = 60.0
 """An `alert` has so long; then it is ended."""
 
 ALERT_AGAIN, ALERT_RETRY = 86400.0, 3600.0
-"""While something stays wrong it is told again after a day; when the telling failed, after an hour."""
+"""While something stays wrong it is told again after a day; when the telling failed, after an
+hour."""
 
 
 def trouble_key(line: str) -> str:
-    """What stays the same in a sentence of a verdict while its figures, and the files that it names, change."""
+    """What stays the same in a sentence of a verdict while its figures, and the files that it
+    names, change."""
     line = re.sub(r"\A\S+ asleep since [^;]*; then: ", "", line)
     line = re.sub(r"(?<![\w.-])[0-9][0-9,.]*(?: (?:second|minute|hour|day|file|path)s?)?(?![\w-])", "#", line)
     return ": ".join(line.split(": ")[:2])[:300]
 
 
 class Watch:
-    """Since when what is wrong has been wrong, and what of it the user was told: `state/watch.json`.
+    """Since when what is wrong has been wrong, and what of it the user was told:
+    `state/watch.json`.
 
-    Its `wrong` has, for each `trouble_key`: `since`, `line`, and `told` (seconds since 1970, or None).  `over`: sentences
-    that were told and are no longer true, until that is told too.
+    Its `wrong` has, for each `trouble_key`: `since`, `line`, and `told` (seconds since 1970, or
+    None).  `over`: sentences that were told and are no longer true, until that is told too.
     """
 
     def __init__(self, home: Home, after: float) -> None:
@@ -11086,7 +11094,8 @@ class Watch:
             self._write(before)
 
     def _read(self) -> str:
-        """What the last verdict left; what is not of the form counts as nothing.  Returns its text."""
+        """What the last verdict left; what is not of the form counts as nothing.  Returns its
+        text."""
         found = read_json(self.home.state("watch.json"))
         wrong, over = found.get("wrong"), found.get("over")
         self.wrong = {key: facts for key, facts in (wrong.items() if isinstance(wrong, dict) else ())
@@ -11102,8 +11111,9 @@ class Watch:
             atomic_write(self.home.state("watch.json"), text.encode())
 
     def tell(self) -> None:
-        """Run the home's `alert` when there is something to be told: trouble that has lasted long enough, once and then once
-        a day, and once that all of what was told is over.  Says on standard error when that failed."""
+        """Run the home's `alert` when there is something to be told: trouble that has lasted long
+        enough, once and then once a day, and once that all of what was told is over.  Says on
+        standard error when that failed."""
         program = os.path.join(self.home.path, "alert")
         if not (os.path.isfile(program) and os.access(program, os.X_OK)):
             return
@@ -11214,7 +11224,8 @@ PAGE_PASSES = 20
 
 
 def collect_facts(home: Home, config: Config) -> "Dict[str, Any]":
-    """All that the page shows, asked of the cluster at once: status, plan, what the verdict is, this host's passes."""
+    """All that the page shows, asked of the cluster at once: status, plan, what the verdict is,
+    this host's passes."""
     status = collect_status(home, config)
     plan = collect_plan(home, config)
     return {"status": status, "plan": plan, "verdict": verdict(status), "time": clock.now(), "host": home.own_name(),
@@ -11437,8 +11448,8 @@ def page_policy() -> str:
 
 
 def make_page(facts: "Dict[str, Any]", link: str = "", refresh: int = 0) -> str:
-    """The page: one HTML text that needs nothing else and runs nothing.  link: the address of the same as JSON; refresh:
-    after so many seconds a browser asks for it again."""
+    """The page: one HTML text that needs nothing else and runs nothing.  link: the address of the
+    same as JSON; refresh: after so many seconds a browser asks for it again."""
     status = facts["status"]
     again = '<meta http-equiv="refresh" content="%d">' % refresh if refresh else ""
     title = "%s: %s" % (status["cluster"], "all safe" if facts["verdict"].safe else "NOT SAFE")
@@ -11465,7 +11476,8 @@ METRICS = (
     ("backup_used_bytes", "backups", "used", "Bytes that lie in a backup, old versions included."),
     ("backup_files", "backups", "files", "Copies in a backup."),
     ("backup_last_seen_age_seconds", "backups", "last_seen", "How long ago a backup was heard of."))
-"""(name after `cbackup_`, where in the status, which fact, what it is) of what `status --metrics` prints."""
+"""(name after `cbackup_`, where in the status, which fact, what it is) of what `status --metrics`
+prints."""
 
 
 def make_metrics(status: "Dict[str, Any]") -> str:
@@ -11777,8 +11789,8 @@ def unit_fields(words: "List[str]", user: str, home: str) -> "Dict[str, str]":
 
 
 def cron_lines(words: "List[str]", path: str, home: str, server: bool = True) -> "List[str]":
-    """The lines of a crontab: the server at boot, where nothing else starts it, and a pass every quarter of an hour, at
-    minutes that are not the same on each machine."""
+    """The lines of a crontab: the server at boot, where nothing else starts it, and a pass every
+    quarter of an hour, at minutes that are not the same on each machine."""
     command = ("PATH=%s %s" % (shlex.quote(path), " ".join(map(shlex.quote, words)))).replace("%", "\\%")
     mark, first = CRON_MARK + shlex.quote(home).replace("%", "\\%"), zlib.crc32(socket.gethostname().encode()) % 15
     at_boot = ["@reboot %s server >/dev/null %s" % (command, mark)] if server else []
@@ -11808,7 +11820,8 @@ class Placing:
 
 
 def placing_for(kind: str, words: "List[str]", user: str, home: str) -> Placing:
-    """How `kind` of system gets the server at boot and the client on time.  words: the program up to its command."""
+    """How `kind` of system gets the server at boot and the client on time.  words: the program up
+    to its command."""
     fields = unit_fields(words, user, home)
     unit = SERVICE_UNITS[kind].format(**fields)
     pass_on_time = fields["crontab"].splitlines()[1:]
@@ -11849,8 +11862,8 @@ CONTROLS = {"systemd": "systemctl", "launchd": "launchctl", "rc.d": "sysrc", "op
 class Installer:
     """Puts server and client in place on this machine and starts them, or takes them away.
 
-    `top` stands before every path, and `run` runs commands (words, text for standard input; returns (status, output)): a
-    test gives others.
+    `top` stands before every path, and `run` runs commands (words, text for standard input; returns
+    (status, output)): a test gives others.
     """
 
     def __init__(self, home: Home, kind: "Optional[str]" = None, top: str = "",
@@ -11902,7 +11915,8 @@ class Installer:
         return EXIT_DONE
 
     def install_program(self) -> "List[str]":
-        """The program as it will be called: for root from /usr/local/bin, where it is copied to when it is elsewhere."""
+        """The program as it will be called: for root from /usr/local/bin, where it is copied to
+        when it is elsewhere."""
         interpreter, path = own_command()
         if not self.root or os.path.realpath(path) == os.path.realpath(self.top + PROGRAM_PATH):
             return [interpreter, path]
@@ -11918,7 +11932,8 @@ class Installer:
         print("wrote %s" % path)
 
     def set_crontab(self, lines: "List[str]") -> None:
-        """Makes `lines` those of this home in the user's crontab; leaves one alone in which nothing is to be changed."""
+        """Makes `lines` those of this home in the user's crontab; leaves one alone in which nothing
+        is to be changed."""
         if not self.top and not shutil.which("crontab"):
             return
         status, before = self.run(["crontab", "-l"], None)
@@ -12147,12 +12162,13 @@ def status_json(status: "Dict[str, Any]") -> str:
 
 
 WEB_PORT, WEB_FRESH, WEB_REFRESH, WEB_VISITORS, WEB_TIMEOUT = 5080, 5.0, 60, 16, 10.0
-"""The page's port; for so many seconds the same facts are shown to everybody, a browser asks again after so many, and
-serves so many visitors at once, each of whom has so many seconds to ask."""
+"""The page's port; for so many seconds the same facts are shown to everybody, a browser asks again
+after so many, and serves so many visitors at once, each of whom has so many seconds to ask."""
 
 
 class Web:
-    """The page over HTTP: read-only, GET and HEAD.  Beyond loopback only with a token in the address."""
+    """The page over HTTP: read-only, GET and HEAD.  Beyond loopback only with a token in the
+    address."""
 
     def __init__(self, home: Home, address: str, port: int) -> None:
         import ipaddress
@@ -12179,8 +12195,8 @@ class Web:
         return token
 
     def is_for_us(self, host: "Optional[str]") -> bool:
-        """Whether a request's Host is one of this machine's names or an address: a name that somebody else has made to lead
-        here shows nothing."""
+        """Whether a request's Host is one of this machine's names or an address: a name that
+        somebody else has made to lead here shows nothing."""
         import ipaddress
         match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[^:]+)(?::([0-9]+))?\Z", host or "")
         if not match or int(match.group(2) or 80) != self.port:
@@ -12196,7 +12212,8 @@ class Web:
         return not self.token or secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
 
     def facts(self) -> "Dict[str, Any]":
-        """What the page shows, not older than WEB_FRESH: however many ask, the cluster is asked once."""
+        """What the page shows, not older than WEB_FRESH: however many ask, the cluster is asked
+        once."""
         with self._lock:
             if not self._facts[1] or not 0 <= clock.steady() - self._facts[0] < WEB_FRESH:
                 facts = collect_facts(self.home, self.home.config())
@@ -12233,7 +12250,8 @@ WEB_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosnif
 
 
 def web_handler(web: Web) -> Any:
-    """The class that answers one visitor; in here, because its parts are imported only for `web`."""
+    """The class that answers one visitor; in here, because its parts are imported only for
+    `web`."""
     import http.server
 
     class Handler(http.server.BaseHTTPRequestHandler):
