@@ -1950,8 +1950,8 @@ def keep_private(path: str) -> None:
             os.chmod(path, 0o600)
 
 
-CHECKED_BELOW = 8 << 20
-"""Databases up to this many bytes are checked whenever they are opened (10 ms), larger ones when they were not closed: what
+CHECKED_BELOW = 1 << 20
+"""Databases up to this many bytes are checked whenever they are opened (15 ms), larger ones when they were not closed: what
 else is wrong with them shows when it is read."""
 
 
