@@ -6122,8 +6122,21 @@ class PathsOf:
         return match is not None and match.group() in self._paths
 
 
-def read_catalog(path: str, wanted: "Optional[PathsOf]" = None) -> "Iterator[CatalogRow]":
-    """The rows of a catalog file, checked; only those that are wanted.  Raises DamagedCatalog when it is damaged or cut off."""
+class DirectoriesAnd:
+    """The same for the lines of all directories, and of those paths that pass a test."""
+
+    _LINE = re.compile(rb'\[("[^"\\]*(?:\\.[^"\\]*)*")(,"d",)?')
+
+    def __init__(self, test: "Callable[[bytes], bool]") -> None:
+        self._test = test
+
+    def __call__(self, line: bytes) -> bool:
+        match = self._LINE.match(line)
+        return match is None or match.group(2) is not None or self._test(as_raw(json.loads(match.group(1))))
+
+
+def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None) -> "Iterator[CatalogRow]":
+    """The rows of a catalog file, checked; with `wanted` only of lines that pass this test.  Raises DamagedCatalog when it is damaged or cut off."""
     count, ended = 0, False
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, \
@@ -9292,8 +9305,10 @@ class Restore:
 
     def __init__(self, source: str, target: str, patterns: "List[str]", at: "Optional[float]", force: bool,
                  progress: Progress) -> None:
+        import fnmatch
         self.source, self.target, self.at, self.force, self.progress = source, target, at, force, progress
         self.patterns = [os.fsencode(p).strip(b"/") for p in patterns]
+        self._tests = [re.compile(fnmatch.translate(as_text(p))) for p in self.patterns]
         self.holders: "List[Any]" = []
         self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those that cannot be reached
         self.unmatched: "List[bytes]" = []
@@ -9365,11 +9380,17 @@ class Restore:
             return None
         return [p for p in prefixes if not any(p.startswith(other) for other in prefixes if other != p)]
 
-    def _lines_wanted(self) -> "Optional[PathsOf]":
+    def _is_asked_for(self, path: bytes) -> bool:
+        return any(path == p or path.startswith(p + b"/") for p in self.patterns) \
+            or any(test.match(as_text(path)) for test in self._tests)
+
+    def _lines_wanted(self) -> "Optional[Callable[[bytes], bool]]":
         """What of a catalog has to be understood: what is asked for, and the directories above."""
+        if self.only is not None:
+            return PathsOf([self.only], [self.only + b"/" if self.only else b""])
         prefixes = self._literal_prefixes()
         if prefixes is None:
-            return None
+            return DirectoriesAnd(self._is_asked_for) if self.patterns else None
         above = {b""}
         for prefix in prefixes:
             parts = prefix.split(b"/")
@@ -9421,16 +9442,10 @@ class Restore:
     def _select(self) -> None:
         """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
         if self.patterns:
-            import fnmatch
-            tests = [re.compile(fnmatch.translate(as_text(p))) for p in self.patterns]
-
-            def wanted(path: bytes) -> bool:
-                return any(path == p or path.startswith(p + b"/") for p in self.patterns) \
-                    or any(test.match(as_text(path)) for test in tests)
-            self.db.create_function("wanted", 1, lambda path: int(wanted(path)))
+            self.db.create_function("wanted", 1, lambda path: int(self._is_asked_for(path)))
             self.db.execute("DELETE FROM want WHERE kind<>'d' AND NOT wanted(path)")
             self.db.execute("UPDATE want SET asked=0 WHERE NOT wanted(path)")
-            for pattern, test in zip(self.patterns, tests):
+            for pattern, test in zip(self.patterns, self._tests):
                 if not any(row[0] == pattern or row[0].startswith(pattern + b"/") or test.match(as_text(row[0]))
                            for row in self.db.execute("SELECT path FROM want WHERE asked=1")):
                     self.unmatched.append(pattern)

@@ -136,6 +136,8 @@ class PartOfACatalogTest(CatalogFilesTest):
         self.assertEqual([b"a", b"a/b", b"ab"], read([], [b"a"]))
         self.assertEqual([b"a", b"a/b"], read([b"a"], [b"a/"]))
         self.assertEqual([b"\xff odd\n"], read([], [b"\xff"]))
+        self.assertEqual([b"a/b", b"ab", b"\xff odd\n"], [row.path for row in cbackup.read_catalog(
+            path, cbackup.DirectoriesAnd(lambda name: name.endswith((b"b", b"\n"))))])
         with open(path, "rb") as stream:
             data = stream.read()
         write_file(path, data[:-20])

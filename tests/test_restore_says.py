@@ -198,7 +198,7 @@ class PartTest(Case):
         c.start()
         c.settle()
         for number, (paths, names) in enumerate(((["x"], 21), (["x/"], 21), (["x*/?"], 12), (["x/deep", "xx"], 2), (["z[[]1]"], 1),
-                                                 (["z[1]"], 1), (["*"], 24), (["x/1*", "x y"], 12))):
+                                                 (["z[1]"], 1), (["*"], 24), (["x/1*", "x y"], 12), (["*/b", "*x"], 2))):
             with self.subTest(paths=paths):
                 to = c.path("to%d" % number)
                 self.assertRc(0, c.restore("s", "docs", *paths, to=to))
