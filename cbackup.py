@@ -11022,12 +11022,17 @@ def print_listing(listing: "Dict[str, Any]") -> None:
         facts = "" if entry["copies"] is None else "%s%s" % (
             count_of(entry["copies"], "copy") if entry["copies"] == 1 else "%d copies" % entry["copies"],
             ", %d older" % entry["older"] if entry["older"] else "")
-        print("%s %10s  %-18s  %s" % (format_time(entry["mtime"]), "" if entry["size"] is None else format_size(entry["size"]),
+        print("%s %10s  %-18s  %s" % (format_when(entry["mtime"]), "" if entry["size"] is None else format_size(entry["size"]),
                                       facts, name))
     if listing["gone"]:
         names = ["%s" % shown(as_raw(name)) for name in listing["gone"][:10]]
         print("gone, with old versions: %s%s" % (", ".join(names), ", ..." if len(listing["gone"]) > 10 else ""))
     print("as of %s" % format_time(listing["catalog_time"]))
+
+
+def format_when(seconds: float) -> str:
+    """A time in a list: to the minute, local."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def pass_text(record: "Dict[str, Any]") -> str:
@@ -11446,7 +11451,7 @@ def page_passes(facts: "Dict[str, Any]") -> str:
     """The last passes of this host."""
     rows = []
     for begun, last, text, wrong in facts["passes"]:
-        when = format_time(begun) if begun == last else "%s to %s" % (format_time(begun), format_time(last))
+        when = format_when(begun) if begun == last else "%s to %s" % (format_when(begun), format_when(last))
         said = mark("wrong", "something was wrong") if wrong else mark("well", "well")
         rows.append(['<span class="when">%s</span>' % esc(when), esc(text), said + (
             "<ul class=small>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in wrong) if wrong else "")])
@@ -12194,6 +12199,9 @@ class Web:
         shown_ip = "[%s]" % self.ip if self.ip.version == 6 else str(self.ip)
         self.url = "http://%s:%d/%s" % (shown_ip, port, "?token=" + self.token if self.token else "")
         self.names = {"localhost", socket.gethostname().lower(), home.own_name().lower(), address.lower()}
+        if self.token:  # a name that leads to this machine's address in its network
+            self.names |= {name + ".local" for name in self.names}
+            self.names.add(home.config().address(home.own_name())[0].lower())
         self._lock, self._facts = threading.Lock(), (0.0, {})  # type: Any
 
     def _token(self) -> str:
@@ -12218,7 +12226,7 @@ class Web:
             return False
         name = match.group(1).strip("[]").rstrip(".").lower()
         with contextlib.suppress(ValueError):
-            return not self.ip.is_loopback or ipaddress.ip_address(name).is_loopback
+            return ipaddress.ip_address(name).is_loopback or not self.ip.is_loopback
         return name in self.names
 
     def may(self, query: str) -> bool:
@@ -12645,7 +12653,7 @@ def cmd_log(args: argparse.Namespace, home: Home) -> int:
         print(json.dumps({"passes": list(home.passes())}))
         return EXIT_DONE
     for begun, last, text, wrong in pass_lines(home.passes()):
-        print("%s  %s" % (format_time(begun) + ("" if last == begun else " to " + format_time(last)), text))
+        print("%s  %s" % (format_when(begun) + ("" if last == begun else " to " + format_when(last)), text))
         for line in wrong:
             print("    " + line)
     return EXIT_DONE

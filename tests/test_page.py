@@ -128,6 +128,8 @@ class WebTest(PageCase):
             self.assertEqual(403, self.ask(port, wrong)[0], wrong)
         status, _, text = self.ask(port, "/?token=" + token)
         self.assertEqual(200, status)
+        for host, expected in (("a.local", 200), ("10.0.0.9", 200), ("evil.example", 421)):
+            self.assertEqual(expected, self.ask(port, "/?token=" + token, host=host)[0], host)
         link = [attributes["href"] for tag, attributes in Reader(text).tags if tag == "a" and "json" in attributes["href"]]
         self.assertEqual(200, self.ask(port, "/" + link[0])[0])
         process.kill()
