@@ -3939,6 +3939,16 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e18 < value < 1e18
 
 
+def _is_figure(value: Any) -> bool:
+    """A number of whatever size: that it is wrong is to be found out, and put right."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    """Bytes of one file: sums of many of them stay numbers."""
+    return _is_count(value) and value < 1 << 48
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -4061,7 +4071,7 @@ WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is
 FOUND = (_is_path, _is_count)
 STANDING = {
     "state": _is_text, "reason": Maybe(_is_said), "cause": Maybe(_is_text), "replicas": _is_count, "scanned": _is_flag,
-    "todo": _is_count, "sum": (_is_count, _is_count, _is_number), "gen": _is_count, "recovering": _is_flag}
+    "todo": _is_count, "sum": (_is_figure, _is_figure, _is_figure), "gen": _is_count, "recovering": _is_flag}
 WORDS = {
     "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number), "want": Maybe(_is_count),
     "used": Maybe(_is_count), "files": Maybe(_is_count), "age": Maybe(_is_real), "period": Maybe(_is_real),
@@ -4106,7 +4116,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     "done": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), rows=[(_is_number, Maybe(_is_number))]), {}),
     "forget": Operation(dict(_OF, paths=[_is_path]), {}),
     "report_start": Operation(_OF, {"serial": _is_count}),
-    "report": Operation(dict(_OF, serial=_is_count, rows=[(_is_path, _is_number, _is_number, _is_number)]), {}),
+    "report": Operation(dict(_OF, serial=_is_count, rows=[(_is_path, _is_size, _is_number, _is_number)]), {}),
     "report_end": Operation(dict(_OF, serial=_is_count), STANDING),
     "claim": Operation(dict(_ROOM, most_files=_is_count, most_bytes=_is_count), {"rows": [WANTED]}),
     "claims": Operation(_OF, {"rows": [WANTED]}),
@@ -8659,7 +8669,7 @@ class Pass:
                 if other["age"] is not None and other["age"] > 3 * (other["period"] or 3600.0):
                     continue
                 return False
-            if self._take_from(other["name"], gap, free):
+            if self._take_from(other["name"], min(gap, 1 << 60), free):
                 return True
         return False
 
