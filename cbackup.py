@@ -163,6 +163,9 @@ LOOK_LIMIT = 900.0
 EXCESS_BYTES, EXCESS_PER_FILE = 16 << 20, 64 << 10
 """What a transfer may bring beyond twice the bytes that were claimed: lists, checksums, files that are growing."""
 
+CATALOG_BYTES = 8 << 30
+"""The most that the catalogs which a restore fetches from one backup may add up to."""
+
 LEAST_RATE, RATE_WINDOW = 64, 600.0
 """Bytes a second, over a window, below which a transfer is given up.  An rsync that only compares a large file sends
 hundreds, and a peer that sends a byte now and then would hold up a pass for ever."""
@@ -9231,7 +9234,17 @@ class RemoteHolder:
               on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
         os.makedirs(into, mode=0o700, exist_ok=True)
         connection = self.link.again().stream(of=of, name=self.backup, source=source)
-        return pull(connection, paths, into, self.limit, on_bytes=on_bytes, most=most)
+        limit = CATALOG_BYTES if most is None else EXCESS_BYTES + len(paths) * (2 * most + EXCESS_PER_FILE)
+        came = 0
+
+        def counted(count: int) -> None:
+            nonlocal came
+            came += count
+            if came > limit:
+                raise self.link.nonsense("it sends much more than it was asked for")
+            on_bytes(count)
+
+        return pull(connection, paths, into, self.limit, on_bytes=counted, most=most)
 
 
 class DirectoryHolder:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import unittest
 from unittest import mock
@@ -293,6 +294,66 @@ class OddServerTest(Case):
         target = os.path.join(self.directory(), "back")
         self.assertRc(0, self.c.run("b", "restore", "own", "--to", target, "--from", self.c.backups["ba"].path))
         self.assertTrue(os.path.exists(os.path.join(target, "new%d" % self.number)))
+
+
+class OddHolderTest(Case):
+    """One odd server stops neither `status` nor a restore from the others."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
+        cls.source = c.source("docs", "s", {"f": b"1", "dir/g": b"22", "big": 300000})
+        c.backup("ba", "a", "10M")
+        c.backup("bb", "b", "10M")
+        c.start("s", "a", "b")
+        c.settle()
+        cls.home = c.fresh_home("x")
+
+    def nonsense(self):
+        """Answers that a server would not give, for each kind of answer."""
+        rows = [["f", 1, 1, None]] * cbackup.PAGE
+        return [lambda request, answer: {"ok": True}, lambda request, answer: b"nonsense\n", lambda request, answer: None,
+                lambda request, answer: dict(answer, rows=rows) if "rows" in answer else answer,
+                lambda request, answer: dict(answer, rows=[[1]], vaults={"ba": {}}, sources={"docs": {}}, rooms=1)]
+
+    def test_restore_brings_everything_from_the_others(self):
+        for number, change in enumerate(self.nonsense()):
+            with self.subTest(number), between(self.c, "a", "a", change=change) as liar:
+                write_file(os.path.join(self.home, "cbackup.conf"), liar.config)
+                target = os.path.join(self.directory(), "back")
+                result = self.c.run("x", "restore", "docs", "--to", target)
+                self.assertRc(0, result)
+                self.assertSameTree(self.source, target)
+
+    def test_status_says_what_the_others_know(self):
+        for number, change in enumerate(self.nonsense()):
+            with self.subTest(number), between(self.c, "a", "a", change=change) as liar:
+                write_file(os.path.join(self.home, "cbackup.conf"), liar.config)
+                result = self.c.run("x", "--host", "b", "status", "--json")
+                self.assertEqual("ok", result.json["sources"]["docs"]["state"], result)
+                self.assertEqual("ok", result.json["backups"]["bb"]["state"], result)
+                self.assertNotIn("mistake", result.stderr)
+
+
+class DripTest(unittest.TestCase):
+    def test_a_byte_now_and_then_is_no_transfer(self):
+        (near, far), (reader, writer) = socket.socketpair(), socket.socketpair()
+        over = threading.Event()
+
+        def drip():
+            while not over.wait(0.05):
+                far.send(b"x")
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            with mock.patch.object(cbackup, "RATE_WINDOW", 1.0):
+                how = cbackup.relay(near, reader.fileno(), reader.fileno(), 60.0, lambda count: None)
+        finally:
+            over.set()
+            thread.join()
+            for one in (near, far, reader, writer):
+                one.close()
+        self.assertEqual("stalled", how)
 
 
 if __name__ == "__main__":
