@@ -10578,15 +10578,14 @@ def print_status(status: "Dict[str, Any]", links: "Dict[str, Link]") -> None:
         print(line)
 
 
-def print_check(status: "Dict[str, Any]") -> None:
+def check_line(status: "Dict[str, Any]") -> str:
     """The one line of `status --check`."""
     found = verdict(status)
-    if found.safe:
-        files = sum((s["then"] or s)["files"] for s in status["sources"].values())
-        print("; ".join([tint("well", "safe") + ": %s of %s have all their copies" % (
-            count_of(files, "file"), count_of(len(status["sources"]), "source"))] + found.remarks))
-    else:
-        print(tint("wrong" if found.lasting() else "wait", "NOT SAFE") + ": " + "; ".join(found.trouble))
+    if not found.safe:
+        return tint("wrong" if found.lasting() else "wait", "NOT SAFE") + ": " + "; ".join(found.trouble)
+    files = sum((s["then"] or s)["files"] for s in status["sources"].values())
+    return "; ".join([tint("well", "safe") + ": %s of %s have all their copies" % (
+        count_of(files, "file"), count_of(len(status["sources"]), "source"))] + found.remarks)
 
 
 def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, int]") -> int:
@@ -12118,14 +12117,12 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     if args.adopt:
         client.foreign = may_take_foreign(args, config.backups[args.adopt], client.cluster)
     total: "Optional[Figures]" = None
-    done = dict.fromkeys(PASS_COUNTS, 0)
     while True:
         figures = client.run()
-        for key in figures.counts:
-            done[key] += figures.counts[key]
         status = collect_status(home, client.config, figures.unreachable)
         watch = Watch(home, client.config.alert_after)
         watch.note(verdict(status))
+        check = check_line(status)
         without_named(status, figures.lines)
         for line in verdict(status).lasting():
             figures.complain(line)
@@ -12145,8 +12142,8 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     if args.json:
         print(json.dumps(total.as_json()))
     elif sys.stdout.isatty() and not args.quiet:
-        print("%s: %s" % (host, pass_text(done)))
-        print_check(status)
+        print("%s: %s" % (host, pass_text(total.counts)))
+        print(check)
     return EXIT_INCOMPLETE if total.trouble else EXIT_DONE
 
 
@@ -12170,7 +12167,7 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     config = home.config()
     if args.html:
         facts = collect_facts(home, config)
-        atomic_write(args.html, make_page(facts).encode("utf-8", "backslashreplace"))
+        atomic_write(args.html, make_page(facts).encode("utf-8", "backslashreplace"), 0o644)
         status = facts["status"]
     else:
         status = collect_status(home, config)
@@ -12181,7 +12178,7 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     elif args.metrics:
         print(make_metrics(status), end="")
     elif args.check:
-        print_check(status)
+        print(check_line(status))
     elif not args.html:
         hosts = {s["host"] for s in status["sources"].values() if s["state"] == "held"} if args.verbose else set()
         context = tls_context(home, server_side=False)

@@ -131,6 +131,18 @@ class AtATerminalTest(Case):
         self.assertEqual([], self.at_terminal("client", "-q")[1])
         self.assertSilent(self.c.run("a", "client"))            # not at a terminal: nothing
 
+    def test_what_a_pass_has_named_itself_is_still_not_safe_at_its_end(self):
+        self.c.client("a")
+        path = os.path.join(self.c.sources["docs"].path, "locked")
+        write_file(path, "x")
+        os.chmod(path, 0)
+        if os.access(path, os.R_OK):
+            os.unlink(path)
+            write_file(os.path.join(self.c.sources["docs"].path, "large"), b"x" * (8 << 20))
+        status, lines = self.at_terminal("client")
+        self.assertTrue(lines[-1].startswith("\033[3"), lines)
+        self.assertIn("NOT SAFE\033[0m: ", lines[-1])
+
     def test_colours_say_well_and_waiting_unless_they_are_not_wanted(self):
         text = "\n".join(self.at_terminal("status")[1])
         self.assertIn("\033[33m    NOT SAFE YET", text)
