@@ -261,8 +261,8 @@ RESTORE_DIR = b".cbackup-restore"
 RESTORE_MARK = b"whole"
 """A file in it while a whole source is being restored: as long as it is there, the source is held."""
 BEFORE_RESTORE = b".cbackup-before-"
-"""How the directories begin, at the top of a target, into which `restore --force` moves what was in the way; they are
-never part of a source either."""
+"""How the directories begin, at the top of a target, into which `restore --force` moves what was in
+the way; they are never part of a source either."""
 
 RSYNC_PACKAGES = {"apt-get": "apt-get install -y rsync", "dnf": "dnf install rsync", "apk": "apk add rsync",
                   "pacman": "pacman -S rsync", "zypper": "zypper install rsync", "pkg": "pkg install rsync",
@@ -997,7 +997,8 @@ def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """A [sources] line.  `exclude`: patterns as gitignore has them; `exclude_caches`: leave out what a CACHEDIR.TAG marks."""
+    """A [sources] line.  `exclude`: patterns as gitignore has them; `exclude_caches`: leave out
+    what a CACHEDIR.TAG marks."""
 
     name: str
     host: str
@@ -3244,8 +3245,8 @@ def held_config_text(hosts: "List[str]", removes: str) -> str:
 def held_advice(name: str, facts: "Dict[str, Any]") -> str:
     """What to do about a held source: `facts` have its reason and cause."""
     if facts.get("cause") == "gone":
-        return "%s; if the disk is dead: put in another (at another path: change its line in cbackup.conf), then: cbackup.pyz " \
-            "restore %s" % (facts["reason"], name)
+        return "%s If the disk is dead: put in another (at another path: change its line in " \
+            "cbackup.conf), then: cbackup.pyz restore %s" % (facts["reason"], name)
     if facts.get("cause") in UNACCEPTABLE:
         return str(facts["reason"])
     return "%s; if that is right: cbackup.pyz accept %s; if not, this puts back what was there: cbackup.pyz restore %s --force" % (
@@ -3260,7 +3261,8 @@ _NAMED_CLASSES = {
 
 
 def _class_regex(pattern: str, at: int) -> "Optional[Tuple[str, int]]":
-    """(regular expression, where it ends) of the `[...]` that begins at `at`; None when it is none, and matches nothing."""
+    """(regular expression, where it ends) of the `[...]` that begins at `at`; None when it is none,
+    and matches nothing."""
     negated = pattern[at + 1:at + 2] in ("!", "^")
     begin = at = at + 1 + negated
     items: "List[str]" = []
@@ -3291,7 +3293,8 @@ def _class_regex(pattern: str, at: int) -> "Optional[Tuple[str, int]]":
 
 
 def _glob_regex(pattern: str) -> "Optional[str]":
-    """A pattern of gitignore's, without its `!` and its last `/`, as a regular expression; None: it can match nothing."""
+    """A pattern of gitignore's, without its `!` and its last `/`, as a regular expression; None: it
+    can match nothing."""
     out: "List[str]" = []
     at = 0
     while at < len(pattern):
@@ -3325,10 +3328,12 @@ def _glob_regex(pattern: str) -> "Optional[str]":
 
 
 def compile_excludes(patterns: "Iterable[str]") -> "Callable[[bytes, bool], bool]":
-    """A test (path below the source, whether it is a directory) -> excluded, by the rules of gitignore.
+    """A test (path below the source, whether it is a directory) -> excluded, by the rules of
+    gitignore.
 
-    Of several patterns that match, the last one decides.  The test is for one entry of a directory that is not excluded
-    itself: what is below an excluded one must not be asked for, or a `!` would bring it back.
+    Of several patterns that match, the last one decides.  The test is for one entry of a directory
+    that is not excluded itself: what is below an excluded one must not be asked for, or a `!` would
+    bring it back.
     """
     rules = []
     for pattern in reversed(list(patterns)):
@@ -3373,7 +3378,8 @@ class LeftOut:
             or self._excluded(path, directory)
 
     def is_cache(self, directory: bytes) -> bool:
-        """Whether of a directory nothing but its CACHE_TAG is wanted.  Never of the root, which the line names itself."""
+        """Whether of a directory nothing but its CACHE_TAG is wanted.  Never of the root, which the
+        line names itself."""
         if not self.caches or not directory:
             return False
         try:
@@ -3647,7 +3653,8 @@ class Scan:
                 if left_out else "", format(gone - left_out, ","), format(changed, ",")))
 
     def _left_out(self) -> int:
-        """How many of the files that are gone from the catalog are what the source's line leaves out."""
+        """How many of the files that are gone from the catalog are what the source's line leaves
+        out."""
         count, after = 0, -1
         while True:
             page = self.books.rows("SELECT id, path FROM lost l WHERE kind='f' AND replaced=0 AND id>? AND NOT EXISTS("
@@ -5922,8 +5929,9 @@ class Vault:
 
 
 def files_here(tree: Tree, source: str, after: bytes = b"", below: bytes = b"") -> "Iterator[Tuple[bytes, int, int]]":
-    """(path, size, mtime) of what lies in a backup's directory as copies of a source, or of one directory in it, without asking
-    its database; behind the path `after`, in the order of Tree.walk_files."""
+    """(path, size, mtime) of what lies in a backup's directory as copies of a source, or of one
+    directory in it, without asking its database; behind the path `after`, in the order of
+    Tree.walk_files."""
     top = source.encode()
     for rel in tree.walk_files(top + b"/" + below if below else top, after):
         info = tree.lstat(rel)
@@ -6112,8 +6120,9 @@ CATALOG_LINE = 1 << 20
 
 
 class PathsOf:
-    """A quick test for the lines of a catalog: whether they are of one of the paths, or of one that begins with one of the
-    prefixes (few).  What is not wanted need not be understood, which is most of the work of reading."""
+    """A quick test for the lines of a catalog: whether they are of one of the paths, or of one that
+    begins with one of the prefixes (few).  What is not wanted need not be understood, which is most
+    of the work of reading."""
 
     _PATH = re.compile(rb'\["[^"\\]*(?:\\.[^"\\]*)*"')
 
@@ -6149,7 +6158,8 @@ class DirectoriesAnd:
 
 
 def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None) -> "Iterator[CatalogRow]":
-    """The rows of a catalog file, checked; with `wanted` only of lines that pass this test.  Raises DamagedCatalog when it is damaged or cut off."""
+    """The rows of a catalog file, checked; with `wanted` only of lines that pass this test.  Raises
+    DamagedCatalog when it is damaged or cut off."""
     count, ended = 0, False
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, \
@@ -6175,8 +6185,9 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None) 
 
 
 def times_of_versions(directory: str, paths: "Iterable[bytes]") -> "Dict[Tuple[bytes, int, int], int]":
-    """(path, size, mtime) -> the last time of which a catalog says so, for all that the catalogs in a directory know of these
-    files.  A restore as of that time brings back that version.  Damaged catalogs are passed over."""
+    """(path, size, mtime) -> the last time of which a catalog says so, for all that the catalogs in
+    a directory know of these files.  A restore as of that time brings back that version.  Damaged
+    catalogs are passed over."""
     found: "Dict[Tuple[bytes, int, int], int]" = {}
     wanted = PathsOf(paths)
     for file in reversed(catalogs_in(directory)):
@@ -6308,7 +6319,8 @@ class Scanner(threading.Thread):
                 self._changed.wait(left)
 
     def look_at(self, names: "List[str]", wait: float) -> None:
-        """Want a look at these sources that begins now; returns when there was one, or after `wait` seconds."""
+        """Want a look at these sources that begins now; returns when there was one, or after `wait`
+        seconds."""
         now = time.monotonic()
         with self._changed:
             for name in names:
@@ -6611,7 +6623,8 @@ class Service:
         return {"waiting": waiting}
 
     def _look_after_restores(self) -> None:
-        """A restore that began or ended since the last look is not news for later: look at its source at once."""
+        """A restore that began or ended since the last look is not news for later: look at its
+        source at once."""
         changed = []
         for name in self.books.active_sources():
             row = self.books.source_row(name)
@@ -7067,7 +7080,8 @@ class Service:
         if row["state"] == "ok":
             return {"text": "source %s is not held: nothing to accept" % request["source"]}
         if row["cause"] in UNACCEPTABLE:
-            raise Refused("held", held_advice(request["source"], row) + "; there is nothing that could be accepted")
+            advice = held_advice(request["source"], row)
+            raise Refused("held", "this cannot be accepted: " + advice)
         self.scan(request["source"], consent=True)
         return {"text": "source %s: accepted" % request["source"]}
 
@@ -7126,7 +7140,8 @@ def compile_pattern(pattern: str) -> "Callable[[bytes], bool]":
 
 
 def beyond_prefix(prefix: bytes) -> bytes:
-    """What stands, in the order of paths, behind all that begin with a prefix: no name has so many bytes."""
+    """What stands, in the order of paths, behind all that begin with a prefix: no name has so many
+    bytes."""
     return prefix + b"\xff" * 256
 
 
@@ -7200,8 +7215,8 @@ class VaultReader:
             raise Refused("unknown", "%s: %s: is its disk mounted?" % (self.spec.path, reason_of(error)))
 
     def held_page(self, source: str, after: bytes, prefix: bytes = b"") -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
-        """(path, size, mtime, digest) of copies that begin with a prefix, by path; no digests when they have to be looked for in
-        the directory."""
+        """(path, size, mtime, digest) of copies that begin with a prefix, by path; no digests when
+        they have to be looked for in the directory."""
         if self._usable():
             return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path%s? AND path<? ORDER BY path "
                                "LIMIT ?" % (">" if after >= prefix else ">="), source, max(after, prefix),
@@ -7254,7 +7269,8 @@ class VaultReader:
         return found, at
 
     def times_of(self, rows: "List[Tuple[str, bytes, int, int, Optional[float]]]") -> "List[Optional[int]]":
-        """For each row of `find` a time as of which a restore brings back that old version; None: not known, or a copy."""
+        """For each row of `find` a time as of which a restore brings back that old version; None:
+        not known, or a copy."""
         known = {}
         for source in {row[0] for row in rows if row[4] is not None}:
             directory = os.path.join(self.spec.path, META_DIR.decode(), "catalog", source)
@@ -7263,7 +7279,8 @@ class VaultReader:
                 for source, path, size, mtime, since in rows]
 
     def old_versions(self, source: str, after: int, prefix: bytes = b"") -> "List[Tuple[Any, ...]]":
-        """(number, path, name in the attic, size, mtime, digest or None) of old versions of paths that begin so, by number."""
+        """(number, path, name in the attic, size, mtime, digest or None) of old versions of paths
+        that begin so, by number."""
         if self._usable():
             return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
                                "AND why<>'bad' AND path>=? AND path<? ORDER BY id LIMIT ?", source, after, prefix,
@@ -9139,9 +9156,10 @@ _TIME = re.compile(r"(\d{4})-(\d\d?)-(\d\d?)(?:[ T](\d\d?):(\d\d)(?::(\d\d)(?:\.
 
 
 def parse_time(word: str) -> float:
-    """Seconds since 1970 of `2026-11-01` (the end of that day), `2026-11-01 14:00` (the end of that minute), `2026-11-01
-    14:00:05`, each also with a zone (`+01:00`, `Z`), `yesterday` (24 hours ago), `3d` (3 days ago).  Without a zone it is local
-    time, and in the hour that comes twice the second one.  Raises UsageError."""
+    """Seconds since 1970 of `2026-11-01` (the end of that day), `2026-11-01 14:00` (the end of that
+    minute), `2026-11-01 14:00:05`, each also with a zone (`+01:00`, `Z`), `yesterday` (24 hours
+    ago), `3d` (3 days ago).  Without a zone it is local time, and in the hour that comes twice the
+    second one.  Raises UsageError."""
     import datetime
     now = clock.now()
     if word in ("yesterday", "now", "today"):
@@ -9189,8 +9207,9 @@ class RemoteHolder:
         return [os.path.join(scratch, f.name) for f in files]
 
     def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
-        """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with `old` of older versions: of paths
-        that begin with `prefix`, and from servers that do not know that field, of all."""
+        """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with
+        `old` of older versions: of paths that begin with `prefix`, and from servers that do not
+        know that field, of all."""
         narrow = {"prefix": as_text(prefix)} if prefix and self.link.peer_level() > 1 else {}
         after: Any = ""
         rounds = Rounds(self.link.host, "copies")
@@ -9262,8 +9281,8 @@ class DirectoryHolder:
         return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
 
     def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
-        """From the directory itself, not from the database: digests are checked when the files are read.  Of paths that begin
-        with `prefix`."""
+        """From the directory itself, not from the database: digests are checked when the files are
+        read.  Of paths that begin with `prefix`."""
         with Tree(self.path) as tree:
             for path, size, mtime in files_here(tree, source, below=prefix.rpartition(b"/")[0]):
                 if path.startswith(prefix):
@@ -9397,7 +9416,8 @@ class Restore:
         self._select()
 
     def _literal_prefixes(self) -> "Optional[List[bytes]]":
-        """How every path begins that is asked for, none of them within another; None: it may be anything."""
+        """How every path begins that is asked for, none of them within another; None: it may be
+        anything."""
         prefixes = sorted({re.split(rb"[*?[]", pattern, 1)[0] for pattern in self.patterns})
         if b"" in prefixes or not prefixes:
             return None
@@ -9502,7 +9522,8 @@ class Restore:
     # -- who has it --
 
     def ask_holders(self) -> None:
-        """Learn which holder has which wanted file.  Of all that they have, when something may have another name there."""
+        """Learn which holder has which wanted file.  Of all that they have, when something may have
+        another name there."""
         prefixes = self._literal_prefixes()
         if prefixes is not None:
             self._ask_all(prefixes)
@@ -9533,8 +9554,8 @@ class Restore:
                 self.db.execute("COMMIT")
 
     def _few_wanted(self) -> "Optional[set[Any]]":
-        """When only some files of a source are asked for: their paths, digests, and (size, mtime); what has none of these is of
-        no use.  None: too many to keep them in memory."""
+        """When only some files of a source are asked for: their paths, digests, and (size, mtime);
+        what has none of these is of no use.  None: too many to keep them in memory."""
         if not self.patterns or self.counts["files"] > FEW_FILES:
             return None
         few: "set[Any]" = set()
@@ -9734,8 +9755,9 @@ class Restore:
             yield
 
     def room(self) -> "Tuple[int, int]":
-        """(bytes that the files need which have to be fetched, bytes that are free at the target).  What is there with the
-        right size is not fetched again, as far as one can tell without reading it, nor what an earlier run has begun."""
+        """(bytes that the files need which have to be fetched, bytes that are free at the target).
+        What is there with the right size is not fetched again, as far as one can tell without
+        reading it, nor what an earlier run has begun."""
         path = self.target
         while not os.path.isdir(path) and path != os.path.dirname(path):
             path = os.path.dirname(path)
@@ -9750,7 +9772,8 @@ class Restore:
         return max(0, needed), free
 
     def _there(self, tree: Tree) -> int:
-        """Bytes of what is to be restored that need no room, because they are there, or because something else is."""
+        """Bytes of what is to be restored that need no room, because they are there, or because
+        something else is."""
         seen, count = set(), 0
         for path, size, link in self._each("size, link", "kind='f' AND rank>0"):
             with contextlib.suppress(OSError):
@@ -12446,8 +12469,8 @@ def config_for_restore(args: argparse.Namespace, home: Home) -> Config:
 
 
 def restore_target(args: argparse.Namespace, home: Home, config: Config) -> str:
-    """Where a restore goes to; empty for a dry run that need not know it.  Raises UsageError when nobody has said it: what is
-    right on the source's own host would be a surprise on another."""
+    """Where a restore goes to; empty for a dry run that need not know it.  Raises UsageError when
+    nobody has said it: what is right on the source's own host would be a surprise on another."""
     spec = config.sources.get(args.source)
     if args.to:
         return os.path.abspath(args.to)
@@ -12462,7 +12485,8 @@ def restore_target(args: argparse.Namespace, home: Home, config: Config) -> str:
 
 
 def check_known_source(restore: Restore, config: Config) -> None:
-    """A source of which nobody has anything and that has no line either is a mistake in its name."""
+    """A source of which nobody has anything and that has no line either is a mistake in its
+    name."""
     if restore.source not in config.sources and not any(holder.catalogs for holder in restore.holders):
         raise UsageError("there is no source %s, and %s has something of one; there are: %s" % (
             restore.source, "no backup that can be reached (not reachable: %s)" % ", ".join(sorted(restore.down.values()))
@@ -12570,7 +12594,8 @@ def add_find_parser(commands: Any) -> None:
 
 
 def found_versions(answers: "Dict[str, Dict[str, Any]]", config: Config) -> "Dict[Tuple[str, str], List[Dict[str, Any]]]":
-    """(source, path) -> what there is of it, copies first, then old versions, the newest first.  answers: host -> of `find`."""
+    """(source, path) -> what there is of it, copies first, then old versions, the newest first.
+    answers: host -> of `find`."""
     files: "Dict[Tuple[str, str], List[Dict[str, Any]]]" = {}
     for host, answer in sorted(answers.items()):
         times = itertools.chain(answer["at"], itertools.repeat(None))  # older servers say none
@@ -12960,7 +12985,8 @@ def build_parser() -> Parser:
 
 
 class Outlet:
-    """A standard stream that cannot stop the work: what it does not take is lost, and `failed` says why."""
+    """A standard stream that cannot stop the work: what it does not take is lost, and `failed` says
+    why."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -12995,8 +13021,9 @@ class Outlet:
 
 
 def open_closed_streams() -> None:
-    """Standard streams that are closed lead nowhere from now on: a file that is opened would get the number of one, and what is
-    printed would land in it.  Writing to them fails, as it does on a full disk."""
+    """Standard streams that are closed lead nowhere from now on: a file that is opened would get
+    the number of one, and what is printed would land in it.  Writing to them fails, as it does on a
+    full disk."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -13011,8 +13038,9 @@ def open_closed_streams() -> None:
 
 
 def main(argv: "Optional[List[str]]" = None) -> int:
-    """Run one command; returns the exit status.  Everything that goes wrong becomes one line.  That something could not be
-    printed does not end the work before its time, and is in the exit status."""
+    """Run one command; returns the exit status.  Everything that goes wrong becomes one line.  That
+    something could not be printed does not end the work before its time, and is in the exit
+    status."""
     open_closed_streams()
     streams = sys.stdout, sys.stderr
     out, err = Outlet(sys.stdout), Outlet(sys.stderr)
@@ -13032,7 +13060,8 @@ def main(argv: "Optional[List[str]]" = None) -> int:
 
 
 def run_arguments(arguments: "List[str]") -> int:
-    """Parse and run one command; what it raises is told, with --json also as one object, {"error"} and `failed` of its parser."""
+    """Parse and run one command; what it raises is told, with --json also as one object, {"error"}
+    and `failed` of its parser."""
     args = argparse.Namespace()
     try:
         require_python_parts()

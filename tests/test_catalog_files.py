@@ -121,7 +121,8 @@ class DamagedTest(Case):
 
 
 class PartOfACatalogTest(CatalogFilesTest):
-    """Of a large catalog only those lines are understood that somebody wants; it is checked to its end all the same."""
+    """Of a large catalog only those lines are understood that somebody wants; it is checked to its
+    end all the same."""
 
     def test_some_paths_and_all_that_begins_so(self):
         names = [b"a", b"a/b", b"ab", b'q"uo\\te', b'q",x', b"\xff odd\n", "\u00e9/\U0001f600".encode(), b"z"]

@@ -97,7 +97,8 @@ class AsGitTest(Case):
 
 
 class BackedUpTest(Case):
-    """What is left out is in no backup; what was there before goes from there, unless it is most of everything."""
+    """What is left out is in no backup; what was there before goes from there, unless it is most of
+    everything."""
 
     @classmethod
     def setUpClass(cls):

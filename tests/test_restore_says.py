@@ -1,4 +1,5 @@
-"""What restore and find say, before and after: from whom and when, where to, whether there is room, what brings it back."""
+"""What restore and find say, before and after: from whom and when, where to, whether there is room,
+what brings it back."""
 
 import json
 import os
@@ -26,7 +27,8 @@ class SaysCase(Case):
 
 
 class WhereToTest(SaysCase):
-    """Without --to it goes to the source's own path, but only on the source's own host, or what is to be it."""
+    """Without --to it goes to the source's own path, but only on the source's own host, or what is
+    to be it."""
 
     def test_on_another_machine_it_asks_for_a_place(self):
         self.c.fresh_home("new")

@@ -1,4 +1,5 @@
-"""Closed streams, full devices, odd temporary directories: the work is done, and the exit status tells of the rest."""
+"""Closed streams, full devices, odd temporary directories: the work is done, and the exit status
+tells of the rest."""
 
 import os
 import subprocess
