@@ -9038,9 +9038,12 @@ class Client:
         other = {host: ahead for host, ahead in sorted(self.clocks.items()) if abs(ahead) > CLOCK_SLACK}
         wrong = bool(other) and 2 * len(other) >= len(self.clocks)
         for host, ahead in other.items():
-            figures.complain("this machine's clock is %s %s that of %s%s" % (
-                format_age(abs(ahead)), "ahead of" if ahead > 0 else "behind", host,
-                ": no old version is deleted until they agree" if wrong else ""))
+            if wrong:
+                figures.complain("this machine's clock is %s %s that of %s: no old version is deleted until they agree" % (
+                    format_age(abs(ahead)), "ahead of" if ahead > 0 else "behind", host))
+            else:
+                figures.complain("the clock of %s is %s %s this machine's and most others': set it" % (
+                    host, format_age(abs(ahead)), "behind" if ahead > 0 else "ahead of"))
         return wrong
 
     def links(self) -> "Dict[str, Link]":
