@@ -71,6 +71,31 @@ class PlanTest(Case):
         self.assertRc(1, text)
         self.assertEqual((None, ["s"]), (plan["fits"], plan["unreachable"]))
         self.assertIn("its server does not answer", text.stdout)
+        self.assertIn("It is unknown whether it fits: no answer from s.", text.stdout)
+        self.assertIn("s: what would be lost of docs, one is unknown", text.stdout)
+        self.assertNotIn("nothing would be lost", [line for line in text.stdout.splitlines() if line.startswith("    s:")][0])
+
+    def test_what_a_server_that_is_down_offers_is_unknown(self):
+        self.c.kill("b")
+        try:
+            text, plan = self.c.run("a", "plan"), self.c.run("a", "plan", "--json").json
+        finally:
+            self.c.start("b")
+        self.assertRc(1, text)
+        self.assertEqual((None, ["b"]), (plan["fits"], plan["unreachable"]))
+        self.assertIn("offers at most 1 MB, and how much of it is there is unknown: its server does not answer", text.stdout)
+        self.assertIn("It is unknown whether it fits: no answer from b.", text.stdout)
+
+    def test_missing_hosts_are_told_from_missing_room(self):
+        self.c.keys["replicas"] = 3
+        try:
+            text, plan = self.plan(1)
+        finally:
+            self.c.keys["replicas"] = 2
+        self.assertEqual((False, 1, 0), (plan["fits"], plan["missing_hosts"], plan["short_bytes"]))
+        self.assertIn("It does NOT fit: 1 more host with a backup is missing", text)
+        self.assertNotIn("room for 0", text)
+        self.assertIn("too few other hosts would be left for all copies", self.plan(0)[0])
 
 
 if __name__ == "__main__":
