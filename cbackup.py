@@ -4731,13 +4731,23 @@ class Pull:
             why = "it was killed by signal %d" % -self.code
         return OwnFailure("this machine's rsync (%s) failed: %s" % (shutil.which("rsync"), why))
 
-    def why(self, path: bytes) -> str:
-        """What rsync said of one file, or of a directory above it, or its last words."""
+    def _line_of(self, path: bytes) -> "Optional[str]":
+        """What rsync said of one file, or of a directory above it."""
         line = self.said_of(os.path.basename(path))
         above = path.rpartition(b"/")[0]
         while not line and above:
             line = self.said_of(b"/" + above + b'"')
             above = above.rpartition(b"/")[0]
+        return line
+
+    def not_made(self, path: bytes) -> bool:
+        """Whether it was our own side that could not make or write the file, or the directory for it:
+        some file systems say of a name that they cannot hold that there is no such file."""
+        return "/.cbackup/incoming/" in (self._line_of(path) or "")
+
+    def why(self, path: bytes) -> str:
+        """What rsync said of one file, or of a directory above it, or its last words."""
+        line = self._line_of(path)
         if line:
             return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
         return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
@@ -8485,10 +8495,12 @@ class Pass:
 
     def _why_missing(self, standing: Standing, f: Wanted, outcome: Pull) -> str:
         """Why a file of the batch is not there as expected: "changed" when the source has another version by now."""
+        why = outcome.why(f.path)
+        if outcome.not_made(f.path):
+            return "its name cannot be in %s: %s" % (self.vault.spec.path, why) if "No such" in why else why
         info = self.vault.tree.lstat(self.vault.incoming(standing.name, f.path))
         if info is not None:
             return "changed"
-        why = outcome.why(f.path)
         another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
         return "changed" if another or not outcome.errors else why
 
@@ -8784,10 +8796,17 @@ class Pass:
     def _apply_skeleton(self, name: str, directory: str) -> None:
         done = self.vault.meta("skeleton:" + name) or 0
         chain = [f for f in catalog_chain(catalogs_in(directory)) if f.upto > done]
+        failed: "Dict[str, List[bytes]]" = {}
         for found in chain:
-            for path, error in self.vault.apply_skeleton(name, read_catalog(os.path.join(directory, found.name))):
-                self.figures.remark("%s: %s: the directory or symlink %s cannot be in %s (%s); a restore brings it all the same" % (
-                    self.name, name, shown(path), self.vault.spec.path, reason_of(error)))
+            rows = read_catalog(os.path.join(directory, found.name))
+            for path, error in self.vault.apply_skeleton(name, rows):
+                failed.setdefault(reason_of(error), []).append(path)
+        for reason, paths in failed.items():
+            self.figures.remark(
+                "%s: %s: %s cannot be in %s (%s): %s%s; a restore brings them all the same" % (
+                    self.name, name, count_of(len(paths), "directory or symlink" if len(paths) == 1
+                                              else "directories or symlink"), self.vault.spec.path,
+                    reason, ", ".join(map(shown, paths[:3])), ", ..." if len(paths) > 3 else ""))
         if chain:
             self.vault.set_meta("skeleton:" + name, chain[-1].upto)
 

@@ -66,6 +66,28 @@ class FoldingTest(Case):
         self.assertRc(0, self.c.restore("b", "docs", to=to))
         self.assertSameTree(self.source, to, ignore=["mode", "mtime_ns"])
 
+    def test_names_links_and_directories_that_cannot_be_there_are_named_once_and_stop_nothing(self):
+        bad = os.path.join(os.fsencode(self.source), b"not UTF-8 \xff")
+        for path in (bad, os.path.join(self.source, "10:30"), os.path.join(self.source, "name")):
+            write_file(path, b"1")
+        for number in range(5):
+            os.symlink("plain", os.path.join(self.source, "link %d" % number))
+        os.mkdir(os.path.join(self.source, "empty: no"))
+        first = self.c.client("a")
+        for name in ALONE:
+            self.assertEqual("content of " + name, self.content(self.c.kept_as("ba", "docs", name)))
+        for name in ("10:30", "not UTF-8"):
+            self.assertTrue(any("docs: " + name in line and "changed" not in line for line in first.error_lines), str(first))
+        self.assertTrue(any("5 directories or symlinks" in line for line in first.error_lines), str(first))
+        self.assertLess(len(first.error_lines), 10, str(first))
+        again = self.c.client("a")
+        self.assertEqual(0, again.json["failed_files"], str(again))
+        self.c.backup("bb", "b", "9M")
+        self.c.settle(["b", "a"])
+        to = os.path.join(self.directory(), "to")
+        self.assertRc(0, self.c.restore("b", "docs", to=to))
+        self.assertSameTree(self.source, to, ignore=["mode", "mtime_ns"])
+
     def test_a_rename_that_changes_only_the_case_and_one_onto_a_taken_name(self):
         os.unlink(os.path.join(self.source, "name"))
         self.c.client("a")
