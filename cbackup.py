@@ -2279,6 +2279,8 @@ class Books:
             known = {key: value for key, value in words.items() if value is not None}
             known.update(heard=now, heard_date=clock.now())
             if known.pop("first", None):
+                # What changed while it was copied may stand still now, also when it has no new version.
+                db.execute("DELETE FROM declines WHERE backup=? AND reason='changed'", (number,))
                 known["fruitless"] = row[3] + 1 if db.execute(
                     "SELECT 1 FROM copies WHERE backup=? AND expires>0 AND state='c' LIMIT 1", (number,)).fetchone() else 0
                 if row[1] is not None:
@@ -3174,12 +3176,14 @@ class Books:
 
     def stuck_files(self, source: int, replicas: int, limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
         """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
-        their contents cannot be trusted; without those that cannot be read, which the scan names."""
+        their contents cannot be trusted; without those that cannot be read, which the scan names, and those that were being
+        written to."""
         rows = self.rows(
             "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 "
             "AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) "
             "FROM declines d CROSS JOIN entries e ON e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 "
-            "AND g.k<?2 AND d.version=e.version AND d.reason<>'no room' GROUP BY e.id ORDER BY 1", source, replicas)
+            "AND g.k<?2 AND d.version=e.version AND d.reason NOT IN ('no room', 'changed') GROUP BY e.id "
+            "ORDER BY 1", source, replicas)
         return len(rows), rows[:limit]
 
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
