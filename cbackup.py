@@ -3259,9 +3259,9 @@ def held_advice(name: str, facts: "Dict[str, Any]") -> str:
 
 _NAMED_CLASS = re.compile(r"\[:([^\]]*):\]")
 _NAMED_CLASSES = {
-    "alnum": "0-9A-Za-z", "alpha": "A-Za-z", "blank": " \\t", "cntrl": "\\x00-\\x1f\\x7f", "digit": "0-9", "graph": "!-~",
-    "lower": "a-z", "print": " -~", "punct": "!-/:-@\\[-`{-~", "space": " \\t\\n\\r\\f\\v", "upper": "A-Z",
-    "xdigit": "0-9A-Fa-f"}
+    "alnum": "0-9A-Za-z", "alpha": "A-Za-z", "blank": " \\t", "cntrl": "\\x00-\\x1f\\x7f",
+    "digit": "0-9", "graph": "!-~", "lower": "a-z", "print": " -~", "punct": "!-/:-@\\[-`{-~",
+    "space": " \\t\\n\\r\\f\\v", "upper": "A-Z", "xdigit": "0-9A-Fa-f"}
 
 
 def _class_regex(pattern: str, at: int) -> "Optional[Tuple[str, int]]":
@@ -3387,7 +3387,8 @@ class LeftOut:
         if not self.caches or not directory:
             return False
         try:
-            tag = os.open(os.path.join(self.root, directory, CACHE_TAG), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            tag = os.open(os.path.join(self.root, directory, CACHE_TAG),
+                          os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return False
         with os.fdopen(tag, "rb") as stream, contextlib.suppress(OSError):
@@ -3399,8 +3400,8 @@ class LeftOut:
         parts = path.split(b"/")
         above = [b"/".join(parts[:count]) for count in range(1, len(parts))]
         return self.entry(path, False) or any(
-            self.entry(directory, True) or self.is_cache(directory) and path != directory + b"/" + CACHE_TAG
-            for directory in above)
+            self.entry(directory, True)
+            or self.is_cache(directory) and path != directory + b"/" + CACHE_TAG for directory in above)
 
 
 class Scan:
@@ -3644,25 +3645,27 @@ class Scan:
             and (self.row["fsid"] != self.fsid or not self.fsid)
         if known and gone == known and not self._count("SELECT COUNT(*) FROM found WHERE kind='f'"):
             left_out = self._left_out()
-            raise Held("empty", "%s; it had %s" % (
-                "`exclude` on its line leaves out everything in %s" % path if left_out == known else "%s is empty" % path,
-                count_of(known, "file")))
+            why = "`exclude` on its line leaves out everything in %s" if left_out == known \
+                else "%s is empty"
+            raise Held("empty", why % path + "; it had " + count_of(known, "file"))
         if elsewhere and gone + changed:
             raise Held("device", "%s is on another file system than before, and %s of its %s are gone or different there"
                        % (path, format(gone + changed, ","), count_of(known, "file")))
         if known >= HELD_SHARE_OF and (gone + changed) * 2 > known:
             left_out = self._left_out()
+            words = "%s are left out now by `exclude` on its line, " % format(left_out, ",")
             raise Held("mass", "of the %s in %s, %s%s are gone and %s have changed since the last look" % (
-                count_of(known, "file"), path, "%s are left out now by `exclude` on its line, " % format(left_out, ",")
-                if left_out else "", format(gone - left_out, ","), format(changed, ",")))
+                count_of(known, "file"), path, words if left_out else "",
+                format(gone - left_out, ","), format(changed, ",")))
 
     def _left_out(self) -> int:
         """How many of the files that are gone from the catalog are what the source's line leaves
         out."""
         count, after = 0, -1
         while True:
-            page = self.books.rows("SELECT id, path FROM lost l WHERE kind='f' AND replaced=0 AND id>? AND NOT EXISTS("
-                                   "SELECT 1 FROM moves m WHERE m.lost=l.id) ORDER BY id LIMIT ?", after, APPLY_CHUNK)
+            page = self.books.rows(
+                "SELECT id, path FROM lost l WHERE kind='f' AND replaced=0 AND id>? AND NOT EXISTS("
+                "SELECT 1 FROM moves m WHERE m.lost=l.id) ORDER BY id LIMIT ?", after, APPLY_CHUNK)
             count += sum(1 for _, path in page if self.left_out.has(path))
             if len(page) < APPLY_CHUNK:
                 return count
@@ -4154,8 +4157,8 @@ OPERATIONS: "Dict[str, Operation]" = {
     "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
     "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
     # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
-    "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1), prefix=May(_is_text, "")),
-                          {"rows": [_is_holding]}),
+    "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1),
+                               prefix=May(_is_text, "")), {"rows": [_is_holding]}),
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
                       {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)], "next": Maybe(_is_text)}),
@@ -4689,7 +4692,8 @@ _RSYNC_CHECKED: "Dict[str, bool]" = {}
 def plain_directory() -> "tempfile.TemporaryDirectory[str]":
     """A temporary directory whose path can stand in rsync's configuration, whatever TMPDIR says."""
     places = [tempfile.gettempdir(), "/tmp", "/var/tmp", os.path.expanduser("~")]
-    plain = [place for place in places if re.match(r"[\w@+=:,./-]+\Z", place, re.A) and os.access(place, os.W_OK | os.X_OK)]
+    plain = [place for place in places if re.match(r"[\w@+=:,./-]+\Z", place, re.A)
+             and os.access(place, os.W_OK | os.X_OK)]
     return tempfile.TemporaryDirectory(prefix="cbackup-", dir=(plain or places)[0])
 
 
@@ -5942,7 +5946,8 @@ class Vault:
             self.tree.set_mtime(place, row.mtime)
 
 
-def files_here(tree: Tree, source: str, after: bytes = b"", below: bytes = b"") -> "Iterator[Tuple[bytes, int, int]]":
+def files_here(tree: Tree, source: str, after: bytes = b"", below: bytes = b"",
+               ) -> "Iterator[Tuple[bytes, int, int]]":
     """(path, size, mtime) of what lies in a backup's directory as copies of a source, or of one
     directory in it, without asking its database; behind the path `after`, in the order of
     Tree.walk_files."""
@@ -6168,10 +6173,12 @@ class DirectoriesAnd:
 
     def __call__(self, line: bytes) -> bool:
         match = self._LINE.match(line)
-        return match is None or match.group(2) is not None or self._test(as_raw(json.loads(match.group(1))))
+        return match is None or match.group(2) is not None \
+            or self._test(as_raw(json.loads(match.group(1))))
 
 
-def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None) -> "Iterator[CatalogRow]":
+def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
+                 ) -> "Iterator[CatalogRow]":
     """The rows of a catalog file, checked; with `wanted` only of lines that pass this test.  Raises
     DamagedCatalog when it is damaged or cut off."""
     count, ended = 0, False
@@ -6198,7 +6205,8 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None) 
         raise DamagedCatalog("%s is cut off" % path)
 
 
-def times_of_versions(directory: str, paths: "Iterable[bytes]") -> "Dict[Tuple[bytes, int, int], int]":
+def times_of_versions(directory: str, paths: "Iterable[bytes]",
+                      ) -> "Dict[Tuple[bytes, int, int], int]":
     """(path, size, mtime) -> the last time of which a catalog says so, for all that the catalogs in
     a directory know of these files.  A restore as of that time brings back that version.  Damaged
     catalogs are passed over."""
@@ -6340,7 +6348,8 @@ class Scanner(threading.Thread):
             for name in names:
                 self._wanted[name] = now
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._stop or all(self._seen.get(name, 0.0) >= now for name in names), wait)
+            self._changed.wait_for(
+                lambda: self._stop or all(self._seen.get(name, 0.0) >= now for name in names), wait)
 
     def run(self) -> None:
         while not self._stop:
@@ -7228,13 +7237,15 @@ class VaultReader:
         except OSError as error:
             raise Refused("unknown", "%s: %s: is its disk mounted?" % (self.spec.path, reason_of(error)))
 
-    def held_page(self, source: str, after: bytes, prefix: bytes = b"") -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
+    def held_page(self, source: str, after: bytes, prefix: bytes = b"",
+                  ) -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
         """(path, size, mtime, digest) of copies that begin with a prefix, by path; no digests when
         they have to be looked for in the directory."""
         if self._usable():
-            return self._query("SELECT path, size, mtime, digest FROM held WHERE source=? AND path%s? AND path<? ORDER BY path "
-                               "LIMIT ?" % (">" if after >= prefix else ">="), source, max(after, prefix),
-                               beyond_prefix(prefix), PAGE)
+            return self._query(
+                "SELECT path, size, mtime, digest FROM held WHERE source=? AND path%s? AND path<? "
+                "ORDER BY path LIMIT ?" % (">" if after >= prefix else ">="), source, max(after, prefix),
+                beyond_prefix(prefix), PAGE)
         with self._tree() as tree:
             found = (row for row in files_here(tree, source, after) if row[0].startswith(prefix))
             return [row + (None,) for row in itertools.islice(found, PAGE)]
@@ -7282,13 +7293,15 @@ class VaultReader:
                 at = prefix + name + (b"0" if slash else b"\0")
         return found, at
 
-    def times_of(self, rows: "List[Tuple[str, bytes, int, int, Optional[float]]]") -> "List[Optional[int]]":
+    def times_of(self, rows: "List[Tuple[str, bytes, int, int, Optional[float]]]",
+                 ) -> "List[Optional[int]]":
         """For each row of `find` a time as of which a restore brings back that old version; None:
         not known, or a copy."""
         known = {}
         for source in {row[0] for row in rows if row[4] is not None}:
             directory = os.path.join(self.spec.path, META_DIR.decode(), "catalog", source)
-            known[source] = times_of_versions(directory, {row[1] for row in rows if row[0] == source and row[4] is not None})
+            known[source] = times_of_versions(
+                directory, {row[1] for row in rows if row[0] == source and row[4] is not None})
         return [known[source].get((path, size, mtime)) if since is not None else None
                 for source, path, size, mtime, since in rows]
 
@@ -7300,7 +7313,8 @@ class VaultReader:
                                "AND why<>'bad' AND path>=? AND path<? ORDER BY id LIMIT ?", source, after, prefix,
                                beyond_prefix(prefix), PAGE)
         with self._tree() as tree:
-            found = enumerate((row for row in old_files_here(tree, source) if row[0].startswith(prefix)), 1)
+            rows = (row for row in old_files_here(tree, source) if row[0].startswith(prefix))
+            found = enumerate(rows, 1)
             return [(number,) + row + (None,) for number, row in itertools.islice(found, after, after + PAGE)]
 
 
@@ -9178,7 +9192,8 @@ FAILURES = 3
 """Batches in a row of which nothing came, until a holder is given up."""
 
 
-_TIME = re.compile(r"(\d{4})-(\d\d?)-(\d\d?)(?:[ T](\d\d?):(\d\d)(?::(\d\d)(?:\.\d*)?)?)?\s*(Z|[+-][01]\d:?[0-5]\d)?\Z", re.A)
+_TIME = re.compile(r"(\d{4})-(\d\d?)-(\d\d?)(?:[ T](\d\d?):(\d\d)(?::(\d\d)(?:\.\d*)?)?)?"
+                   r"\s*(Z|[+-][01]\d:?[0-5]\d)?\Z", re.A)
 
 
 def parse_time(word: str) -> float:
@@ -9195,17 +9210,18 @@ def parse_time(word: str) -> float:
     match = _TIME.match(word)
     with contextlib.suppress(ValueError, OverflowError):
         year, month, day, hour, minute, second, zone = match.groups() if match else ("x",) * 7
-        when = datetime.datetime(int(year), int(month), int(day), int(hour or 23), int(minute or 59), int(second or 59), fold=1)
+        when = datetime.datetime(int(year), int(month), int(day), int(hour or 23), int(minute or 59),
+                                 int(second or 59), fold=1)
         plain = (when - datetime.datetime(1970, 1, 1)).total_seconds()
         if zone:
-            digits = zone.replace(":", "")
-            return plain - (0 if zone == "Z" else int(digits[0] + "1") * (int(digits[1:3]) * 3600 + int(digits[3:5]) * 60))
+            digits = zone.replace(":", "").replace("Z", "+0000")
+            return plain - int(digits[0] + "1") * (int(digits[1:3]) * 3600 + int(digits[3:5]) * 60)
         try:
             return when.timestamp()
         except (ValueError, OverflowError, OSError):  # a year of which this machine knows no zone
             return plain
-    raise UsageError("%r is not a time: write 2026-11-01, \"2026-11-01 14:00\", \"2026-11-01 14:00:05+01:00\", yesterday, or 3d "
-                     "for three days ago" % word)
+    raise UsageError("%r is not a time: write 2026-11-01, \"2026-11-01 14:00\", \"2026-11-01 "
+                     "14:00:05+01:00\", yesterday, or 3d for three days ago" % word)
 
 
 def format_time(seconds: float) -> str:
@@ -9232,7 +9248,8 @@ class RemoteHolder:
             raise outcome.own_failure()
         return [os.path.join(scratch, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
+    def holdings(self, source: str, old: bool, prefix: bytes = b"",
+                 ) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
         """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with
         `old` of older versions: of paths that begin with `prefix`, and from servers that do not
         know that field, of all."""
@@ -9306,7 +9323,8 @@ class DirectoryHolder:
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
+    def holdings(self, source: str, old: bool, prefix: bytes = b"",
+                 ) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
         """From the directory itself, not from the database: digests are checked when the files are
         read.  Of paths that begin with `prefix`."""
         with Tree(self.path) as tree:
@@ -9570,8 +9588,10 @@ class Restore:
             self.db.execute("BEGIN")
             try:
                 for prefix in prefixes:
-                    for path, place, size, mtime, digest in holder.holdings(self.source, self.at is not None, prefix):
-                        if few is None or path in few or digest in few or digest is None and (size, mtime) in few:
+                    old = self.at is not None
+                    for path, place, size, mtime, digest in holder.holdings(self.source, old, prefix):
+                        if few is None or path in few or digest in few \
+                                or digest is None and (size, mtime) in few:
                             self._enter_holding(number, path, place, size, mtime, digest)
             except (Unreachable, Refused, ProtocolError, OSError) as error:
                 self.down[holder.backup] = holder.name
@@ -9789,9 +9809,10 @@ class Restore:
             path = os.path.dirname(path)
         info = os.statvfs(path)
         free = (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
-        needed = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND rank>0 AND link IS NULL")[0] + self._one(
-            "SELECT COALESCE(SUM(size), 0) FROM (SELECT MAX(size) size FROM want WHERE kind='f' AND rank>0 AND link IS NOT NULL "
-            "GROUP BY link)")[0]
+        needed = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND rank>0 "
+                           "AND link IS NULL")[0]
+        needed += self._one("SELECT COALESCE(SUM(size), 0) FROM (SELECT MAX(size) size FROM want "
+                            "WHERE kind='f' AND rank>0 AND link IS NOT NULL GROUP BY link)")[0]
         if needed > free and os.path.isdir(self.target):
             with Tree(self.target) as tree:
                 needed -= self._there(tree)
@@ -9816,8 +9837,9 @@ class Restore:
         needed, free = self.room()
         if needed > free:
             raise CBackupError(
-                "%s has no space for all of %s: %s are needed, %s are free; make room, say --to for another disk, or name the "
-                "PATHs to begin with ('*' tries all of it)" % (self.target, self.source, format_size(needed), format_size(free)))
+                "%s has no space for all of %s: %s are needed, %s are free; make room, say --to for "
+                "another disk, or name the PATHs to begin with ('*' tries all of it)" % (
+                    self.target, self.source, format_size(needed), format_size(free)))
 
     def unproven(self) -> "Iterator[bytes]":
         """Files that were brought back although the catalog does not call their contents proven."""
@@ -10224,7 +10246,8 @@ class Restore:
         if self._one("SELECT 1 FROM other WHERE path=?", path):
             names = sorted(self.holders[n].name for n, in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path))
             return "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
-        return "no backup is known to have had it: not copied yet when the catalog was made, or its server could not read it%s" % down
+        return "no backup is known to have had it: not copied yet when the catalog was made, or its " \
+            "server could not read it%s" % down
 
     def in_the_way(self) -> int:
         return self._one("SELECT COUNT(*) FROM want WHERE state=4 AND asked=1")[0]
@@ -12515,8 +12538,9 @@ def check_known_source(restore: Restore, config: Config) -> None:
     name."""
     if restore.source not in config.sources and not any(holder.catalogs for holder in restore.holders):
         raise UsageError("there is no source %s, and %s has something of one; there are: %s" % (
-            restore.source, "no backup that can be reached (not reachable: %s)" % ", ".join(sorted(restore.down.values()))
-            if restore.down else "no backup", ", ".join(config.sources) or "none"))
+            restore.source, "no backup that can be reached (not reachable: %s)" % ", ".join(
+                sorted(restore.down.values())) if restore.down else "no backup",
+            ", ".join(config.sources) or "none"))
 
 
 def cmd_restore(args: argparse.Namespace, home: Home) -> int:
@@ -12594,7 +12618,8 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
             unproven=[as_text(path) for path in restore.unproven()])))
         return
     for path in restore.unproven():
-        log.info("%s: what the backups have; its own host had not read the file again when the catalog was made", shown(path))
+        log.info("%s: what the backups have; its own host had not read the file again when the "
+                 "catalog was made", shown(path))
     for path, why in itertools.islice(restore.missing(), SHOWN_MISSING):
         print("cbackup: %s: %s" % (shown(path), shown(why)), file=sys.stderr)
     if missing + in_the_way > SHOWN_MISSING:
@@ -12619,7 +12644,8 @@ def add_find_parser(commands: Any) -> None:
     parser.set_defaults(run=cmd_find, failed={"files": []})
 
 
-def found_versions(answers: "Dict[str, Dict[str, Any]]", config: Config) -> "Dict[Tuple[str, str], List[Dict[str, Any]]]":
+def found_versions(answers: "Dict[str, Dict[str, Any]]", config: Config,
+                   ) -> "Dict[Tuple[str, str], List[Dict[str, Any]]]":
     """(source, path) -> what there is of it, copies first, then old versions, the newest first.
     answers: host -> of `find`."""
     files: "Dict[Tuple[str, str], List[Dict[str, Any]]]" = {}
@@ -12629,16 +12655,18 @@ def found_versions(answers: "Dict[str, Dict[str, Any]]", config: Config) -> "Dic
             if backup not in config.backups or config.backups[backup].host != host:
                 continue  # a server speaks for its own backups
             files.setdefault((source, path), []).append({
-                "backup": backup, "host": host, "size": size, "mtime": mtime / 1e9, "until": since, "at": at})
+                "backup": backup, "host": host, "size": size, "mtime": mtime / 1e9, "until": since,
+                "at": at})
     for versions in files.values():
-        versions.sort(key=lambda found: (found["until"] is not None, -(found["until"] or 0), found["backup"]))
+        versions.sort(key=lambda found: (
+            found["until"] is not None, -(found["until"] or 0), found["backup"]))
     return files
 
 
 def version_text(found: "Dict[str, Any]") -> str:
     """A copy or an old version in words, with what brings it back."""
-    text = "%s, %s, of %s" % ("a copy" if found["until"] is None else "old version", format_size(found["size"]),
-                              format_time(found["mtime"]))
+    text = "%s, %s, of %s" % ("a copy" if found["until"] is None else "old version",
+                              format_size(found["size"]), format_time(found["mtime"]))
     if found["until"] is not None:
         text += ", until %s" % format_time(found["until"])
     return text if found["at"] is None else text + "; --at '%s'" % format_time(found["at"])
@@ -13123,7 +13151,8 @@ def words_for(error: BaseException, args: argparse.Namespace) -> "Tuple[str, int
     if isinstance(error, sqlite3.Error):
         return "a database in %s cannot be used: %s" % (Home(args.home).state_path, error), EXIT_INCOMPLETE
     if isinstance(error, OSError):
-        where = shown(os.fsencode(error.filename)) + ": " if isinstance(error.filename, (str, bytes)) else ""
+        named = isinstance(error.filename, (str, bytes))
+        where = shown(os.fsencode(error.filename)) + ": " if named else ""
         return where + reason_of(error), EXIT_INCOMPLETE
     return "a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error), EXIT_INCOMPLETE
 
