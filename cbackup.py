@@ -8177,6 +8177,8 @@ class Pass:
                 rows = [row + [digest] for row, digest in zip(rows, answer.get("digests") or [None] * len(rows))]
             if rows:
                 rounds.page(len(rows), rows[-1][0])
+                if any(row[0] <= before for row, before in zip(rows, [after] + [row[0] for row in rows])):
+                    raise ProtocolError("a list that goes round in circles")
                 if kind != TODO_RETIRE and any(row[3] is None for row in rows):
                     raise ProtocolError("a file without its figures")
                 yield rows
@@ -8250,7 +8252,7 @@ class Pass:
                 # Another file may have come to this path meanwhile; its tag is another one.
                 if held and tag in (None, held[3]):
                     paths.append(path)
-            vault.set_aside(standing.name, paths, "deleted")
+            vault.set_aside(standing.name, list(dict.fromkeys(paths)), "deleted")
             self._done(standing, TODO_RETIRE, [[row[0], None] for row in page])
             self.figures.acted()
 

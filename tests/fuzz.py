@@ -68,7 +68,7 @@ def noise(line, dice):
     """A line with some of its bytes changed; still one line."""
     line = bytearray(line)
     for _ in range(dice.randrange(1, 4)):
-        at = dice.randrange(len(line))
+        at = dice.randrange(len(line) + 1)
         line[at:at + dice.choice((0, 1, 1, 5))] = bytes(dice.randrange(256) for _ in range(dice.choice((0, 1, 1, 3))))
     return bytes(line).replace(b"\n", b" ")
 

@@ -156,7 +156,7 @@ class OddServerTest(Case):
             return one_pass(self.c, "a", liar.config)
 
     def assertOnlyTheOddOneIsOut(self, figures, why="talks nonsense"):
-        self.assertEqual({"odd"}, figures.unreachable, figures.lines)
+        self.assertEqual({"odd"}, set(figures.unreachable), figures.lines)
         self.assertTrue(figures.trouble)
         self.assertTrue(any(why in line for line in figures.lines), figures.lines)
         self.assertIn("new%d" % self.number, self.c.copies_on_disk("others"))
