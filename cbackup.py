@@ -8519,7 +8519,7 @@ class Pass:
         if outcome.not_made(f.path):
             return "its name cannot be in %s: %s" % (self.vault.spec.path, why) if "No such" in why else why
         info = self.vault.tree.lstat(self.vault.incoming(standing.name, f.path))
-        if info is not None:
+        if info is not None and outcome.said_of(os.path.basename(f.path)) is None:  # else it is the part that got there
             return "changed"
         another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
         return "changed" if another or not outcome.errors else why
