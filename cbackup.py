@@ -11632,10 +11632,11 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """The nearest guess for a word that is none of the choices."""
-        import difflib
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
-        if near and value not in action.choices:  # type: ignore[operator]
-            raise argparse.ArgumentError(action, "invalid choice: %r; did you mean %s?" % (value, near[0]))
+        if action.choices is not None and value not in action.choices:
+            import difflib
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices], 1)
+            if near:
+                raise argparse.ArgumentError(action, "invalid choice: %r; did you mean %s?" % (value, near[0]))
         super()._check_value(action, value)
 
 
@@ -12554,7 +12555,8 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
         find_rsync()
         restore.find_holders(config, tls_context(home, server_side=False))
-    check_known_source(restore, config)
+    if not args.directories:  # disks without any of it say so themselves
+        check_known_source(restore, config)
     if args.dry_run:
         return print_dry_run(restore, args.json, args.verbose > 0)
     try:

@@ -8,6 +8,9 @@ import socket
 import sys
 import textwrap
 import unittest
+from unittest import mock
+
+import cbackup
 
 from tests.harness import (Case, Process, cluster_pem, inodes, listening, plain_environment, program, quick_program,
                            read_file, tree, wait_for, write_file)
@@ -138,20 +141,32 @@ class InitTest(Case):
             keys.append(read_file(home.path("cluster.pem")))
         self.assertNotEqual(keys[0], keys[1])
 
-    def test_the_home_is_the_option_else_the_variable_else_in_the_users_home(self):
+    def test_the_home_is_the_option_else_the_variable(self):
         base = self.directory()
         for name in ("option", "variable", "user"):
             os.mkdir(os.path.join(base, name))
-        env = plain_environment(base + "/user")
-        with_variable = dict(env, CBACKUP_HOME=base + "/variable/home")
-        made = {base + "/option/home/cluster.pem": (["--home", base + "/option/home"], with_variable),
-                base + "/variable/home/cluster.pem": ([], with_variable),
-                base + "/user/.cbackup/cluster.pem": ([], env)}
+        env = plain_environment(base + "/user", CBACKUP_HOME=base + "/variable/home")
+        made = {base + "/option/home/cluster.pem": ["--home", base + "/option/home"],
+                base + "/variable/home/cluster.pem": []}
         expected = set()
-        for path, (arguments, environment) in made.items():
-            self.assertRc(0, Process(program(*arguments, "init"), environment, base).wait(30))
+        for path, arguments in made.items():
+            self.assertRc(0, Process(program(*arguments, "init"), env, base).wait(30))
             expected.add(path)
             self.assertEqual(expected, {os.path.join(base, name) for name in tree(base) if "cluster.pem" in name})
+
+    def test_without_both_it_is_the_users_and_for_root_the_systems_unless_only_the_users_is_there(self):
+        base = self.directory()
+        own, system = os.path.join(base, "user", ".cbackup"), os.path.join(base, "system")
+        os.mkdir(os.path.join(base, "user"))
+        with mock.patch.dict(os.environ, HOME=base + "/user"), mock.patch.object(cbackup, "ROOT_HOME", system):
+            with mock.patch("os.geteuid", return_value=1000):
+                self.assertEqual(cbackup.default_home(), own)
+            with mock.patch("os.geteuid", return_value=0):
+                self.assertEqual(cbackup.default_home(), system)
+                os.mkdir(own)
+                self.assertEqual(cbackup.default_home(), own)
+                os.mkdir(system)
+                self.assertEqual(cbackup.default_home(), system)
 
 
 class KeyFileTest(Case):
