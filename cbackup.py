@@ -4659,8 +4659,8 @@ daemon without them reads as nobody; openrsync dies on any key that it does not 
 RSYNC_ENDED = (0, 11, 23, 24)
 """Exit statuses of an rsync that came to the end of its list, or to the end of the disk (11)."""
 
-RSYNC_OWN = (1, 3, 13, 14, 20, 22, 126, 127)
-"""Of one that failed here: its arguments, its files, processes, memory, a signal."""
+RSYNC_OWN = (1, 3, 13, 14, 20, 126, 127)
+"""Of one that failed here: its arguments, its files, processes, a signal (memory, 22, a peer can use up)."""
 
 
 def find_rsync() -> str:
@@ -4875,7 +4875,8 @@ def _how_it_ended(relayed: str, result: Pull) -> str:
         return "stalled"
     if result.code in RSYNC_ENDED:
         return "done"
-    failed_here = result.code < 0 or result.code in RSYNC_OWN and not any("[sender" in line for line in result.errors)
+    failed_here = result.code < 0 or result.code in RSYNC_OWN and not any(
+        word in line for line in result.errors for word in ("[sender", "compat.c", "io.c"))  # there the peer had a say
     return "own" if relayed == "unstarted" or relayed == "done" and failed_here else "cut"
 
 
