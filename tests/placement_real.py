@@ -98,7 +98,7 @@ class RealWorld(placement.World):
                 self.vaults[name] = RealVault(self, name)
             cluster.backups[name] = cluster.backups[name]._replace(options={"size": str(scaled_down(spec.size))})
         self.edited()
-        new = {spec.host for spec in self.sources.values()} - set(cluster.servers)
+        new = {thing.host for thing in list(self.sources.values()) + list(self.backups.values())} - set(cluster.servers)
         if new:
             cluster.start(*sorted(new))
 
