@@ -6361,6 +6361,8 @@ class Scanner(threading.Thread):
             try:
                 self.service.scan(name)
             except Exception as error:
+                if self._stop:  # the books were closed under it
+                    return
                 log_failure("looking at " + name, error)
                 if isinstance(error, sqlite3.Error) and is_damage(error):
                     self.service.books.start_again(self.service.config, str(error))
@@ -6444,6 +6446,8 @@ class Reader(threading.Thread):
             try:
                 pause = 0.5 if self._round() else None
             except Exception as error:
+                if self._stop:
+                    return
                 log_failure("comparing files with their copies", error)
                 pause = 5.0  # the books may be damaged, their disk full: others say so
 

@@ -157,9 +157,11 @@ class SourcesAndLinesTest(LeavingCase):
     HOSTS = "sab"
 
     def remove(self):
-        """Removes the source's line on b; returns what is to be put back."""
+        """Removes the source's line on b; returns what is to be put back.  It is the only source: the others hold such a
+        configuration back until somebody says that it is right."""
         removed = self.c.sources.pop("docs")
         self.c.write_config("b")
+        self.c.run("b", "accept", "config")
         self.together("b")                    # which tells s: a pass of a that began with the old one would complain
         self.together("a")
         return removed

@@ -257,7 +257,6 @@ class HelloTest(Case):
         c.source("docs", "s", {"f": b"1"})
         c.source("others", "b", {"g": b"1"})
         c.backup("ba", "a", "10M")
-        c.start("b")
         return c
 
     def assertOnlySIsOut(self, server, *words):
@@ -277,11 +276,13 @@ class HelloTest(Case):
             with self.subTest(version=version):
                 self.start()
                 with serving(self.c, "s", cbackup=version) as server:
+                    self.c.start("b")
                     self.assertOnlySIsOut(server, "another version of the protocol")
 
     def test_the_name_of_another_machine(self):
         self.start()
         with serving(self.c, "s", name="b") as server:
+            self.c.start("b")
             self.assertOnlySIsOut(server, "correct its line in [hosts]")
 
 
