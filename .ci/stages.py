@@ -1,10 +1,11 @@
 """What .ci/run does. Stage 1: the README's two commands, with the newest Python that is here as their python3, and nothing
 installed before them but by themselves. Stage 2: what single tests need besides is installed where that is possible (that it is
 not is no failure), what was skipped runs again, as an ordinary user where it was run as root and the reverse; a good part of the
-tests with Python 3.8; a part of the mutants, another one each day; a short soak.
+tests with Python 3.8; a short soak.
 
 The last line is "N passed, N failed, N skipped": tests over all runs, a test skipped when it has run nowhere. A step that
-is not a test adds one failure when it fails. All of it stays below 20 minutes: what there is no time for is left out, and named.
+is not a test adds one failure when it fails. All of it is to stay below 20 minutes on two quiet cores; a slow machine has
+twice that, and what there is no time for then is left out, and named.
 """
 
 import glob
@@ -19,9 +20,8 @@ import sys
 import tempfile
 import time
 
-LIMIT = 1140            # seconds for everything
-OLDEST_RUNS = ["test_cli", "test_client_pass", "test_transfer", "test_changes", "test_restore", "test_catalogs", "test_exact",
-               "test_zipapp"]
+LIMIT = 2400            # seconds for everything
+OLDEST_RUNS = ["test_cli", "test_client_pass", "test_transfer", "test_exact", "test_zipapp", "test_proof"]
 BESIDES = {             # program -> {package manager: packages}: what single tests need
     "git": {"*": ["git"]},
     "mkfs.vfat": {"*": ["dosfstools"]},
@@ -279,7 +279,7 @@ def as_readme_says(stages, python):
     ended = stages.run(["sh", "-c", commands[0]], commands[0], 300, env)
     if ended is None or ended[0] != 0:
         stages.fail("the README's first command: exit status %s" % (ended[0] if ended else "none"))
-    stages.count(stages.run(["sh", "-c", commands[1]], commands[1], 600, env), commands[1], skips)
+    stages.count(stages.run(["sh", "-c", commands[1]], commands[1], 1200, env), commands[1], skips)
 
 
 def what_was_skipped(stages, python):
@@ -313,15 +313,14 @@ def the_oldest(stages, oldest):
     skips = os.path.join(stages.scratch, "skips-oldest.json")
     words = ["python3", "-m", "unittest"] + [word for name in OLDEST_RUNS for word in ("-k", name)]
     title = " ".join(words) + "   with Python 3.8"
-    stages.count(stages.run(words, title, 420, environment(oldest, skips, stages.scratch)), title, skips)
+    stages.count(stages.run(words, title, 600, environment(oldest, skips, stages.scratch)), title, skips)
 
 
 def the_rest(stages, python):
-    """Steps that are no unit tests; each adds one failure when it fails. Each day has a seed, and a part of the mutants."""
+    """Steps that are no unit tests; each adds one failure when it fails. Each day has a seed."""
     env = environment(python, None, stages.scratch)
     today = str(int(time.time()) // 86400 % 1000)
-    for module, most, options in (("mutants", 300, {"--minutes": "4", "--seed": today, "--part": today}),
-                                  ("soak", 180, {"--minutes": "1", "--seed": today})):
+    for module, most, options in (("soak", 180, {"--minutes": "1", "--seed": today}),):
         if os.path.exists("tests/%s.py" % module):
             command = ["python3", "-m", "tests." + module]
             known = subprocess.run(command + ["--help"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
