@@ -97,7 +97,7 @@ try:
 except ImportError:
     ssl = None  # type: ignore[assignment]
 
-__version__ = "1.0"
+__version__ = "1.1"
 
 log = logging.getLogger("cbackup")
 

@@ -5,7 +5,9 @@
 Files are written, deleted, renamed and become other things; clients run in any order, two at once, beside a verify or a
 restore, and are killed at any point; servers are killed, started, and started twice; lines are cut or stall; the power fails;
 copies and old versions rot; state/ and databases are lost; disks fill up, become read-only, and are away for a while; sources
-are emptied and come back; whole backups are lost and replaced. From time to time all is quiet: every host verifies and runs
+are emptied and come back; whole backups are lost and replaced; disks of sources are replaced (`cp -a`), packages installed
+again or over each other, files edited so that neither size nor time shows it, disks of backups put back in an older state.
+Now and then "safe" is compared with the disks. From time to time all is quiet: every host verifies and runs
 passes until nothing is left to do; then the sources, the backups and a restore are compared from outside. Stops at the first
 violation, with the seed and the last steps of the history; the directories stay.
 """
@@ -50,6 +52,7 @@ class History:
         self.troubled = False       # old versions may have been lost in this period: a disk was full, or is a new one
         self.mounted = []
         self.repairs = []           # what makes the disks good again
+        self.snapshot = None        # (backup, copy of its directory) from earlier
         hosts = ["s", "a", "b", "c"]
         self.c = Cluster(*hosts, replicas=2, keep="%ds" % KEEP)
         self.c.source("docs", "s", {"d%d/f%d" % (n % 5, n): self.dice.randrange(3000) for n in range(30)})
@@ -110,6 +113,8 @@ class History:
                 step = self.dice.choice(self.STEPS)
                 step(self)
                 self.check_safe(safe)
+                if self.dice.random() < 0.25:
+                    self.check_word()
             self.quiet()
         return True
 
@@ -220,6 +225,20 @@ class History:
                 elif len(there[name]) < 2:
                     self.fail("%s/%s was on two hosts and is on %s now" % (source, name, sorted(there[name])))
 
+    def check_word(self):
+        """What is called safe, and compared, is on two hosts. A pass goes before, so that the servers have looked."""
+        host = self.dice.choice(self.c.hosts)
+        if self.rotten or self.c.client(host).rc not in (0, 1):
+            return
+        for name, facts in self.c.status(host)["sources"].items():
+            if self.c.sources[name].host not in self.c.servers or facts["state"] != "ok" or facts["underserved_files"] \
+                    or facts["unproven_files"] != 0:
+                continue
+            lines = ["%s is on %s" % (path, sorted(hosts)) for path, hosts in faults.holders(self.c, name).items()
+                     if len(hosts) < 2]
+            if lines:
+                self.fail("all of %s is called safe, but\n%s" % (name, "\n".join(lines[:20])))
+
     # -- steps: what people do --
 
     def files_of(self, source, kinds=(stat.S_ISREG,)):
@@ -267,6 +286,82 @@ class History:
         path = os.path.join(source.path, name)
         shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
         self.note("delete %s/%s" % (source.name, name))
+
+    def edit_in_secret(self):
+        """New bytes of the same size in the same inode, with the old time; and perhaps another name, mode or link."""
+        source = self.pick()
+        names = [name for name in self.files_of(source) if os.path.getsize(os.path.join(source.path, name))]
+        for name in self.dice.sample(names, min(2, len(names))):
+            path = os.path.join(source.path, name)
+            info, data = os.stat(path), bytearray(read_file(path))
+            data[self.dice.randrange(len(data))] ^= self.dice.randrange(1, 256)
+            with open(path, "r+b") as file:
+                file.write(data)
+            os.utime(path, ns=(info.st_mtime_ns, info.st_mtime_ns))
+            also = self.dice.choice(["", "", "renamed", "chmod", "linked"])
+            if also == "renamed":
+                os.rename(path, path + "r")
+            elif also == "chmod":
+                os.chmod(path, 0o600 if info.st_mode & 0o077 else 0o640)
+            elif also == "linked":
+                os.link(path, path + "l%d" % self.count)
+            self.count += 1
+            self.note("edit in secret %s/%s %s" % (source.name, name, also))
+
+    def install_again(self):
+        """Files are removed and laid down anew, in another order, with the times that they had: the same or the next release."""
+        source = self.pick()
+        names = self.files_of(source)
+        names = self.dice.sample(names, min(len(names) // 4, 6))
+        release, kept = self.dice.random() < 0.5, {}
+        for name in names:
+            path = os.path.join(source.path, name)
+            info, data = os.stat(path), read_file(path)
+            kept[name] = info.st_mtime_ns, data if not release else some_bytes(len(data), (name, self.count))
+            os.unlink(path)
+        for name in reversed(names):
+            path = os.path.join(source.path, name)
+            write_file(path, kept[name][1])
+            os.utime(path, ns=(kept[name][0], kept[name][0]))
+        self.count += 1
+        self.note("installed again%s: %s" % (", the next release" if release else "", names))
+
+    def replace_source_disk(self):
+        """As by `cp -a` to a new disk."""
+        source = self.pick()
+        os.rename(source.path, source.path + ".old")
+        shutil.copytree(source.path + ".old", source.path, symlinks=True)
+        shutil.rmtree(source.path + ".old")
+        self.note("the disk of %s was replaced" % source.name)
+
+    def old_disk(self):
+        """The directory of a backup is kept, and put back later in the state of then: its copies since are gone."""
+        if self.snapshot is None:
+            host = self.dice.choice(self.c.hosts)
+            path = self.c.backups["b" + host].path
+            if host != self.small_disk and os.path.exists(os.path.join(path, ".cbackup", "identity")):
+                self.snapshot = "b" + host, path + ".then"
+                shutil.copytree(path, path + ".then", symlinks=True)
+                self.note("the directory of b%s is kept" % host)
+            return
+        (name, kept), self.snapshot = self.snapshot, None
+        path = self.c.backups[name].path
+        if read_file(os.path.join(kept, ".cbackup", "identity")) == self.identity_in(path):
+            shutil.rmtree(path)
+            os.rename(kept, path)
+            self.rotten.add(name)
+            self.troubled = True
+            self.added = {one: data for one, data in self.added.items() if not one.startswith(name + "/")}
+            self.note("the directory of %s is put back as it was" % name)
+        else:
+            shutil.rmtree(kept)
+
+    @staticmethod
+    def identity_in(path):
+        try:
+            return read_file(os.path.join(path, ".cbackup", "identity"))
+        except OSError:
+            return None
 
     def rename(self):
         source = self.pick()
@@ -666,7 +761,8 @@ class History:
              killed_client, killed_client, killed_client, killed_client, client_killed_by_the_clock, server, server,
              server_dies_below_a_client, state, database, rot, rot_in_the_attic, by_hand, add_by_hand, time_goes_by,
              two_clients, client_beside, second_server, bad_line, bad_line, power_failure, power_failure, full_disk, full_disk,
-             read_only_disk, full_state, backup_away, source_away]
+             read_only_disk, full_state, backup_away, source_away, edit_in_secret, edit_in_secret, edit_in_secret, install_again,
+             install_again, replace_source_disk, replace_source_disk, old_disk, old_disk]
 
 
 def run(seed, deadline, out=sys.stdout, periods=PERIODS):
