@@ -227,12 +227,12 @@ class History:
 
     def check_word(self):
         """What is called safe, and compared, is on two hosts. A pass goes before, so that the servers have looked."""
-        host = self.dice.choice(self.c.hosts)
+        host, begun = self.dice.choice("bc"), time.monotonic()     # which have no source: they ask both servers to look
         if self.rotten or self.c.client(host).rc not in (0, 1):
             return
         for name, facts in self.c.status(host)["sources"].items():
             if self.c.sources[name].host not in self.c.servers or facts["state"] != "ok" or facts["underserved_files"] \
-                    or facts["unproven_files"] != 0:
+                    or facts["unproven_files"] != 0 or facts["last_scan"] > time.monotonic() - begun:
                 continue
             lines = ["%s is on %s" % (path, sorted(hosts)) for path, hosts in faults.holders(self.c, name).items()
                      if len(hosts) < 2]

@@ -170,6 +170,9 @@ class ScanTest(Case):
         c.backup("ba", "a", "9M")
         c.start()
         c.settle()
+        c.stop("s")
+        c.keys["read_rate"] = "1"       # the next look takes many minutes
+        c.start("s")
         self.assertRc(0, c.run("a", "status", "--check"))
         c.advance(40 * 60)
         self.assertRc(0, c.run("a", "status", "--check"))
