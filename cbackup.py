@@ -181,7 +181,7 @@ STRANGER_LINE, STRANGER_SILENCE, STRANGER_TIME = 4096, 5.0, 15.0
 ROOM, MEMBERS, MEMBER_SHARE = 128, 250, 100
 """Connections at the door that have not proved anything yet; those of members that are served at once; those of one address."""
 
-CONNECT_TRIES = 4
+CONNECT_TRIES = 10
 """A server with a crowd before its door may cut a connection before it has said anything: so often a client tries."""
 
 LOOK_WAIT, READ_WAIT = 20.0, 5.0
@@ -9469,7 +9469,7 @@ class Restore:
     def _literal_prefixes(self) -> "Optional[List[bytes]]":
         """How every path begins that is asked for, none of them within another; None: it may be
         anything."""
-        prefixes = sorted({re.split(rb"[*?[]", pattern, 1)[0] for pattern in self.patterns})
+        prefixes = sorted({re.split(rb"[*?[]", pattern, maxsplit=1)[0] for pattern in self.patterns})
         if b"" in prefixes or not prefixes:
             return None
         return [p for p in prefixes if not any(p.startswith(other) for other in prefixes if other != p)]
