@@ -185,6 +185,7 @@ class OptionsTest(Case):
         old = c.config().replace("new = ", "other = ")          # what the new machine got when it joined
         c.backup("bnew", "new", "7M")
         c.write_config("s")
+        c.run("s", "status")                                    # which makes the edit a version, as the server does
         write_file(os.path.join(c.home("new"), "cbackup.conf"), old)
         self.assertRc(0, c.client("new"))
         self.assertEqual(["f"], os.listdir(os.path.join(c.backups["bnew"].path, "docs")))
