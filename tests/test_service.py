@@ -14,7 +14,7 @@ import unittest
 from unittest import mock
 
 import cbackup
-from tests.harness import Case, read_file, tree, write_file
+from tests.harness import Case, read_file, tree, wait_for, write_file
 
 
 class FakeSystem:
@@ -185,9 +185,8 @@ class OptionsTest(Case):
         old = c.config().replace("new = ", "other = ")          # what the new machine got when it joined
         c.backup("bnew", "new", "7M")
         c.write_config("s")
-        c.run("s", "status")                                    # which makes the edit a version, as the server does
         write_file(os.path.join(c.home("new"), "cbackup.conf"), old)
-        self.assertRc(0, c.client("new"))
+        wait_for(lambda: c.client("new").rc == 0, 20, "s has not taken over its edit")
         self.assertEqual(["f"], os.listdir(os.path.join(c.backups["bnew"].path, "docs")))
         result = c.run("new", "client", "--host", "nobody")
         self.assertRc(2, result)
