@@ -74,38 +74,41 @@ class ProofTest(unittest.TestCase):
 class Inferred(ProofTest):
     """What is inferred from inode, size and time is read."""
 
+    NAMES = ["pkg/%02d" % n for n in range(12)]
+
+    def lay_down(self, names, release):
+        """A release of a package, as it is unpacked over what is there no more."""
+        os.makedirs(os.path.join(self.source, "pkg"), exist_ok=True)
+        for name in names:
+            put(os.path.join(self.source, name), some_bytes(5000, name + release))
+
+    def install_again(self, release):
+        """The files are removed and laid down in another order, so that their inodes are given again."""
+        for name in self.NAMES:
+            os.unlink(os.path.join(self.source, name))
+        self.lay_down(reversed(self.NAMES), release)
+
     def test_a_package_that_was_installed_again_has_right_copies_and_costs_no_network(self):
-        names = ["pkg/%02d" % n for n in range(12)]
         with self.cluster({}) as c:
-            os.mkdir(os.path.join(self.source, "pkg"))
-            for n in names:
-                put(os.path.join(self.source, n), some_bytes(5000, n))
+            self.lay_down(self.NAMES, "")
             self.prove(c)
-            for n in names:
-                os.unlink(os.path.join(self.source, n))
-            for n in reversed(names):   # inodes are given again, in another order
-                put(os.path.join(self.source, n), some_bytes(5000, n))
+            self.install_again("")
             results = c.passes("ab")
             self.assertEqual([r.json["copied_files"] + r.json["updated_files"] for r in results], [0, 0])
+            self.assertEqual([r.json["wire_bytes"] for r in results], [0, 0])
             self.prove(c)
             self.assertTrue_copies(c)
 
     def test_the_next_release_of_a_package_reaches_the_backups(self):
-        names = ["pkg/%02d" % n for n in range(12)]
         with self.cluster({}) as c:
-            os.mkdir(os.path.join(self.source, "pkg"))
-            for n in names:
-                put(os.path.join(self.source, n), some_bytes(5000, n))
+            self.lay_down(self.NAMES, "")
             self.prove(c)
-            for n in names:
-                os.unlink(os.path.join(self.source, n))
-            for n in reversed(names):
-                put(os.path.join(self.source, n), some_bytes(5000, n + " 2"))
+            self.install_again(" 2")
             self.prove(c)
             self.assertTrue_copies(c)
             restored = c.path("restored")
             self.assertEqual(c.restore("a", "docs", to=restored).rc, 0)
-            for n in names:
+            for n in self.NAMES:
                 self.assertEqual(read_file(os.path.join(restored, n)), some_bytes(5000, n + " 2"))
 
     def test_a_file_under_another_name_with_another_s_inode_size_and_time_is_not_that_file(self):
