@@ -223,6 +223,10 @@ WHOLE_BELOW = 256 << 10
 
 READ_BLOCK = 1 << 20
 
+XATTRS_LIMIT, XATTRS_PAGE = 64 << 10, 1 << 20
+"""Bytes of extended attributes (names and values) that are kept of one file, and, as they are written, in one page of a
+catalog's news."""
+
 ROTTEN = "rotten"
 """What `entries.blocked` says of a file whose content changed while its inode, size and times did not."""
 
@@ -710,6 +714,17 @@ def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None) -> "Tuple[
             pace.spent(len(block))
 
 
+def list_xattrs(place: "int | str | bytes", follow: bool = True) -> "List[str]":
+    """The names of a file's extended attributes; a file system without them has none.  Only where Python has the calls, which
+    is on Linux."""
+    try:
+        return os.listxattr(place, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENOSYS):
+            return []
+        raise
+
+
 class Tree:
     """A directory whose inside is reached without ever following a symlink: the one place for such paths.
 
@@ -901,14 +916,41 @@ class Tree:
             if os.chmod in os.supports_follow_symlinks:
                 os.chmod(name, mode, dir_fd=descriptor, follow_symlinks=False)
                 return
-            # By a descriptor: a symlink that has taken the place since is not followed.  With O_PATH it takes no permission.
-            by_path = os.O_PATH if os.path.isdir("/proc/self/fd") and hasattr(os, "O_PATH") else os.O_RDONLY | os.O_NONBLOCK
-            found = os.open(name, by_path | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
-            try:
+            with self._itself(descriptor, name) as (found, place):
                 if not stat.S_ISLNK(os.fstat(found).st_mode):
-                    os.chmod(found if by_path & os.O_NONBLOCK else "/proc/self/fd/%d" % found, mode)
-            finally:
-                os.close(found)
+                    os.chmod(place, mode)
+
+    @contextlib.contextmanager
+    def _itself(self, descriptor: int, name: bytes) -> "Iterator[Tuple[int, Any]]":
+        """(descriptor, what os.chmod and the like take) of an entry: a symlink that has taken the place since is not
+        followed.  With O_PATH it takes no permission."""
+        by_path = os.O_PATH if os.path.isdir("/proc/self/fd") and hasattr(os, "O_PATH") else os.O_RDONLY | os.O_NONBLOCK
+        found = os.open(name, by_path | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+        try:
+            yield found, found if by_path & os.O_NONBLOCK else "/proc/self/fd/%d" % found
+        finally:
+            os.close(found)
+
+    @contextlib.contextmanager
+    def _place(self, rel: bytes) -> "Iterator[Any]":
+        if not rel:
+            yield self._root
+            return
+        with self._parent(rel) as (descriptor, name), self._itself(descriptor, name) as (_, place):
+            yield place
+
+    def xattrs(self, rel: bytes) -> "Dict[str, bytes]":
+        """The extended attributes of an entry itself, b"" being the root.  Raises OSError."""
+        with self._place(rel) as place:
+            return {key: os.getxattr(place, key) for key in list_xattrs(place)}
+
+    def set_xattr(self, rel: bytes, key: str, value: "Optional[bytes]") -> None:
+        """Set one of them, or with None remove it.  Raises OSError."""
+        with self._place(rel) as place:
+            if value is None:
+                os.removexattr(place, key)
+            else:
+                os.setxattr(place, key, value)
 
     def chown(self, rel: bytes, uid: int, gid: int) -> None:
         with self._parent(rel) as (descriptor, name):
@@ -998,7 +1040,7 @@ def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
 @dataclass(frozen=True)
 class Source:
     """A [sources] line.  `exclude`: patterns as gitignore has them; `exclude_caches`: leave out
-    what a CACHEDIR.TAG marks."""
+    what a CACHEDIR.TAG marks; `xattrs`: keep extended attributes, which ACLs are, too."""
 
     name: str
     host: str
@@ -1006,6 +1048,7 @@ class Source:
     replicas: int
     exclude: "Tuple[str, ...]" = ()
     exclude_caches: bool = False
+    xattrs: bool = False
     read_rate: "Optional[int]" = None
     bwlimit: "Optional[int]" = None
 
@@ -1145,7 +1188,7 @@ SOURCE_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "replicas": _parse_count, "exclude": str, "read_rate": _parse_rate, "bwlimit": _parse_rate}
 BACKUP_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "size": parse_size, "reserve": parse_size, "read_rate": _parse_rate, "bwlimit": _parse_rate}
-FLAGS = {"leaving": BACKUP_KEYS, "exclude_caches": SOURCE_KEYS}
+FLAGS = {"leaving": BACKUP_KEYS, "exclude_caches": SOURCE_KEYS, "xattrs": SOURCE_KEYS}
 """Keys without a value, and on which lines they are."""
 SECTIONS = ("cluster", "hosts", "sources", "backups")
 
@@ -1795,11 +1838,13 @@ CREATE TABLE sources(
 -- not read its file since; NULL: read in full, or there is no digest.  basis: where the digest is from: p the file itself
 -- (read for this or an earlier inode and ctime) | c a copy that was just made | r a copy of which new books heard.
 -- other: the digest that was read instead, while it is not decided yet whether that is a mass change.
+-- xattrs: extended attributes as in CatalogRow, JSON; NULL: not asked for; a blank before them: the file had been changed
+-- just then, and they are to be looked at once more.
 CREATE TABLE entries(
     id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER, parent INTEGER, path BLOB, kind TEXT, size INTEGER,
     mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER,
     target BLOB, version INTEGER, digest BLOB, blocked TEXT, gen INTEGER, grp INTEGER, rnd INTEGER,
-    doubt REAL, basis TEXT, other BLOB);
+    doubt REAL, basis TEXT, other BLOB, xattrs TEXT);
 CREATE UNIQUE INDEX entries_path ON entries(source, path);
 CREATE INDEX entries_parent ON entries(parent);
 CREATE INDEX entries_gen ON entries(source, gen);
@@ -1894,6 +1939,7 @@ CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(sour
 ALTER TABLE entries ADD COLUMN doubt REAL;
 ALTER TABLE entries ADD COLUMN basis TEXT;
 ALTER TABLE entries ADD COLUMN other BLOB;
+ALTER TABLE entries ADD COLUMN xattrs TEXT;
 CREATE INDEX entries_doubt ON entries(source, doubt) WHERE doubt IS NOT NULL;
 CREATE INDEX entries_other ON entries(source) WHERE other IS NOT NULL;
 -- What layout 1 calls the digest of a file over 256 KiB was compared by samples only.
@@ -2347,11 +2393,21 @@ class Books:
     # -- what the scanner found --
 
     def children(self, parent: int) -> "Dict[bytes, Tuple[Any, ...]]":
-        """The entries of one directory: path -> (id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink,
-        target, blocked)."""
-        return {row[1]: (row[0],) + row[2:] for row in self.rows(
-            "SELECT id, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked "
-            "FROM entries WHERE parent=?", parent)}
+        """The entries of one directory: path -> what `entry_at` says."""
+        return {row[0]: row[1:] for row in self.rows("SELECT path, %s FROM entries WHERE parent=?" % self.ENTRY, parent)}
+
+    ENTRY = "id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, " \
+        "CASE WHEN xattrs IS NULL OR xattrs LIKE ' %' THEN NULL ELSE xattrs LIKE '%:null%' END"
+
+    def entry_at(self, source: int, path: bytes) -> "Optional[Tuple[Any, ...]]":
+        """(id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs) of a path; xattrs: None: not
+        known; whether some may have been left out."""
+        return self.one("SELECT %s FROM entries WHERE source=? AND path=?" % self.ENTRY, source, path)
+
+    def xattrs_of(self, number: int) -> "Optional[str]":
+        """The extended attributes of an entry as they are in the books."""
+        row = self.one("SELECT xattrs FROM entries WHERE id=?", number)
+        return row[0] if row else None
 
     def directory_id(self, source: int, path: bytes) -> "Optional[int]":
         row = self.one("SELECT id FROM entries WHERE source=? AND path=? AND kind='d'", source, path)
@@ -2380,12 +2436,12 @@ class Books:
             if row["kind"] == "f" else None
         number = db.execute(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, "
-            "version, blocked, gen, grp, rnd) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "version, blocked, gen, grp, rnd, xattrs) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (known[0] if known else None, source["id"], parent, row["path"], row["kind"], row["size"], row["mtime"],
              row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"],
              self._next_version() if row["kind"] == "f" else 0, row["blocked"], source["gen"],
              self._group_id(source["id"], "!" if row["blocked"] else "") if row["kind"] == "f" else None,
-             self.random.getrandbits(40) if row["kind"] == "f" else None)).lastrowid
+             self.random.getrandbits(40) if row["kind"] == "f" else None, row["xattrs"])).lastrowid
         if known:
             db.execute("DELETE FROM gone WHERE id=?", known)
             db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN NULL ELSE path END "
@@ -2394,18 +2450,20 @@ class Books:
         return number
 
     def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]", how: str) -> None:
-        """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or owner), "silent" (nothing that
-        anybody must hear).  row["doubt"]: the content is presumed to be the same, and is to be read."""
+        """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or owner), "attributes" (which
+        only the catalog has), "silent" (nothing that anybody must hear).  row["doubt"]: the content is presumed to be the
+        same, and is to be read."""
         db = self.db
         db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, nlink=?, target=?, "
-                   "blocked=? WHERE id=?", (row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"],
-                                            row["ctime"], row["nlink"], row["target"], row["blocked"], number))
+                   "blocked=?, xattrs=? WHERE id=?", (
+                       row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"],
+                       row["nlink"], row["target"], row["blocked"], row["xattrs"], number))
         if row["doubt"]:
             self._doubt(source, number)
         if how == "silent":
             return
         db.execute("UPDATE entries SET gen=? WHERE id=?", (source["gen"], number))
-        if row["kind"] != "f":
+        if row["kind"] != "f" or how == "attributes":
             return
         db.execute("DELETE FROM declines WHERE file=?", (number,))
         if how == "metadata":
@@ -2449,9 +2507,9 @@ class Books:
         owner = db.execute("SELECT mode, uid, gid FROM entries WHERE id=?", (number,)).fetchone()
         if owner != (row["mode"], row["uid"], row["gid"]):
             db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
-        db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, blocked=?, gen=? "
-                   "WHERE id=?", (row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"], row["nlink"],
-                                  row["blocked"], source["gen"], number))
+        db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, blocked=?, gen=?, "
+                   "xattrs=? WHERE id=?", (row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"],
+                                           row["nlink"], row["blocked"], source["gen"], row["xattrs"], number))
         # Claims on the old path are void: rsync would not find it.
         db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
         db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?", (TODO_MOVE, number, row["path"]))
@@ -3089,14 +3147,24 @@ class Books:
         row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
         return row[0] if row else 0.0
 
-    def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]") -> "List[Tuple[Any, ...]]":
-        """A page of live entries of generations in (since, upto], after the cursor (gen, id)."""
-        return self.rows(
+    def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]",
+                        ) -> "Tuple[List[Tuple[Any, ...]], bool]":
+        """A page of live entries of generations in (since, upto], after the cursor (gen, id); whether there may be more.
+        It is short where the extended attributes are long."""
+        rows = self.rows(
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
             "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
-            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL FROM entries "
+            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, LENGTH(xattrs) FROM entries "
             "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
             "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
+        page: "List[Tuple[Any, ...]]" = []
+        size = 0
+        for row in rows:
+            size += row[-1] or 0
+            if page and size > XATTRS_PAGE:
+                break
+            page.append(row[:-1] + (row[-1] and self.xattrs_of(row[1]),))
+        return page, len(page) == PAGE or len(page) < len(rows)
 
     def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "List[bytes]":
         return [row[0] for row in self.rows(
@@ -3210,21 +3278,22 @@ class Books:
 SCAN_TABLES = """
 CREATE TEMP TABLE IF NOT EXISTS found(
     path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT, size INTEGER, mtime INTEGER,
-    mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB, blocked TEXT);
+    mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB, blocked TEXT,
+    xattrs TEXT);
 CREATE TEMP TABLE IF NOT EXISTS lost(
     id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER, replaced INTEGER);
 CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
 CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
 DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
 """
-"""What one scan found to be different.  how: new | replaced (another file) | content | metadata | silent.  doubt: the
-content is presumed to be the same.  lost: entries that are gone, and those that were replaced."""
+"""What one scan found to be different.  how: new | replaced (another file) | content | metadata | attributes | silent.
+doubt: the content is presumed to be the same.  lost: entries that are gone, and those that were replaced."""
 
 REPRESENTABLE = 1 << 62
 """Times in nanoseconds have to be below: so far they travel (until 2116)."""
 
 FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
-                 "target", "blocked")
+                 "target", "blocked", "xattrs")
 APPLY_CHUNK = 5000
 """Rows applied in one transaction, so that a first scan does not keep clients waiting for minutes."""
 
@@ -3417,6 +3486,7 @@ class Scan:
         self.books, self.source, self.consent = books, source, consent
         self.root = os.fsencode(source.path)
         self.left_out = LeftOut(source)
+        self.xattrs = source.xattrs and hasattr(os, "listxattr")
         self.pace = pace or Pace(None)
         self.special = 0
         self.problems: "List[str]" = []
@@ -3460,10 +3530,11 @@ class Scan:
 
     def _walk(self) -> None:
         root_row = self._facts(b"", b"", self.root_info, "d")
-        known = self.books.rows("SELECT id, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked "
-                                "FROM entries WHERE source=? AND path=x''", self.row["id"])
-        self._flush([self._compare(root_row, known[0][:1] + known[0][2:] if known else None)])
-        pending: "List[Tuple[bytes, Optional[int]]]" = [(b"", known[0][0] if known else None)]
+        known = self.books.entry_at(self.row["id"], b"")
+        if self.source.xattrs != self.xattrs:
+            self._problem(b"", "its line says `xattrs`, and on this system Python cannot read extended attributes")
+        self._flush([self._compare(root_row, known)])
+        pending: "List[Tuple[bytes, Optional[int]]]" = [(b"", known[0] if known else None)]
         while pending:
             directory, number = pending.pop()
             pending += self._walk_directory(directory, number)
@@ -3538,7 +3609,8 @@ class Scan:
         return {"path": path, "above": above, "kind": kind, "size": info.st_size if kind == "f" else 0,
                 "mtime": info.st_mtime_ns, "mode": stat.S_IMODE(info.st_mode), "uid": info.st_uid, "gid": info.st_gid,
                 "ino": info.st_ino, "ctime": info.st_ctime_ns, "nlink": info.st_nlink if kind == "f" else 1,
-                "target": None, "blocked": None, "known": None, "how": "new", "doubt": 0}
+                "target": None, "blocked": None, "xattrs": None, "fresh": self.xattrs and is_fresh(info),
+                "known": None, "how": "new", "doubt": 0}
 
     def _compare(self, row: "Dict[str, Any]", old: "Optional[Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
         """`row` with `known` and `how` filled in; None when nothing is different."""
@@ -3548,13 +3620,15 @@ class Scan:
                 self._lose([(row["path"], old)])
             self._read_more(row, full)
             return row
-        number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked = old
+        number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs = old
         same_owner = (mode, uid, gid) == (row["mode"], row["uid"], row["gid"])
         if same_owner and (size, mtime, ino, ctime) == (row["size"], row["mtime"], row["ino"], row["ctime"]) \
-                and blocked in (None, ROTTEN):
+                and blocked in (None, ROTTEN) and (xattrs is not None) == self.xattrs:
             if blocked:
                 self._problem(row["path"], "has rotted: its content changed, its size and times did not; bring "
                               "it back with `restore`, or `touch` it if it is right")
+            if xattrs:
+                self._name_left_out(row["path"], self.books.xattrs_of(number))
             return None
         row["known"] = number
         self._read_more(row, full)
@@ -3564,8 +3638,14 @@ class Scan:
             row["how"] = "silent" if same_owner and (mtime, target) == (row["mtime"], row["target"]) else "content"
         else:
             row["how"] = self._file_change(row, old, same_owner)
-        if row["how"] == "silent" and (ino, ctime, nlink, blocked) == tuple(
-                row[key] for key in ("ino", "ctime", "nlink", "blocked")):
+        return self._with_attributes(row, (ino, ctime, nlink, blocked)) if row["how"] == "silent" else row
+
+    def _with_attributes(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]") -> "Optional[Dict[str, Any]]":
+        """A row that is as it was but for its extended attributes, and `old`, as which nothing is different."""
+        before = self.books.xattrs_of(row["known"])
+        if (before or "{}").strip() != (row["xattrs"] or "{}").strip():
+            row["how"] = "attributes"
+        elif before == row["xattrs"] and old == tuple(row[key] for key in ("ino", "ctime", "nlink", "blocked")):
             return None
         return row
 
@@ -3573,7 +3653,7 @@ class Scan:
         """What became of a known file.  The same size and time at the same path is presumed to be the same content, also in
         another inode: a package that was installed again, a disk that was replaced.  With the same ctime besides it is known
         to be: file systems without inodes of their own number them anew at each mount."""
-        _, _, size, mtime, _, _, _, ino, ctime, nlink, _, blocked = old
+        _, _, size, mtime, _, _, _, ino, ctime, nlink, _, blocked, _ = old
         if (size, mtime) != (row["size"], row["mtime"]):
             return "replaced" if ino != row["ino"] and ctime != row["ctime"] else "content"
         row["doubt"] = int(ctime != row["ctime"])
@@ -3589,6 +3669,33 @@ class Scan:
         elif row["kind"] == "f" and not os.access(full, os.R_OK):
             row["blocked"] = "unreadable"
             self._problem(row["path"], "cannot be read by the server")
+        if self.xattrs:
+            row["xattrs"] = self._read_xattrs(row, full)
+            self._name_left_out(row["path"], row["xattrs"])
+
+    def _read_xattrs(self, row: "Dict[str, Any]", full: bytes) -> str:
+        """The extended attributes of an entry, as the books have them; those that cannot be read, or are too much, without a
+        value."""
+        found: "Dict[str, Optional[str]]" = {}
+        size, again = 0, row["fresh"]
+        try:
+            for name in sorted(list_xattrs(full, follow=False)):
+                value = found[name] = None
+                with contextlib.suppress(OSError):
+                    value = os.getxattr(full, name, follow_symlinks=False)
+                size += len(os.fsencode(name)) + len(value or b"")
+                if value is not None and size <= XATTRS_LIMIT:
+                    found[name] = base64.b64encode(value).decode()
+        except OSError as error:
+            again = True
+            self._problem(row["path"], "extended attributes: %s" % reason_of(error))
+        return " " * again + json.dumps(found, sort_keys=True, separators=(",", ":"))
+
+    def _name_left_out(self, path: bytes, xattrs: "Optional[str]") -> None:
+        lacking = [name for name, value in json.loads(xattrs or "{}").items() if value is None]
+        if lacking:
+            self._problem(path, "extended attributes that cannot be read, or are more than %s together: %s" % (
+                format_size(XATTRS_LIMIT), ", ".join(shown(os.fsencode(name)) for name in lacking)))
 
     def _problem(self, path: bytes, why: str) -> None:
         self.problem_count += 1
@@ -5883,7 +5990,7 @@ class Vault:
             self.db.execute("DELETE FROM merged")
             for found in chain[1:]:
                 self.db.executemany("INSERT OR REPLACE INTO merged VALUES(?,?)", (
-                    (row.path, json.dumps(row.to_json())) for row in read_catalog(os.path.join(directory, found.name))))
+                    (row.path, json.dumps(row.to_wire(LEVEL))) for row in read_catalog(os.path.join(directory, found.name))))
             header = {"catalog": 1, "source": source, "books": books, "since": chain[0].upto, "upto": chain[-1].upto,
                       "time": chain[-1].time}
             write_catalog(directory, header, (CatalogRow.from_json(json.loads(line)) for (line,) in self.db.execute(
@@ -5980,7 +6087,8 @@ def _stamp_time(stamp: bytes) -> float:
 class CatalogRow:
     """One path of a source at one time.  kind None: no longer there.  link: a number shared by hard links.
     holders: the backups that had a copy, so that a restore can say who is missing.  proven: the source's server had read
-    the file in full; else the digest was presumed."""
+    the file in full; else the digest was presumed.  xattrs: extended attributes, name -> value in base64, or None for one
+    that could not be kept; None: they are not known."""
 
     path: bytes
     kind: "Optional[str]" = None
@@ -5996,18 +6104,33 @@ class CatalogRow:
     digest: "Optional[bytes]" = None
     holders: "Tuple[str, ...]" = ()
     proven: bool = True
+    xattrs: "Optional[Dict[str, Optional[str]]]" = None
+
+    def more(self) -> "Dict[str, Any]":
+        """What level 1 does not know: "proven", 0, of a file that is not, and "xattrs"."""
+        more: "Dict[str, Any]" = {} if self.proven else {"proven": 0}
+        if self.xattrs is not None:
+            more["xattrs"] = self.xattrs
+        return more
 
     def to_json(self) -> "List[Any]":
-        """[path], or the 12 columns that every version reads; a thirteenth, 0, only for a file that is not proven."""
+        """[path], or the 12 columns that every version reads.  Where there is more, it is the thirteenth on the wire, and in
+        a file an object in a line of its own before the row, which level 1 passes over."""
         if self.kind is None:
             return [as_text(self.path)]
         extra = self.digest.hex() if self.digest else as_text(self.target) if self.target is not None else None
         return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid, self.user,
-                self.group, self.link, extra, list(self.holders)] + ([] if self.proven else [0])
+                self.group, self.link, extra, list(self.holders)]
+
+    def to_wire(self, level: int) -> "List[Any]":
+        """The row for a peer of a level."""
+        more = self.more() if level > 1 and self.kind is not None else {}
+        return self.to_json() + ([more] if more else [])
 
     @classmethod
-    def from_json(cls, row: Any) -> "CatalogRow":
-        """Check a row from a peer or a disk.  Raises ProtocolError for anything that is not of the form."""
+    def from_json(cls, row: Any, more: "Optional[Dict[str, Any]]" = None) -> "CatalogRow":
+        """Check a row from a peer or a disk; `more`: what stood before it.  Raises ProtocolError for anything that is not of
+        the form."""
         if not isinstance(row, list) or len(row) not in (1, 12, 13) or not isinstance(row[0], str):
             raise ProtocolError("a catalog row that is not of the form")
         path = as_raw(row[0])
@@ -6036,8 +6159,24 @@ class CatalogRow:
                 raise ProtocolError("a catalog row with a wrong symlink for %s" % shown(path))
         # A name that no machine can have is as good as none: there is the number.
         user, group = (name if _ACCOUNT.match(name) else "" for name in (user, group))
+        if len(row) == 13:
+            more = row[12] if isinstance(row[12], dict) else {"proven": row[12]}
+        more = more or {}
         return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
-                   tuple(name for name in holders if _NAME.match(name)), len(row) == 12)
+                   tuple(name for name in holders if _NAME.match(name)), more.get("proven") is None,
+                   _checked_xattrs(more.get("xattrs"), path))
+
+
+def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str]]]":
+    """Extended attributes from a peer or a disk.  Raises ProtocolError for anything that cannot be a file's."""
+    try:
+        if value is None or sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True))
+                                for name, text in value.items()) <= 2 * XATTRS_LIMIT \
+                and all(re.match(r"[^\0]{1,255}\Z", name) for name in value):
+            return value
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise ProtocolError("a catalog row with wrong attributes for %s" % shown(path))
 
 
 _ACCOUNT = re.compile(r"[^\0\ud800-\udfff]{1,255}\Z")
@@ -6115,7 +6254,8 @@ def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[Cata
     with open(temporary, "wb") as raw:
         with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="", mtime=0) as stream:
             for row in rows:
-                stream.write(json.dumps(row.to_json(), separators=(",", ":")).encode() + b"\n")
+                for value in ([row.more()] if row.more() else []) + [row.to_json()]:
+                    stream.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
                 count += 1
             stream.write(json.dumps(dict(header, end=count)).encode() + b"\n")
         raw.flush()
@@ -6182,7 +6322,7 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
                  ) -> "Iterator[CatalogRow]":
     """The rows of a catalog file, checked; with `wanted` only of lines that pass this test.  Raises
     DamagedCatalog when it is damaged or cut off."""
-    count, ended = 0, False
+    count, ended, more = 0, False, None
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, \
                 io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BLOCK) as stream:  # type: ignore[arg-type]
@@ -6190,14 +6330,15 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
                 raise ValueError("it is no file")
             for line in iter(lambda: stream.readline(CATALOG_LINE), b""):
                 if wanted is not None and not wanted(line):
-                    count += 1
+                    count, more = count + 1, None
                     continue
                 value = json.loads(line)
                 if isinstance(value, dict):
-                    ended = value.get("end") == count
+                    ended, more = value.get("end") == count, value
                     continue
                 count += 1
-                yield CatalogRow.from_json(value)
+                yield CatalogRow.from_json(value, more)
+                more = None
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise DamagedCatalog("%s is damaged: %s" % (path, reason_of(error)))
     except ProtocolError as error:
@@ -6942,13 +7083,13 @@ class Service:
         cursor = tuple(request["cursor"])
         out: "Dict[str, Any]" = {"upto": upto, "time": self.books.generation_time(row["id"], upto), "books": self.books.id}
         if cursor[0] >= 0:
-            rows = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
+            rows, more = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
                                       link, target, digest, tuple((holders or "").split(",")) if holders else (),
-                                      bool(proven) or request["level"] < 2).to_json()
+                                      bool(proven), xattrs and json.loads(xattrs)).to_wire(request["level"])
                            for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
-                                proven) in rows]
-            out["cursor"] = list(rows[-1][:2]) if len(rows) == PAGE else [-1, 0]
+                                proven, xattrs) in rows]
+            out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
             graves = self.books.catalog_graves(row["id"], request["since"], upto, after)
@@ -8785,10 +8926,15 @@ class Pass:
         gen = standing.facts["gen"] if standing.host == self.host else self._standing(standing)["gen"]
         try:
             self._set_ahead_aside(standing, directory, gen)
-            since = self._catalog_kept(standing, directory)
+            link = self.own if standing.host == self.host else self.links[standing.host]
+            level, kept = min(LEVEL, link.peer_level()), vault.meta("catalog-level:" + name) or 1
+            # What a level has more would be missing in the rows that were fetched before this cbackup understood it.
+            since = self._catalog_kept(standing, directory) if kept >= level else 0
             header = {"catalog": 1, "source": name, "books": standing.books, "since": since, "upto": since, "time": 0}
             if since != gen and write_catalog(directory, header, self._catalog_news(standing, header)):
                 vault.set_meta("catalog:" + name, standing.books)
+            if kept != level:
+                vault.set_meta("catalog-level:" + name, level)
             if standing.host != self.host:
                 self._apply_skeleton(name, directory)
         except DamagedCatalog as error:
@@ -9157,7 +9303,7 @@ PLAN_SCHEMA = """
 CREATE TABLE want(
     path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
     grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1,
-    proven INTEGER DEFAULT 1, rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
+    proven INTEGER DEFAULT 1, xattrs TEXT, rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
 CREATE INDEX want_open ON want(rank, path) WHERE kind='f' AND state=0;
 CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL;
 
@@ -9172,6 +9318,13 @@ CREATE INDEX other_path ON other(path);
 CREATE INDEX other_digest ON other(digest);
 CREATE INDEX other_size ON other(size, mtime);
 """
+
+METADATA = "mode, uid, gid, user, grp, mtime, xattrs"
+"""The columns of `want` that `Restore._set_metadata` takes."""
+
+XATTRS_OF_USERS = ("user.", "system.posix_acl_")
+"""How the names of extended attributes begin that anybody may set on his files; those that a restore takes away where the
+catalog has none."""
 
 DONE_SCHEMA = """
 CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
@@ -9529,9 +9682,10 @@ class Restore:
             else:
                 self.db.execute(
                     "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest, "
-                    "holders, proven) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "holders, proven, xattrs) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
-                     row.target, row.digest, ",".join(row.holders), int(row.proven)))
+                     row.target, row.digest, ",".join(row.holders), int(row.proven),
+                     None if row.xattrs is None else json.dumps(row.xattrs)))
 
     def _select(self) -> None:
         """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
@@ -9689,8 +9843,7 @@ class Restore:
             info = self._what_is_at(path)
             if info is not None and not stat.S_ISDIR(info.st_mode) and (asked or self._leads_to(path)):
                 self._meet(path)
-        for path, size, digest, *metadata in self._each("size, digest, mode, uid, gid, user, grp, mtime",
-                                                       "kind='f' AND state=0"):
+        for path, size, digest, *metadata in self._each("size, digest, " + METADATA, "kind='f' AND state=0"):
             info = self._what_is_at(path)
             if info is None:
                 continue
@@ -10102,11 +10255,10 @@ class Restore:
     def _put(self, staged: bytes, path: bytes) -> None:
         """Rename a checked file to its place; raises OSError when something is in the way.  When another holder has
         delivered it meanwhile, it is left where it is."""
-        state, mode, uid, gid, user, group, mtime, digest = self._one(
-            "SELECT state, mode, uid, gid, user, grp, mtime, digest FROM want WHERE path=?", path)
+        state, digest, *metadata = self._one("SELECT state, digest, %s FROM want WHERE path=?" % METADATA, path)
         if state == 1:
             return
-        self._set_metadata(staged, mode, uid, gid, user, group, mtime)
+        self._set_metadata(staged, *metadata)
         with self.lock:
             if self._one("SELECT state FROM want WHERE path=?", path)[0] == 1:
                 return
@@ -10138,12 +10290,13 @@ class Restore:
             self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
             self.tree.rename(staged, path)
 
-    def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int) -> None:
-        """Owner, mode and time, where they are others: what is right already is not touched."""
+    def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int,
+                      xattrs: "Optional[str]") -> None:
+        """Owner, mode, extended attributes and time, where they are others: what is right already is not touched."""
         info = self.tree.lstat(rel)
         self._set_owner(rel, info, uid, gid, user, group)
         try:
-            self.tree.chmod(rel, mode)
+            self._set_mode(rel, mode, xattrs, lambda mode: self.tree.chmod(rel, mode))
             if info is None or info.st_mtime_ns != mtime:
                 self.tree.set_mtime(rel, mtime)
         except OSError as error:
@@ -10158,6 +10311,41 @@ class Restore:
             self.tree.chown(rel, *owner)
         except OSError as error:
             self._note("owners could not be set (%s)" % reason_of(error))
+
+    def _set_mode(self, rel: bytes, mode: int, xattrs: "Optional[str]", chmod: "Callable[[int], None]") -> None:
+        """Mode and extended attributes: a mode may forbid those of `user.`, and is a part of an ACL."""
+        different = self._different_xattrs(rel, xattrs)
+        early = {name for name in different if name.startswith("user.")}
+        if early:
+            chmod(mode | stat.S_IWUSR)
+        self._set_xattrs(rel, {name: different.pop(name) for name in early})
+        chmod(mode)
+        self._set_xattrs(rel, different)
+
+    def _different_xattrs(self, rel: bytes, xattrs: "Optional[str]") -> "Dict[str, Optional[bytes]]":
+        """What is to be set, or with None removed, so that an entry has the extended attributes that the catalog says.  What
+        cannot be is noted."""
+        wanted = {name: base64.b64decode(value) for name, value in json.loads(xattrs or "{}").items() if value is not None}
+        if wanted and not hasattr(os, "setxattr"):
+            self._note("extended attributes could not be set (Python cannot on this system)")
+        if xattrs is None or not hasattr(os, "setxattr"):
+            return {}
+        if os.geteuid() != 0 and not all(name.startswith(XATTRS_OF_USERS) for name in wanted):
+            self._note("extended attributes could not be set that only root may set (security., trusted.)")
+            wanted = {name: value for name, value in wanted.items() if name.startswith(XATTRS_OF_USERS)}
+        there: "Dict[str, bytes]" = {}
+        with contextlib.suppress(OSError):
+            there = self.tree.xattrs(rel)
+        different: "Dict[str, Optional[bytes]]" = {name: value for name, value in wanted.items() if there.get(name) != value}
+        return dict({name: None for name in there if name not in wanted and name.startswith(XATTRS_OF_USERS)}, **different)
+
+    def _set_xattrs(self, rel: bytes, different: "Dict[str, Optional[bytes]]") -> None:
+        for name, value in different.items():
+            try:
+                self.tree.set_xattr(rel, name, value)
+            except OSError as error:
+                self._note("extended attributes (%s) could not be set (%s)" % (
+                    "ACLs" if "posix_acl" in name else shown(os.fsencode(name.partition(".")[0])) + ".", reason_of(error)))
 
     def _note(self, text: str) -> None:
         with self.lock:
@@ -10180,7 +10368,7 @@ class Restore:
                 self._set_state(path, 4, reason_of(error))
 
     def _symlinks(self) -> None:
-        for path, target, mtime, *owner in self._each("target, mtime, uid, gid, user, grp", "kind='l' AND state<>4"):
+        for path, target, mtime, xattrs, *owner in self._each("target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"):
             try:
                 info = self.tree.lstat(path)
                 if info is None or not stat.S_ISLNK(info.st_mode) or self.tree.readlink(path) != target:
@@ -10192,6 +10380,7 @@ class Restore:
                     self.tree.symlink(target, path)
                     info = None
                 self._set_owner(path, info, *owner)
+                self._set_xattrs(path, self._different_xattrs(path, xattrs))
                 with contextlib.suppress(OSError, NotImplementedError):
                     if info is None or info.st_mtime_ns != mtime:
                         self.tree.set_mtime(path, mtime)
@@ -10206,7 +10395,7 @@ class Restore:
                 self.tree.make_directory(path)
             except OSError as error:
                 self._set_state(path, 4, reason_of(error))
-        for path, asked, *metadata in self._each("asked, mode, uid, gid, user, grp, mtime", "kind='d' AND state<>4", True):
+        for path, asked, *metadata in self._each("asked, " + METADATA, "kind='d' AND state<>4", True):
             if not asked and (path == b"" or not self._leads_to(path, 1)):
                 continue
             try:
@@ -10225,11 +10414,11 @@ class Restore:
     def _finish_root(self) -> None:
         """The target's own metadata, when nothing is written there any more."""
         if self._root_metadata:
-            mode, uid, gid, user, group, mtime = self._root_metadata
-            with contextlib.suppress(OSError):
+            mode, uid, gid, user, group, mtime, xattrs = self._root_metadata
+            with contextlib.suppress(OSError), Tree(self.target) as self.tree:
                 if os.geteuid() == 0:
                     os.chown(self.target, self.names.uid(user, uid), self.names.gid(group, gid))
-                os.chmod(self.target, mode)
+                self._set_mode(b"", mode, xattrs, lambda mode: os.chmod(self.target, mode))
                 os.utime(self.target, ns=(mtime, mtime))
 
     # -- what is missing --

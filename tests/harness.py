@@ -578,7 +578,7 @@ class Cluster:
         """The text of the configuration."""
         def lines(things):
             for thing in things.values():
-                words = ["%s=%s" % (key, shlex.quote(str(one))) for key, value in thing.options.items()
+                words = [key if one is True else "%s=%s" % (key, shlex.quote(str(one))) for key, value in thing.options.items()
                          for one in (value if isinstance(value, (list, tuple)) else [value])]
                 yield " ".join(["%s = %s:%s" % (thing.name, thing.host, shlex.quote(thing.path))] + words)
         return "\n".join(["[cluster]"] + ["%s = %s" % item for item in self.keys.items()] +

@@ -93,7 +93,7 @@ class VanishingLinkTest(Case):
         row = books.source_row("docs")
         upto = books.close_generation(row)
         return {cbackup.CatalogRow.from_json(cbackup.CatalogRow(path, kind, target=target).to_json()).path for
-                _, _, path, kind, _, _, _, _, _, _, target, *_ in books.catalog_entries(row["id"], 0, upto, (0, 0))}
+                _, _, path, kind, _, _, _, _, _, _, target, *_ in books.catalog_entries(row["id"], 0, upto, (0, 0))[0]}
 
 
 class DamagedTest(Case):
