@@ -963,7 +963,8 @@ class Tree:
     def sync(self, paths: "Iterable[bytes]") -> None:
         """Make files, and their names in their directories, durable; also that a file is no longer under its name.
 
-        Linux has one call for a whole file system; elsewhere every file and directory is synced by itself.
+        Linux has one call for a whole file system; elsewhere every file is synced by itself, and every directory above
+        it: those that were made for it have names, too.
         """
         paths = list(paths)
         if not paths or _syncfs(self._root):
@@ -976,8 +977,13 @@ class Tree:
                     fsync(descriptor, drive=False)
                 finally:
                     os.close(descriptor)
-        for above in {rel.rpartition(b"/")[0] for rel in paths}:
-            with contextlib.suppress(*gone), self._parent(above + b"/x" if above else b"x") as (descriptor, _):
+        above: "set[bytes]" = set()
+        for rel in paths:
+            while b"/" in rel and rel.rpartition(b"/")[0] not in above:
+                rel = rel.rpartition(b"/")[0]
+                above.add(rel)
+        for rel in above:
+            with contextlib.suppress(*gone), self._parent(rel + b"/x") as (descriptor, _):
                 fsync(descriptor, drive=False)
         fsync(self._root)
 
