@@ -149,13 +149,12 @@ class OrderTest(Case):
 
     def test_what_is_to_be_done_is_written_down_before_files_are_touched(self):
         for event in self.events:
-            if event.what not in ("rename", "link") or "/backup/" not in event.old or ".new" in event.old:
-                continue
-            if "/.cbackup/incoming/" in event.new or "/catalog/" in event.new:      # a basis for rsync; a catalog
-                continue
+            backup = event.what in ("rename", "link") and next(
+                (one.path for one in self.c.backups.values() if event.old.startswith(one.path + "/")), None)
+            if not backup or event.old.endswith(".new") or "/.cbackup/incoming/" in event.new or "/catalog/" in event.new:
+                continue        # not a file of a source, or a basis for rsync
             wanted = "UPDATE coming SET digest=?, stage=1" if "/.cbackup/incoming/" in event.old else \
                 "INSERT INTO moving" if "/.cbackup/moving/" in event.old + event.new else "INSERT INTO attic"
-            backup = os.path.join(self.c.base, *event.old[len(self.c.base):].split("/.cbackup/")[0].split("/docs/")[0].split("/"))
             changed = [sql for e in self.events if e.what == "commit" and e.at < event.at
                        and e.path == os.path.join(backup, ".cbackup/backup.db") for sql in e.changed]
             self.assertTrue([sql for sql in changed if sql.startswith(wanted)], event)
