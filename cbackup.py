@@ -4915,6 +4915,27 @@ def list_with_parents(paths: "Iterable[bytes]") -> bytes:
     return b"".join((b"./" + name if name[:1] in b"#;" else name) + b"\0" for name in sorted(names))
 
 
+FILTER_BYTES = 128 << 10
+"""The most that `filters_for` may add up to: they are arguments, and systems have a limit for these."""
+
+
+def filters_for(paths: "Iterable[bytes]") -> "List[bytes]":
+    """Options that say the same as --files-from with `list_with_parents`; [] where they would be too long.
+
+    openrsync takes the ./ off a list's names before it hands them on, and a server of its kind, or of 2.6.9, takes those
+    that begin with # or ; for comments then.  Filters have no comments; but the server reads whole directories for them.
+    """
+    rules = set()
+    for path in paths:
+        rule, end = re.sub(rb"([\[\]*?\\])", rb"\\\1", path) if re.search(rb"[\[*?]", path) else path, b""
+        while rule and rule + end not in rules:
+            rules.add(rule + end)
+            rule, end = rule.rpartition(b"/")[0], b"/"
+    if sum(map(len, rules)) > FILTER_BYTES:
+        return []
+    return [b"-r"] + [b"--include=/" + rule for rule in sorted(rules)] + [b"--exclude=*"]
+
+
 def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes, bwlimit: "Optional[int]" = None,
          always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None, most: "Optional[int]" = None,
          plain: bool = False) -> Pull:
@@ -4934,9 +4955,12 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
         options.append("-I")
     if most is not None:
         options.append("--max-size=%d" % most)
+    paths = list(paths)
     with contextlib.closing(connection):
         try:
+            odd = _RSYNC_CHECKED[find_rsync()] and any(path[:1] in b"#;" for path in paths)
             with plain_directory() as scratch:
+                options += odd and filters_for(paths) or ["--files-from=" + os.path.join(scratch, "list"), "--from0"]
                 with open(os.path.join(scratch, "list"), "wb") as stream:
                     stream.write(list_with_parents(paths))
                 result = _run_pull(connection, scratch, options, destination, on_bytes)
@@ -4950,15 +4974,15 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
 
 def _run_pull(connection: socket.socket, scratch: str, options: "List[Any]", destination: bytes,
               on_bytes: "Callable[[int], None]") -> Pull:
-    """Run the client's rsync, with the list and all other files of its in the directory `scratch`."""
-    listing, out, err, shell = (os.path.join(scratch, name) for name in ("list", "out", "err", "connect"))
+    """Run the client's rsync, with all files of its in the directory `scratch`."""
+    out, err, shell = (os.path.join(scratch, name) for name in ("out", "err", "connect"))
     result, process = Pull(), None
     ours, theirs = socket.socketpair()
     with open(shell, "w") as stream:
         stream.write("exec %s -I -S -c %s %d\n" % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
     # sh reads it where nothing may be executed, too; a quote within quotes is written twice for rsync.
     command: "List[Any]" = [find_rsync(), "-ptgo", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
-                            "--stats", "--files-from=" + listing, "--from0", "-e", "/bin/sh '%s'" % shell.replace("'", "''")]
+                            "--stats", "-e", "/bin/sh '%s'" % shell.replace("'", "''")]
     try:
         with open(out, "wb") as out_stream, open(err, "wb") as err_stream:
             process = subprocess.Popen(

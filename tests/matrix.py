@@ -86,7 +86,8 @@ def try_pair(server, client):
                 if wrong:
                     return "restored: " + "; ".join(wrong)[:300]
         except AssertionError as error:
-            return " ".join(str(error).split())[:400]
+            text = " ".join(str(error).split())
+            return text if len(text) <= 400 else text[:100] + " ... " + text[-300:]    # its last words say why
     return ""
 
 
