@@ -85,8 +85,13 @@ import tempfile
 import threading
 import time
 import zlib
-from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from collections import namedtuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` and `dataclasses` would be a quarter of the time that a start takes
+    from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+else:
+    Any = object
 
 try:
     import sqlite3
@@ -135,6 +140,9 @@ PAGE = 2000
 CONNECT_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
 """Seconds a peer has for connect and TLS handshake; a Raspberry Pi needs well below one."""
+
+CONNECTION_REST = 20.0
+"""Seconds for which a client keeps a connection that it does not use; a server's patience is longer."""
 
 REQUEST_IDLE = 900.0
 """Seconds a client may be silent on an open connection (it hashes large files between two requests)."""
@@ -1043,48 +1051,28 @@ def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
     return int.from_bytes(mixed.digest(), "big")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A [sources] line.  `exclude`: patterns as gitignore has them; `exclude_caches`: leave out
-    what a CACHEDIR.TAG marks; `xattrs`: keep extended attributes, which ACLs are, too."""
+class Source(namedtuple("Source", "name host path replicas exclude exclude_caches xattrs read_rate"
+                                  " bwlimit",
+                        defaults=((), False, False, None, None))):
+    """A [sources] line.  `exclude`: patterns as gitignore has them, a tuple; `exclude_caches`: leave
+    out what a CACHEDIR.TAG marks; `xattrs`: keep extended attributes, which ACLs are, too;
+    `read_rate`, `bwlimit`: bytes a second or None."""
 
-    name: str
-    host: str
-    path: str
-    replicas: int
-    exclude: "Tuple[str, ...]" = ()
-    exclude_caches: bool = False
-    xattrs: bool = False
-    read_rate: "Optional[int]" = None
-    bwlimit: "Optional[int]" = None
+    __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Backup:
-    """A [backups] line.  `size`: the most that the files may add up to; `reserve`: bytes that stay free; `leaving`: its
-    copies are to be made elsewhere."""
+class Backup(namedtuple("Backup", "name host path size reserve read_rate bwlimit leaving",
+                        defaults=(None, None, None, None, False))):
+    """A [backups] line.  `size`: the most that the files may add up to; `reserve`: bytes that stay
+    free; both None where the line has none; `leaving`: its copies are to be made elsewhere."""
 
-    name: str
-    host: str
-    path: str
-    size: "Optional[int]" = None
-    reserve: "Optional[int]" = None
-    read_rate: "Optional[int]" = None
-    bwlimit: "Optional[int]" = None
-    leaving: bool = False
+    __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A file as a server hands it out: the version that a copy must be of."""
+class Wanted(namedtuple("Wanted", "path size mtime mode uid gid version")):
+    """A file as a server hands it out: the version that a copy must be of.  `path` is of bytes."""
 
-    path: bytes
-    size: int
-    mtime: int
-    mode: int
-    uid: int
-    gid: int
-    version: int
+    __slots__ = ()
 
     @classmethod
     def from_row(cls, row: "List[Any]") -> "Wanted":
@@ -1097,26 +1085,25 @@ class Wanted:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
-@dataclass(frozen=True)
 class Config:
-    """A configuration that has been checked.  `text` is what was read, to the byte."""
+    """A configuration that has been checked, never changed afterwards.  `text` is what was read, to
+    the byte; `values`: what [cluster] sets, the others are as here: times in seconds, rates in bytes
+    a second.  `hosts`: name -> (address, port); `sources` and `backups`: name -> line."""
 
-    text: str
-    name: str = "home"
-    port: int = 5005
-    replicas: int = 2
-    keep: float = 30 * 86400.0
-    scan: float = 900.0
-    scan_min: float = 30.0
-    scrub: float = 30 * 86400.0
-    warn_after: float = 2 * 86400.0
-    alert_after: float = 86400.0
-    lost_after: float = 14 * 86400.0
+    name = "home"
+    port, replicas = 5005, 2
+    keep, scrub = 30 * 86400.0, 30 * 86400.0
+    scan, scan_min = 900.0, 30.0
+    warn_after, alert_after, lost_after = 2 * 86400.0, 86400.0, 14 * 86400.0
     read_rate: "Optional[int]" = None
     bwlimit: "Optional[int]" = None
-    hosts: "Dict[str, Tuple[str, int]]" = field(default_factory=dict)
-    sources: "Dict[str, Source]" = field(default_factory=dict)
-    backups: "Dict[str, Backup]" = field(default_factory=dict)
+
+    def __init__(self, text: str, hosts: "Optional[Dict[str, Tuple[str, int]]]" = None,
+                 sources: "Optional[Dict[str, Source]]" = None,
+                 backups: "Optional[Dict[str, Backup]]" = None, **values: Any) -> None:
+        self.text = text
+        self.hosts, self.sources, self.backups = hosts or {}, sources or {}, backups or {}
+        vars(self).update(values)
 
     def address(self, host: str) -> "Tuple[str, int]":
         """Where the server of `host` listens: its [hosts] line, else its name and the cluster's port."""
@@ -4481,14 +4468,41 @@ def why_not_connected(error: BaseException) -> str:
     return reason_of(error)
 
 
+class Dialer:
+    """What the links of a process share: the client's side of TLS, and connections that nobody uses
+    just now.  A handshake costs more than all that a pass with nothing to do has to say."""
+
+    def __init__(self, home: Home) -> None:
+        self.context = tls_context(home, server_side=False)
+        self._resting: "Dict[Any, Tuple[float, Channel, Dict[str, Any]]]" = {}
+        self._lock = threading.Lock()
+
+    def rest(self, whose: Any, channel: Channel, hello: "Dict[str, Any]") -> None:
+        """Keep a connection on which everything that was asked has been answered."""
+        with self._lock:
+            former = self._resting.pop(whose, None)
+            self._resting[whose] = time.monotonic(), channel, hello
+        if former:
+            former[1].close()
+
+    def wake(self, whose: Any) -> "Optional[Tuple[Channel, Dict[str, Any]]]":
+        """(a connection, the hello with which it began), or None; its server may have ended it."""
+        with self._lock:
+            since, channel, hello = self._resting.pop(whose, (0.0, None, {}))
+        if channel and time.monotonic() - since > CONNECTION_REST:
+            channel.close()
+            return None
+        return (channel, hello) if channel else None
+
+
 class Link:
     """A client's connection to the server of one host: opened at the first call, again after an interruption.
 
     Not thread-safe: a thread that wants to talk at the same time opens one of its own.
     """
 
-    def __init__(self, host: str, config: Config, context: "ssl.SSLContext") -> None:
-        self.host, self.config, self.context = host, config, context
+    def __init__(self, host: str, config: Config, dialer: Dialer) -> None:
+        self.host, self.config, self.dialer = host, config, dialer
         self.hello: "Dict[str, Any]" = {}
         self.level = 0  # of the server, once connected; see `peer_level`
         self._slow = 0.0
@@ -4496,12 +4510,33 @@ class Link:
 
     def again(self) -> "Link":
         """Another link to the same host, for another thread."""
-        return Link(self.host, self.config, self.context)
+        return Link(self.host, self.config, self.dialer)
 
     def close(self) -> None:
         if self._channel:
             self._channel.close()
             self._channel = None
+
+    def done(self) -> None:
+        """For now: who asks this host next goes on with the connection."""
+        if self._channel:
+            self.dialer.rest(self._whose(), self._channel, self.hello)
+            self._channel = None
+
+    def _whose(self) -> "Tuple[Any, ...]":
+        return (self.host,) + self.config.address(self.host)
+
+    def _open(self) -> Channel:
+        """A connection that rests, else a new one.  Raises Unreachable."""
+        found = self.dialer.wake(self._whose())
+        if found is None:
+            return self.connect()
+        self._greeted(found[1])
+        return found[0]
+
+    def _greeted(self, hello: "Dict[str, Any]") -> None:
+        level = hello.get("level")
+        self.hello, self.level = hello, level if isinstance(level, int) and 1 < level < 1000 else 1
 
     def connect(self) -> Channel:
         """A new connection, after the server's hello.  Raises Unreachable with a reason for people."""
@@ -4509,11 +4544,13 @@ class Link:
         for attempt in range(CONNECT_TRIES):
             connection = channel = None
             try:
-                connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT)
+                # As bytes: the codec for other names costs a start more than the connection does.
+                named = address.encode() if address.isascii() else address
+                connection = socket.create_connection((named, port), timeout=CONNECT_TIMEOUT)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 connection.settimeout(HANDSHAKE_TIMEOUT)
-                channel = Channel(self.context.wrap_socket(connection, do_handshake_on_connect=True))
+                channel = Channel(self.dialer.context.wrap_socket(connection, do_handshake_on_connect=True))
                 # The server speaks first: with TLS 1.3 a refusal is only seen at the first read.
                 hello = channel.receive(HANDSHAKE_TIMEOUT)
                 if hello is None:
@@ -4533,15 +4570,18 @@ class Link:
             channel.close()
             raise Unreachable(self.host, "%s:%d is the machine %r; correct its line in [hosts]"
                               % (address, port, hello.get("host")))
-        self.hello = hello
-        level = hello.get("level")
-        self.level = level if isinstance(level, int) and 1 < level < 1000 else 1
+        self._greeted(hello)
         return channel
+
+    def greet(self) -> None:
+        """A new connection: `hello` is of now.  Raises Unreachable."""
+        self.close()
+        self._channel = self.connect()
 
     def peer_level(self) -> int:
         """The server's LEVEL; connects where there is no connection yet.  Raises Unreachable."""
         if self._channel is None:
-            self._channel = self.connect()
+            self._channel = self._open()
         return self.level
 
     def call(self, op: str, **fields: Any) -> "Dict[str, Any]":
@@ -4553,7 +4593,7 @@ class Link:
             fresh = self._channel is None
             try:
                 if self._channel is None:
-                    self._channel = self.connect()
+                    self._channel = self._open()
                 self._channel.send(dict(fields, op=op, **({"level": LEVEL} if self.level > 1 else {})))
                 begun = time.monotonic()
                 answer = self._channel.receive(REPLY_TIMEOUT)
@@ -4815,17 +4855,16 @@ def rsync_idle() -> float:
     return number_or(for_test("IDLE"), RSYNC_IDLE)
 
 
-@dataclass
 class Pull:
-    """The outcome of one rsync: what matters is what lies at the destination, never `code` alone."""
+    """The outcome of one rsync: what matters is what lies at the destination, never `code` alone.
 
-    code: int = 0
-    wire: int = 0
-    how: str = "done"
-    """done | cut (the peer went away) | stalled | own (this machine's rsync failed)"""
-    errors: "List[str]" = field(default_factory=list)
-    parts: "set[bytes]" = field(default_factory=set)
-    """Paths of files to which only the rest was added, unchecked (rsync checks by itself what it goes on with)."""
+    how: done | cut (the peer went away) | stalled | own (this machine's rsync failed).  parts: paths
+    of files to which only the rest was added, unchecked (rsync checks by itself what it goes on
+    with).  wire: bytes."""
+
+    def __init__(self, code: int = 0, how: str = "done", errors: "Iterable[str]" = ()) -> None:
+        self.code, self.wire, self.how, self.errors = code, 0, how, list(errors)
+        self.parts: "set[bytes]" = set()
 
     @property
     def full_disk(self) -> str:
@@ -5157,12 +5196,11 @@ VAULT_UPGRADES: "Dict[int, str]" = {1: """
 """Layout -> the SQL that makes the next layout of a backup's database of it."""
 
 
-@dataclass(frozen=True)
-class Grant:
-    """A server's committed permission to delete the copy of `path` of `source`: what `Vault.delete` asks for."""
+class Grant(namedtuple("Grant", "source path")):
+    """A server's committed permission to delete the copy of `path` (bytes) of `source`: what
+    `Vault.delete` asks for."""
 
-    source: str
-    path: bytes
+    __slots__ = ()
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -6113,28 +6151,16 @@ def _stamp_time(stamp: bytes) -> float:
         return clock.now()
 
 
-@dataclass(frozen=True)
-class CatalogRow:
-    """One path of a source at one time.  kind None: no longer there.  link: a number shared by hard links.
-    holders: the backups that had a copy, so that a restore can say who is missing.  proven: the source's server had read
-    the file in full; else the digest was presumed.  xattrs: extended attributes, name -> value in base64, or None for one
-    that could not be kept; None: they are not known."""
+class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid user group link target"
+                                          " digest holders proven xattrs",
+                            defaults=(None, 0, 0, 0, 0, 0, "", "", None, None, None, (), True, None))):
+    """One path of a source at one time.  kind None: no longer there.  path, target, digest: bytes.
+    link: a number shared by hard links.  holders: the backups that had a copy, so that a restore
+    can say who is missing.  proven: the source's server had read the file in full; else the digest
+    was presumed.  xattrs: extended attributes, name -> value in base64, or None for one that could
+    not be kept; None: they are not known."""
 
-    path: bytes
-    kind: "Optional[str]" = None
-    size: int = 0
-    mtime: int = 0
-    mode: int = 0
-    uid: int = 0
-    gid: int = 0
-    user: str = ""
-    group: str = ""
-    link: "Optional[int]" = None
-    target: "Optional[bytes]" = None
-    digest: "Optional[bytes]" = None
-    holders: "Tuple[str, ...]" = ()
-    proven: bool = True
-    xattrs: "Optional[Dict[str, Optional[str]]]" = None
+    __slots__ = ()
 
     def more(self) -> "Dict[str, Any]":
         """What level 1 does not know: "proven", 0, of a file that is not, and "xattrs"."""
@@ -6212,15 +6238,11 @@ def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str
 _ACCOUNT = re.compile(r"[^\0\ud800-\udfff]{1,255}\Z")
 
 
-@dataclass(frozen=True)
-class CatalogFile:
-    """One file in a backup's catalog directory: the news from generation `since` (0: everything) to `upto`."""
+class CatalogFile(namedtuple("CatalogFile", "name since upto time")):
+    """One file in a backup's catalog directory: the news from generation `since` (0: everything) to
+    `upto`, both numbers, as of `time`, seconds."""
 
-    name: str
-    since: int
-    upto: int
-    time: int
-
+    __slots__ = ()
     PATTERN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})-([0-9]{1,18})\.gz\Z")
 
     @classmethod
@@ -7193,7 +7215,7 @@ class Service:
             path = spec.path
             while not os.path.isdir(path) and path != os.path.dirname(path):
                 path = os.path.dirname(path)
-            return {"capacity": room_limit(replace(spec, path=path), 0), "used": 0}
+            return {"capacity": room_limit(spec._replace(path=path), 0), "used": 0}
 
     @answers("vaults")
     def op_vaults(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -8026,17 +8048,13 @@ class Pipeline:
             raise error
 
 
-@dataclass
 class Standing:
     """A source as a pass sees it."""
 
-    name: str
-    host: str
-    spec: "Optional[Source]"
-    books: str
-    facts: "Dict[str, Any]"
-    out: bool = False
-    barren: int = 0
+    def __init__(self, name: str, host: str, spec: "Optional[Source]", books: str,
+                 facts: "Dict[str, Any]") -> None:
+        self.name, self.host, self.spec, self.books, self.facts = name, host, spec, books, facts
+        self.out, self.barren = False, 0
 
     @property
     def usable(self) -> bool:
@@ -8100,6 +8118,8 @@ class Pass:
             self.clean_up()
             self.scrub()
             self.tell()
+            for link in self.links.values():
+                link.done()
         except Exception:
             self.give_all_back()
             raise
@@ -9171,7 +9191,7 @@ class Client:
     def __init__(self, home: Home, config: Config, host: str, progress: Progress, adopt: "Optional[str]" = None) -> None:
         self.home, self.config, self.host, self.progress = home, config, host, progress
         self.adopt, self.foreign = adopt, False  # `foreign`: also from another cluster, see Vault
-        self.context = tls_context(home, server_side=False)
+        self.dialer = Dialer(home)
         self.cluster = home.cluster_id()
         self.clocks: "Dict[str, float]" = {}  # how far ours is ahead of that of each host's server, seconds
         self.clock_wrong = False
@@ -9205,14 +9225,14 @@ class Client:
         for _ in range(2):
             before = self.home.config_state()
             in_parallel(lambda host: self._exchange_with(host, told), self.config.all_hosts(), self.progress)
-            self.config = self.home.config()
             if self.home.config_state() == before:
                 return
+            self.config = self.home.config()
 
     def _exchange_with(self, host: str, figures: Figures) -> None:
-        link = Link(host, self.config, self.context)
+        link = Link(host, self.config, self.dialer)
         try:
-            link.connect().close()
+            link.greet()
             if host == self.host:  # the same home; what matters is that restore can ask it for what lies here
                 return
             theirs_now = link.hello.get("time")
@@ -9230,7 +9250,7 @@ class Client:
         except (Refused, ProtocolError, ConfigError, TypeError) as error:
             log.warning("%s: the configurations could not be compared: %s", host, str(error).replace("\n", "; "))
         finally:
-            link.close()
+            link.done()
 
     def run(self) -> Figures:
         """One pass over every backup of this host."""
@@ -9268,10 +9288,10 @@ class Client:
 
     def links(self) -> "Dict[str, Link]":
         hosts = sorted({s.host for s in self.config.sources.values() if s.host != self.host})
-        return {name: Link(name, self.config, self.context) for name in hosts}
+        return {name: Link(name, self.config, self.dialer) for name in hosts}
 
     def own_link(self) -> "Optional[Link]":
-        return Link(self.host, self.config, self.context) if self.config.sources_of(self.host) else None
+        return Link(self.host, self.config, self.dialer) if self.config.sources_of(self.host) else None
 
     @staticmethod
     def _where(error: Exception, spec: Backup) -> str:
@@ -9610,10 +9630,10 @@ class Restore:
 
     # -- what there should be --
 
-    def find_holders(self, config: Config, context: "ssl.SSLContext") -> None:
+    def find_holders(self, config: Config, dialer: Dialer) -> None:
         """Ask the servers of all backups; those that do not answer are listed in `down`."""
         def ask(host: str) -> None:
-            link = Link(host, config, context)
+            link = Link(host, config, dialer)
             try:
                 vaults = link.call("vaults", source=self.source)["vaults"]
             except (Unreachable, Refused) as error:
@@ -9622,12 +9642,12 @@ class Restore:
                 log.info("%s", error)
                 return
             finally:
-                link.close()
+                link.done()
             for name, facts in sorted(vaults.items()):
                 spec = config.backups.get(name)
                 if spec and spec.host == host:
                     with self.lock:
-                        self.holders.append(RemoteHolder(Link(host, config, context), name, list_catalogs(
+                        self.holders.append(RemoteHolder(Link(host, config, dialer), name, list_catalogs(
                             str(row[0]) for row in facts["catalogs"]), config.rate(spec, key="bwlimit")))
         in_parallel(ask, sorted({b.host for b in config.backups.values()}))
         self.holders.sort(key=lambda holder: holder.name)
@@ -10553,15 +10573,15 @@ class Restore:
 # ==== 15. Status and demo =============================================================================
 
 
-def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **fields: Any,
+def ask_all(dialer: Dialer, config: Config, hosts: "Iterable[str]", op: str, **fields: Any,
             ) -> "Tuple[Dict[str, Dict[str, Any]], Dict[str, str]]":
     """The same request to several servers at once: (host -> answer, host -> why there is none)."""
-    context, lock = tls_context(home, server_side=False), threading.Lock()
+    lock = threading.Lock()
     answers: "Dict[str, Dict[str, Any]]" = {}
     down: "Dict[str, str]" = {}
 
     def ask(host: str) -> None:
-        link = Link(host, config, context)
+        link = Link(host, config, dialer)
         try:
             answer = link.call(op, **fields)
             with lock:
@@ -10570,13 +10590,14 @@ def ask_all(home: Home, config: Config, hosts: "Iterable[str]", op: str, **field
             with lock:
                 down[host] = str(error)
         finally:
-            link.close()
+            link.done()
 
     in_parallel(ask, hosts, Progress())
     return answers, down
 
 
-def collect_status(home: Home, config: Config, down: "Iterable[str]" = ()) -> "Dict[str, Any]":
+def collect_status(home: Home, config: Config, down: "Iterable[str]" = (), dialer: "Optional[Dialer]" = None,
+                   ) -> "Dict[str, Any]":
     """What is safe and what is not, from all servers that answer, and from what the others said last (kept in `state/`).
 
     `down`: hosts that are not to be asked, because they were just found not to answer.  `hosts` in what is returned: for
@@ -10584,7 +10605,7 @@ def collect_status(home: Home, config: Config, down: "Iterable[str]" = ()) -> "D
     (`silent`); None: never.
     """
     hosts = sorted({s.host for s in config.sources.values()} | {b.host for b in config.backups.values()})
-    answers = ask_all(home, config, sorted(set(hosts) - set(down)), "status")[0]
+    answers = ask_all(dialer or Dialer(home), config, sorted(set(hosts) - set(down)), "status")[0]
     then = {host: _aged(answer, ago) for host, (ago, answer) in home.last_answers().items()
             if host not in answers and not misfit(answer, OPERATIONS["status"].answer)}
     home.note_answers(answers, hosts)
@@ -10689,16 +10710,17 @@ def _backup_status(spec: Backup, config: Config, answers: "Dict[str, Dict[str, A
     return out
 
 
-@dataclass
 class Verdict:
     """What everything that is known comes to.  `trouble`: why it is not safe, a sentence each; `pending`: those of them
     that the next passes are expected to mend, or that another machine's passes report, so that a pass says nothing of
     them; `remarks`: what else one should know.  The same sentences everywhere: in `status`, in its --check, in each pass."""
 
-    trouble: "List[str]" = field(default_factory=list)
-    pending: "List[str]" = field(default_factory=list)
-    remarks: "List[str]" = field(default_factory=list)
-    at_most: "Dict[str, float]" = field(default_factory=dict)  # trouble -> seconds: it cannot have lasted longer
+    def __init__(self, trouble: "Iterable[str]" = (),
+                 at_most: "Optional[Dict[str, float]]" = None) -> None:
+        self.trouble = list(trouble)
+        self.pending: "List[str]" = []
+        self.remarks: "List[str]" = []
+        self.at_most = at_most or {}  # trouble -> seconds: it cannot have lasted longer
 
     @property
     def safe(self) -> bool:
@@ -10944,7 +10966,7 @@ def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
     with a backup are, whatever the room.
     """
     hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
-    answers, down = ask_all(home, config, sorted(hosts), "plan")
+    answers, down = ask_all(Dialer(home), config, sorted(hosts), "plan")
     backups = {name: _planned_backup(spec, answers) for name, spec in sorted(config.backups.items())}
     sources = {name: _planned_source(spec, config, answers, backups) for name, spec in sorted(config.sources.items())}
     known = {name: s for name, s in sources.items() if s["bytes"] is not None}
@@ -11244,12 +11266,12 @@ def ask_lists(home: Home, config: Config, source: str, directory: bytes,
     """What all backups have directly in a directory of a source, or of that path: rows (backup,
     name, size or None for a directory, mtime, until when it was the present version, whether it is
     an old version); and host -> why it is not known."""
-    context, lock = tls_context(home, server_side=False), threading.Lock()
+    dialer, lock = Dialer(home), threading.Lock()
     found: "List[Tuple[str, str, Optional[int], int, float, bool]]" = []
     down: "Dict[str, str]" = {}
 
     def ask(host: str) -> None:
-        link = Link(host, config, context)
+        link = Link(host, config, dialer)
         try:
             if link.peer_level() < 2:
                 raise Refused("old", "%s: its cbackup is too old to be asked for this; update it" % host)
@@ -11295,7 +11317,7 @@ def collect_listing(home: Home, config: Config, source: str, directory: bytes, a
     how many other versions there are.  `gone`: names of which there are old versions only.
     """
     restore = Restore(source, os.devnull, [], at, False, Progress(True))
-    restore.find_holders(config, tls_context(home, server_side=False))
+    restore.find_holders(config, Dialer(home))
     with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
         rows = restore.catalog_of(directory, scratch)
     own = [row for row in rows if row[0] == directory]
@@ -12145,7 +12167,6 @@ def with_cron_lines(text: str, lines: "List[str]", home: str) -> str:
     return "".join(line + "\n" for line in kept + lines)
 
 
-@dataclass
 class Placing:
     """What puts server and client in place on one kind of system.  Nothing is done here.
 
@@ -12153,11 +12174,11 @@ class Placing:
     `end`: after that; one that begins with "-" may fail.  `cron`: lines of the crontab.
     """
 
-    files: "Dict[str, Tuple[str, int]]" = field(default_factory=dict)
-    start: "List[List[str]]" = field(default_factory=list)
-    stop: "List[List[str]]" = field(default_factory=list)
-    end: "List[List[str]]" = field(default_factory=list)
-    cron: "List[str]" = field(default_factory=list)
+    def __init__(self, files: "Optional[Dict[str, Tuple[str, int]]]" = None,
+                 start: "Iterable[List[str]]" = (), stop: "Iterable[List[str]]" = (),
+                 end: "Iterable[List[str]]" = (), cron: "Iterable[str]" = ()) -> None:
+        self.files, self.cron = files or {}, list(cron)
+        self.start, self.stop, self.end = list(start), list(stop), list(end)
 
 
 def placing_for(kind: str, words: "List[str]", user: str, home: str) -> Placing:
@@ -12418,7 +12439,7 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
     total: "Optional[Figures]" = None
     while True:
         figures = client.run()
-        status = collect_status(home, client.config, figures.unreachable)
+        status = collect_status(home, client.config, figures.unreachable, client.dialer)
         watch = Watch(home, client.config.alert_after)
         watch.note(verdict(status))
         check = check_line(status)
@@ -12480,8 +12501,8 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
         print(check_line(status))
     elif not args.html:
         hosts = {s["host"] for s in status["sources"].values() if s["state"] == "held"} if args.verbose else set()
-        context = tls_context(home, server_side=False)
-        print_status(status, {host: Link(host, config, context) for host in hosts})
+        dialer = Dialer(home)
+        print_status(status, {host: Link(host, config, dialer) for host in hosts})
         for line in home.news_of_lines("status", config, home.own_name()):
             print(shown(line))
     if args.check:
@@ -12778,7 +12799,7 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     restore.holders += [DirectoryHolder(path, args.source) for path in dict.fromkeys(args.directories)]
     if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
         find_rsync()
-        restore.find_holders(config, tls_context(home, server_side=False))
+        restore.find_holders(config, Dialer(home))
     if not args.directories:  # disks without any of it say so themselves
         check_known_source(restore, config)
     if args.dry_run:
@@ -12903,7 +12924,7 @@ def version_text(found: "Dict[str, Any]") -> str:
 def cmd_find(args: argparse.Namespace, home: Home) -> int:
     config = home.config()
     hosts = sorted({b.host for b in config.backups.values()})
-    answers, down = ask_all(home, config, hosts, "find", pattern=as_text(os.fsencode(args.pattern)))
+    answers, down = ask_all(Dialer(home), config, hosts, "find", pattern=as_text(os.fsencode(args.pattern)))
     files = found_versions(answers, config)
     if args.json:
         print(json.dumps({"unreachable": sorted(down), "files": [
@@ -12956,7 +12977,7 @@ def check_source(name: str, config: Config) -> None:
 def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
     """The times of all catalogs of a source that can be had, the newest first."""
     restore = Restore(args.source, os.devnull, [], None, False, Progress(True))
-    restore.find_holders(config, tls_context(home, server_side=False))
+    restore.find_holders(config, Dialer(home))
     times = sorted({file.time for holder in restore.holders for file in holder.catalogs}, reverse=True)
     if args.json:
         print(json.dumps({"source": args.source, "times": times}))
@@ -13012,7 +13033,7 @@ def cmd_forget(args: argparse.Namespace, home: Home) -> int:
     for spec in config.backups_of(host):
         client.run_one(spec, figures, lambda one: None)  # one that is at work is not waited for: its next pass does it
     others = sorted({b.host for b in config.backups.values()} - {host}) if args.everywhere else []
-    down = ask_all(home, config, others, "forget_source", source=args.source)[1]
+    down = ask_all(Dialer(home), config, others, "forget_source", source=args.source)[1]
     for line in figures.lines + sorted(down.values()):
         print("cbackup: " + line, file=sys.stderr)
     return EXIT_INCOMPLETE if figures.trouble or down else EXIT_DONE
@@ -13057,7 +13078,7 @@ def cmd_accept(args: argparse.Namespace, home: Home) -> int:
         return accept_config(args, home, config)
     if args.source not in config.sources:
         raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
-    link = Link(config.sources[args.source].host, config, tls_context(home, server_side=False))
+    link = Link(config.sources[args.source].host, config, Dialer(home))
     count = print_held_files(held_files_of(link, args.source), None if args.verbose else 10)
     if count and not agreed(args, "Let %s of %s through" % ("this change" if count == 1 else "these changes", args.source)):
         return EXIT_INCOMPLETE
@@ -13249,21 +13270,39 @@ def cmd_completion(args: argparse.Namespace, home: Home) -> int:
     return EXIT_DONE
 
 
-def build_parser() -> Parser:
+COMMANDS: "Dict[str, Callable[[Any], None]]" = {
+    "init": add_init_parser, "invite": add_invite_parser, "join": add_join_parser,
+    "service": add_service_parser, "server": add_server_parser, "client": add_client_parser,
+    "status": add_status_parser, "web": add_web_parser, "plan": add_plan_parser,
+    "restore": add_restore_parser, "find": add_find_parser, "ls": add_ls_parser,
+    "log": add_log_parser, "verify": add_verify_parser, "accept": add_accept_parser,
+    "forget": add_forget_parser, "demo": add_demo_parser, "completion": add_completion_parser,
+    "help": add_help_parser, "version": add_version_parser}
+"""What makes the parser of each command, in the order of `--help`."""
+
+
+def build_parser(names: "Iterable[str]" = COMMANDS) -> Parser:
+    """A parser for these commands; those of all together take longer than a pass with nothing to do."""
     parser = Parser(prog="cbackup.pyz", description="A backup that lives on the free space of the UNIX machines you have.")
     add_common_options(parser)
     parser.add_argument("--version", action="version", version="cbackup " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
-    for add in (add_init_parser, add_invite_parser, add_join_parser, add_service_parser, add_server_parser,
-                add_client_parser, add_status_parser, add_web_parser, add_plan_parser, add_restore_parser, add_find_parser,
-                add_ls_parser, add_log_parser, add_verify_parser, add_accept_parser, add_forget_parser, add_demo_parser,
-                add_completion_parser, add_help_parser, add_version_parser):
-        add(commands)
+    for name in names:
+        COMMANDS[name](commands)
     for name, command in commands.choices.items():
         add_common_options(command, default=argparse.SUPPRESS)
         command.formatter_class = HelpFormatter
         command.description, command.epilog = HELP[name][0], "example:\n  " + "\n  ".join(HELP[name][1:])
     return parser
+
+
+def parse_arguments(arguments: "List[str]") -> argparse.Namespace:
+    """Raises UsageError, and SystemExit for --help and --version."""
+    first = next((word for word in arguments if word in COMMANDS or word in ("-h", "--help")), "")
+    if first in COMMANDS:
+        with contextlib.suppress(UsageError):  # whose words would be those of one that knows one command
+            return build_parser([first]).parse_args(arguments)
+    return build_parser().parse_args(arguments)
 
 
 class Outlet:
@@ -13347,7 +13386,7 @@ def run_arguments(arguments: "List[str]") -> int:
     args = argparse.Namespace()
     try:
         require_python_parts()
-        args = build_parser().parse_args(arguments)
+        args = parse_arguments(arguments)
         if not args.command:
             raise UsageError("which command?  See `cbackup.pyz --help`")
         logging.basicConfig(handlers=[LogHandler(sys.stderr)],

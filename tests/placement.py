@@ -17,7 +17,6 @@ servers, see tests.placement_real.
 """
 
 import argparse
-import dataclasses
 import heapq
 import itertools
 import os
@@ -56,6 +55,9 @@ class DirectLink:
 
     def peer_level(self):
         return self.level
+
+    def done(self):
+        pass
 
     def call(self, op, **fields):
         answer = self.service.handle(dict(fields, op=op))
@@ -622,7 +624,7 @@ def pair(world):
     make(world, hosts(1, 1), 0.05, ("h0", 1), ("h1", 1), files=60)
     world.settle()
     for name in ("s0", "s1"):
-        world.sources[name] = dataclasses.replace(world.sources[name], replicas=2)
+        world.sources[name] = world.sources[name]._replace(replicas=2)
     world.begin()
     world.settle(count=False)
 
@@ -696,7 +698,7 @@ def shrink(world):
     """One of five hosts has only 60 % of its room any more; 5 % are left."""
     facts = make(world, hosts(1, 1, 1, 1, .6), 0.05, ("s", 2))
     small = world.backups["b4"]
-    world.backups["b4"] = dataclasses.replace(small, size=world.backups["b0"].size)
+    world.backups["b4"] = small._replace(size=world.backups["b0"].size)
     world.begin()
     world.settle()
     assert facts
@@ -758,7 +760,7 @@ def nup(world):
     """N goes from 2 to 3 and back."""
     make(world, hosts(1, .9, .8, .6, .5), 0.03, ("s", 3))
     for replicas in (2, 3, 2):
-        world.sources["s0"] = dataclasses.replace(world.sources["s0"], replicas=replicas)
+        world.sources["s0"] = world.sources["s0"]._replace(replicas=replicas)
         world.begin()
         world.settle()
 

@@ -1,5 +1,5 @@
-"""Starts processes of the program for tests: as forks of one process in which the module is compiled and the library is
-imported already. They do the same as those that are started in the ordinary way, at a third of the cost.
+"""Starts processes of the program for tests: as forks of one process in which the module and the library are imported
+already. They do the same as those that are started in the ordinary way, at a third of the cost.
 
 Run by the harness as `python3 -m tests.starter FD`, FD being its end of a socket. A request is a line of JSON, {"arguments",
 "environment", "cwd", "confined"}, with the descriptors for standard output and error; the answer is {"pid"}. {"ended": pid, "status"} comes
@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import traceback
-import types
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(TOP, "cbackup.py")
@@ -50,7 +49,7 @@ def confine(umask=None, user=None, memory=None):
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def become(code, request, descriptors):
+def become(program, request, descriptors):
     """In the new process: what an interpreter that was started with the module would do."""
     gc.freeze()
     os.setsid()
@@ -67,12 +66,10 @@ def become(code, request, descriptors):
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, buffering, encoding="utf-8", errors=errors, closefd=False) for number, mode, buffering, errors in
         ((0, "r", -1, "surrogateescape"), (1, "w", -1, "surrogateescape"), (2, "w", 1, "backslashreplace")))
-    module = types.ModuleType("__main__")
-    module.__file__ = PROGRAM
-    sys.modules["__main__"], sys.modules["starter"] = module, sys.modules["__main__"]
+    sys.modules["__main__"], sys.modules["starter"] = program, sys.modules["__main__"]
     status = 1
     try:
-        exec(code, module.__dict__)
+        sys.exit(program.main())
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -89,8 +86,7 @@ def main():
     connection = socket.socket(fileno=int(sys.argv[1]))
     for name in IMPORTED:
         importlib.import_module(name)
-    with open(PROGRAM, "rb") as file:
-        code = compile(file.read(), PROGRAM, "exec")
+    program = sys.modules["cbackup"]
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -105,17 +101,17 @@ def main():
             got = receive(connection)
             if got is None:
                 return
-            connection.sendall(json.dumps({"pid": begin(code, *got)}).encode() + b"\n")
+            connection.sendall(json.dumps({"pid": begin(program, *got)}).encode() + b"\n")
 
 
-def begin(code, request, descriptors):
+def begin(program, request, descriptors):
     """Returns the pid of a new process, once it has a session of its own."""
     ready, begun = os.pipe()
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            become(code, request, descriptors)
+            become(program, request, descriptors)
         finally:
             os._exit(70)
     for descriptor in descriptors + [begun]:

@@ -195,7 +195,7 @@ class ReasonTest(DoorCase):
             threading.Thread(target=accept, daemon=True).start()
             config = cbackup.parse_config(self.c.config().replace("s = 127.0.0.1:%d" % self.c.ports["s"],
                                                                   "s = 127.0.0.1:%d" % port))
-            link = cbackup.Link("s", config, cbackup.tls_context(cbackup.Home(self.c.home("a")), server_side=False))
+            link = cbackup.Link("s", config, cbackup.Dialer(cbackup.Home(self.c.home("a"))))
             with self.assertRaises(cbackup.Unreachable) as caught:
                 link.call("status")
             return str(caught.exception)

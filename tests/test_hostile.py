@@ -40,7 +40,7 @@ class HostileRsyncTest(Case):
         c.start("s")
         c.settle()
         home = cbackup.Home(c.home("a"))
-        cls.link = cbackup.Link("s", home.config(), cbackup.tls_context(home, server_side=False))
+        cls.link = cbackup.Link("s", home.config(), cbackup.Dialer(home))
         cls.before = cls.state()
 
     @classmethod
@@ -129,7 +129,7 @@ class HostileRsyncTest(Case):
         base = self.c.backups["ba"].path
         self.c.start("a")
         home = cbackup.Home(self.c.home("s"))
-        link = cbackup.Link("a", home.config(), cbackup.tls_context(home, server_side=False))
+        link = cbackup.Link("a", home.config(), cbackup.Dialer(home))
         self.addCleanup(link.close)
         link.stream(of="backup", name="ba", source="docs").close()
         os.rename(os.path.join(base, "docs"), os.path.join(base, "elsewhere"))

@@ -176,8 +176,8 @@ class OneTextTest(TravelCase):
 
     def peer(self, host, config):
         """A member that talks to a host's server and still has an older configuration."""
-        context = cbackup.tls_context(cbackup.Home(self.c.home("a")), False)
-        link = cbackup.Link(host, cbackup.parse_config(config), context)
+        link = cbackup.Link(host, cbackup.parse_config(config),
+                            cbackup.Dialer(cbackup.Home(self.c.home("a"))))
         self.addCleanup(link.close)
         return link
 

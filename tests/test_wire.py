@@ -27,7 +27,7 @@ class LevelTest(Case):
 
     def link(self):
         home = cbackup.Home(self.c.home("a"))
-        link = cbackup.Link("s", home.config(), cbackup.tls_context(home, server_side=False))
+        link = cbackup.Link("s", home.config(), cbackup.Dialer(home))
         self.addCleanup(link.close)
         return link
 
@@ -277,7 +277,7 @@ class OddServerTest(Case):
     def test_a_jump_of_a_generation_is_not_believed_and_hides_nothing(self):
         self.c.settle()
         link = cbackup.Link("odd", cbackup.Home(self.c.home("a")).config(),
-                            cbackup.tls_context(cbackup.Home(self.c.home("a")), server_side=False))
+                            cbackup.Dialer(cbackup.Home(self.c.home("a"))))
         self.addCleanup(link.close)
         vault = os.path.join(self.c.backups["ba"].path, ".cbackup", "catalog", "own")
         identity = cbackup.read_json(os.path.join(self.c.backups["ba"].path, ".cbackup", "identity"))["id"]
