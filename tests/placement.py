@@ -312,7 +312,8 @@ class TrialWorld(World):
         with books.write():
             for path, size in zip(paths, sizes):
                 books.add_entry(row, {"path": path, "kind": "f", "size": int(size), "mtime": 1, "mode": 0o644, "uid": 0,
-                                      "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None}, 0)
+                                      "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None,
+                                      "xattrs": None}, 0)
         books.finish_scan(source, scanned=self.clock.time)
         return paths
 
