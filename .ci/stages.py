@@ -33,6 +33,8 @@ BESIDES = {             # program -> {package manager: packages}: what single te
     "zsh": {"*": ["zsh"]},
     "fish": {"*": ["fish"]},
     "chromium": {"apt-get": ["chromium"]},
+    "crontab": {"apt-get": ["cron"], "dnf": ["cronie"], "zypper": ["cronie"]},
+    "promtool": {"apt-get": ["prometheus"], "apk": ["prometheus"]},
 }
 MANAGERS = {"apt-get": ["apt-get", "install", "-y", "-q", "--no-install-recommends"], "dnf": ["dnf", "install", "-y", "-q"],
             "apk": ["apk", "add", "--no-progress"], "zypper": ["zypper", "--non-interactive", "install"]}
