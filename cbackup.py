@@ -10127,7 +10127,8 @@ class Restore:
                 raise outcome.own_failure()
             if failures:
                 log.info("%s: %s", holder.name, (outcome.errors or [outcome.own_failure()])[-1])
-                time.sleep(failures - 1)
+            if failed:  # the others choose first: they may go on with what came
+                time.sleep(max(0.2, failures - 1))
         self._give_up_on(number)
 
     def _give_up_on(self, number: int) -> None:

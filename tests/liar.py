@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import socket
 import ssl
 import threading
@@ -83,22 +84,22 @@ class Liar:
         return answer is not None
 
     def relay(self, near, far):
-        def pump(source, target, change):
-            with contextlib.suppress(OSError):
-                while True:
-                    data = source.recv(65536)
-                    if not data:
-                        break
-                    target.sendall(change(data))
-            for one in (source, target):
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
-        near.settimeout(60)
-        far.settimeout(60)
-        other = threading.Thread(target=pump, args=(near, far, lambda data: data), daemon=True)
-        other.start()
-        pump(far, near, self.stream or (lambda data: data))
-        other.join(5)
+        """From a single thread, as a TLS connection wants it, and until both sides have ended."""
+        ends = {near: far, far: near}
+        for one in (near, far):
+            one.settimeout(60)
+        while ends:
+            ready = [one for one in ends if one.pending()] or select.select(list(ends), [], [], 60)[0]
+            if not ready:
+                return
+            for source in ready:
+                data, target = source.recv(65536), ends[source]
+                if data:
+                    target.sendall(self.stream(data) if self.stream and source is far else data)
+                else:
+                    del ends[source]
+                    # The socket's own: that of SSLSocket would go on without TLS.
+                    socket.socket.shutdown(target, socket.SHUT_WR)
 
 
 @contextlib.contextmanager

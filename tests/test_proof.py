@@ -217,6 +217,9 @@ class Lies(ProofTest):
                 "cbackup.Rsync.fetch = lambda *a, **k: cbackup.Pull()\n"
                 "sys.exit(cbackup.main(sys.argv[1:]))\n")
         for _ in range(20):     # a sample may meet the byte: the copy is refused then, as it should be
+            if not os.path.exists(staged):
+                shutil.copy2(os.path.join(self.source, "large"), staged)
+                hide_a_change(staged)
             result = Process([sys.executable, "-B", "-c", code, "--home", c.home(host), "client", "--json"],
                              c.environment(host), c.path(host)).wait()
             if os.path.exists(os.path.join(backup, "docs", "large")):
