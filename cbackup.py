@@ -64,6 +64,7 @@ import binascii
 import contextlib
 import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -3134,7 +3135,13 @@ class Books:
                 self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
                 db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
                 db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
+                # Something is news in any case: the next catalog is one of these books, and newer than all others.
+                db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''", (least + 1, source))
                 db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
+
+    def generations(self, source: int) -> "List[Tuple[int, float]]":
+        """(generation, time) of the newest catalogs, the newest first."""
+        return self.rows("SELECT gen, time FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
 
     def generation_time(self, source: int, gen: int) -> float:
         row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
@@ -4071,12 +4078,16 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= CONFIG_LIMIT
+    """What bytes can have given, see `as_text`."""
+    return _is_said(value) and not _NO_TEXT.search(value)
+
+
+_NO_TEXT = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def _is_said(value: Any) -> bool:
     """A text for people: `misfit` makes it one that can be shown."""
-    return _is_text(value)
+    return isinstance(value, str) and len(value) <= CONFIG_LIMIT
 
 
 def _is_hex(value: Any) -> bool:
@@ -4242,7 +4253,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     "confirm": Operation(dict(_OF, rows=[(_is_path, _is_count, _is_hex, Every(_is_count, 64), _is_hex)]),
                          {"verdicts": [_is_text]}),
     "placed": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_number)]), {"counted": [_is_path]}),
-    "decline": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_text)]), {}),
+    "decline": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_said)]), {}),
     "smallest": Operation(dict(_OF, above=_is_count, most=_is_count), {"file": Maybe(FOUND)}),
     "droppable": Operation(dict(_OF, need=_is_count), {"rows": [FOUND]}),
     "drop": Operation(dict(_OF, paths=[_is_path]), {"granted": [_is_path]}),
@@ -4256,6 +4267,8 @@ OPERATIONS: "Dict[str, Operation]" = {
                              "config_version": _is_count, "config_held": May(Maybe(_is_said))}),
     "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
     "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
+    # Of level 2 on.  The newest catalogs that the source's own server made: generation and time, the newest first.
+    "generations": Operation({"source": _is_name}, {"rows": [(_is_count, _is_real)]}),
     # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
     "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1),
                                prefix=May(_is_text, "")), {"rows": [_is_holding]}),
@@ -7149,6 +7162,10 @@ class Service:
             out["cursor"] = [-1, 0] if len(graves) == PAGE else [-2, 0]
         return out
 
+    @answers("generations")
+    def op_generations(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        return {"rows": self.books.generations(self.books.source_row(request["source"])["id"])}
+
     # -- for status and restore --
 
     @answers("status")
@@ -9631,26 +9648,61 @@ class Restore:
     # -- what there should be --
 
     def find_holders(self, config: Config, dialer: Dialer) -> None:
-        """Ask the servers of all backups; those that do not answer are listed in `down`."""
-        def ask(host: str) -> None:
-            link = Link(host, config, dialer)
-            try:
-                vaults = link.call("vaults", source=self.source)["vaults"]
-            except (Unreachable, Refused) as error:
-                with self.lock:
-                    self.down.update((b.name, "%s on %s" % (b.name, host)) for b in config.backups_of(host))
-                log.info("%s", error)
-                return
-            finally:
-                link.done()
-            for name, facts in sorted(vaults.items()):
-                spec = config.backups.get(name)
-                if spec and spec.host == host:
-                    with self.lock:
-                        self.holders.append(RemoteHolder(Link(host, config, dialer), name, list_catalogs(
-                            str(row[0]) for row in facts["catalogs"]), config.rate(spec, key="bwlimit")))
-        in_parallel(ask, sorted({b.host for b in config.backups.values()}))
+        """Ask the servers of all backups; those that do not answer are listed in `down`.  And the source's own server, which
+        catalogs it made."""
+        made: "Dict[int, int]" = {}
+        own = config.sources.get(self.source)
+        jobs: "List[Callable[[], None]]" = [
+            functools.partial(self._ask_for_catalogs, Link(host, config, dialer))
+            for host in sorted({b.host for b in config.backups.values()})]
+        if own:
+            jobs.append(functools.partial(self._ask_what_was_made, Link(own.host, config, dialer), made))
+        in_parallel(lambda job: job(), jobs)
         self.holders.sort(key=lambda holder: holder.name)
+        self._leave_out_unknown(made, own.host if own else "")
+
+    def _ask_for_catalogs(self, link: Link) -> None:
+        """Enter the backups of a host among the holders."""
+        config, host = link.config, link.host
+        try:
+            vaults = link.call("vaults", source=self.source)["vaults"]
+        except (Unreachable, Refused) as error:
+            with self.lock:
+                self.down.update((b.name, "%s on %s" % (b.name, host)) for b in config.backups_of(host))
+            log.info("%s", error)
+            return
+        finally:
+            link.done()
+        for name, facts in sorted(vaults.items()):
+            spec = config.backups.get(name)
+            if spec and spec.host == host:
+                with self.lock:
+                    self.holders.append(RemoteHolder(link.again(), name, list_catalogs(
+                        str(row[0]) for row in facts["catalogs"]), config.rate(spec, key="bwlimit")))
+
+    def _ask_what_was_made(self, link: Link, made: "Dict[int, int]") -> None:
+        """Enter generation -> time of the catalogs that the source's own server made, where it answers."""
+        try:
+            made.update((gen, int(when)) for gen, when in link.call("generations", source=self.source)["rows"])
+        except (Unreachable, Refused) as error:
+            log.info("%s", error)
+        finally:
+            link.done()
+
+    def _leave_out_unknown(self, made: "Dict[int, int]", host: str) -> None:
+        """A catalog that is newer than all that the source's own server made does not count: its number was made up.  Where
+        that server does not answer, or made none of those that are there (its books are new), nobody knows better.
+
+        made: of `_ask_what_was_made`, by the server on `host`.
+        """
+        top = max((f.upto for holder in self.holders for f in holder.catalogs if made.get(f.upto) == f.time), default=None)
+        for holder in self.holders if top is not None else ():
+            wrong = [f for f in holder.catalogs if f.upto >= top and made.get(f.upto) != f.time]
+            if wrong:
+                holder.catalogs = [f for f in holder.catalogs if f not in wrong]
+                log.warning("%s has a catalog of %s (%d, of %s) that the source's own server on %s did not make: not taken; if "
+                            "that server has lost what it knew of its last days, stop it, and run this again", holder.name,
+                            self.source, wrong[0].upto, format_time(wrong[0].time), host)
 
     def open_plan(self, work: str) -> None:
         """Make the plan's database in the working directory, and load the newest catalog that can be had."""

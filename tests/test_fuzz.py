@@ -12,11 +12,12 @@ class ShortRunTest(unittest.TestCase):
         seed = int(os.environ.get("CBACKUP_TEST_SEED") or random.randrange(1 << 32))
         fuzz = Fuzz(seed, lambda line: None)
         try:
-            fuzz.run(300, passes_share=0.015)
-        except AssertionError as error:
-            raise AssertionError("with the seed %d: %s" % (seed, error))
+            fuzz.run(400)
+        except Exception as error:
+            raise AssertionError("with the seed %d: %s: %s" % (seed, type(error).__name__, error)) from error
         finally:
             fuzz.close()
+        fuzz.c.remove()
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class FieldsTest(MemberCase):
         "placed": dict(rows=[["f0", 1, 1]]), "decline": dict(rows=[["f0", 1, "why"]]),
         "smallest": dict(above=0, most=1), "droppable": dict(need=1), "drop": dict(paths=["f0"]),
         "relief": dict(relieved="bb", gap=1, most=1), "standing": {}, "claims": {}, "report_start": {}, "caught_up": {},
-        "catalog": dict(since=0, upto=0, cursor=[0, 0], after=0), "vaults": {},
+        "catalog": dict(since=0, upto=0, cursor=[0, 0], after=0), "vaults": {}, "generations": {},
         "holdings": dict(after="", kind=1, prefix=""), "list": dict(path="", after="", kind=1),
         "held_files": dict(after=""), "accept": {}, "find": dict(pattern="x"), "forget_source": {},
         "new_config": dict(config={"version": 1, "stamp": 1, "sha256": "", "text": "", "history": []}),

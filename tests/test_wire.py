@@ -1,9 +1,11 @@
 """What is said between client and server: levels, and that each side checks what the other one says."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -11,7 +13,7 @@ import unittest
 from unittest import mock
 
 import cbackup
-from tests.harness import Case, write_file
+from tests.harness import Case, wait_for, write_file
 from tests.liar import between, context, copy, one_pass
 
 
@@ -45,6 +47,16 @@ class LevelTest(Case):
         self.assertIn("update cbackup on", str(caught.exception))
         link.call("status")  # the connection goes on
 
+    def test_words_that_no_bytes_give_are_shown_and_kept_all_the_same(self):
+        link = self.link()
+        link.call("begin", backup="b1", identity="61", adopt=False, capacity=1 << 20, free=1 << 20, used=0, files=0, sums={})
+        version = link.call("claim", backup="b1", source="docs", free=1 << 20, most_files=1, most_bytes=1 << 20)["rows"][0][-1]
+        for why in ("\ud800", "\udcff\x1b[2J"):
+            link.call("decline", backup="b1", source="docs", rows=[["f", version, why]])
+        short = link.call("status")["sources"]["docs"]["short"]
+        self.assertEqual([["f", 1]], [row[:2] for row in short])
+        self.assertIn("\\udcff\\x1b[2J", short[0][2])
+
 
 class TableTest(unittest.TestCase):
     """The shapes by which both sides check."""
@@ -60,7 +72,7 @@ class TableTest(unittest.TestCase):
         wrong = [(True, count), (-1, count), (1 << 62, count), (1.0, count), ({}, [count]), ([1] * 4001, [count]),
                  ([1, 2, 3], (count, count)), ([1], (count, count)), ("", Maybe(count)), ({}, {"a": count}), ([], {"a": count}),
                  ({"a": None}, {"a": May(count)}), ({"../x": 1}, cbackup.Each(count)), ({"x": []}, cbackup.Each(count)),
-                 ("../x", cbackup._is_path), ("\ud800", cbackup._is_path), (float("nan"), cbackup._is_real)]
+                 ("../x", cbackup._is_path), ("\ud800", cbackup._is_path), ("\ud800", cbackup._is_text), (float("nan"), cbackup._is_real)]
         for value, shape in right:
             self.assertEqual("", cbackup.misfit(value, shape), (value, shape))
         for value, shape in wrong:
@@ -333,6 +345,75 @@ class OddHolderTest(Case):
                 self.assertEqual("ok", result.json["sources"]["docs"]["state"], result)
                 self.assertEqual("ok", result.json["backups"]["bb"]["state"], result)
                 self.assertNotIn("mistake", result.stderr)
+
+
+class ForgedCatalogTest(Case):
+    """A catalog that the source's own server did not make is not the newest, whatever it is called."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
+        cls.source = c.source("docs", "s", {"f": b"1", "dir/g": b"22"})
+        c.backup("ba", "a", "10M")
+        c.backup("bb", "b", "10M")
+        c.start("s", "a", "b")
+        c.settle()
+        cls.home = c.fresh_home("x")
+        cls.catalogs = os.path.join(c.backups["ba"].path, ".cbackup", "catalog", "docs")
+
+    def forge(self, ahead, older=0):
+        """A catalog in which there is but one file, of a generation so far ahead; returns its path."""
+        newest = cbackup.catalogs_in(self.catalogs)[0]
+        header = {"catalog": 1, "source": "docs", "books": "00", "since": 0, "upto": newest.upto + ahead, "time": newest.time + 5 - older}
+        rows = [cbackup.CatalogRow(b"", "d", mode=0o755), cbackup.CatalogRow(b"f", "f", size=1, digest=hashlib.blake2b(
+            b"1", digest_size=32).digest())]
+        path = os.path.join(self.catalogs, cbackup.write_catalog(self.catalogs, header, rows).name)
+        self.addCleanup(os.unlink, path)
+        return path
+
+    def restored(self):
+        target = os.path.join(self.directory(), "back")
+        result = self.c.run("x", "restore", "docs", "--to", target)
+        self.assertRc(0, result)
+        return result, target
+
+    def test_it_is_not_taken_where_the_sources_own_server_answers(self):
+        for ahead, older in ((7, 0), (7, 10), (0, 0), (10**17, 0)):
+            with self.subTest(ahead=ahead):
+                self.forge(ahead, older)
+                result, target = self.restored()
+                self.assertSameTree(self.source, target)
+                self.assertOneError(result, "ba on a has a catalog of docs", "own server on s did not make")
+                listing = self.c.run("x", "ls", "docs", "--json")
+                self.assertEqual({"dir", "f"}, {entry["name"] for entry in listing.json["entries"]}, listing)
+                self.doCleanups()
+
+    def test_where_it_does_not_answer_it_is_said_whose_catalog_was_taken(self):
+        self.forge(7)
+        self.c.stop("s")
+        try:
+            result, target = self.restored()
+        finally:
+            self.c.start("s")
+        self.assertEqual({"f"}, set(os.listdir(target)))
+        self.assertIn("by the catalog of ba on a", result.stdout)
+
+    def test_new_books_do_not_hide_what_there_was(self):
+        """The source's own machine is a new one, and no backup has told it anything yet."""
+        self.c.stop("s")
+        shutil.rmtree(os.path.join(self.c.home("s"), "state"))
+        self.c.start("s")
+        wait_for(lambda: self.c.status("b")["sources"]["docs"]["last_scan"] is not None, 30, "it has not looked")
+        result, target = self.restored()
+        self.assertSameTree(self.source, target)
+        self.assertEqual("", result.stderr)
+        self.c.settle()  # the first pass: from now on there is a catalog that this server made, and it is the newest
+        before = {file.upto for file in cbackup.catalogs_in(self.catalogs)}
+        self.forge(7)
+        result, target = self.restored()
+        self.assertSameTree(self.source, target)
+        self.assertOneError(result, "own server on s did not make")
+        self.assertGreater(len(before), 1)
 
 
 class DripTest(unittest.TestCase):
