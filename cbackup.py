@@ -3022,8 +3022,9 @@ class Books:
                                   (number, backup)).rowcount:
                         self._after_retire(number)
                 elif kind == TODO_MOVE:
-                    db.execute("UPDATE copies SET path=NULL, tag=COALESCE(?, tag), todo=todo&~? WHERE file=? AND backup=?",
-                               (tag, TODO_MOVE, number, backup))
+                    # A copy that was never reported or confirmed has no tag, and gets none by being moved.
+                    db.execute("UPDATE copies SET path=NULL, tag=CASE WHEN tag IS NOT NULL THEN COALESCE(?, tag) END, "
+                               "todo=todo&~? WHERE file=? AND backup=?", (tag, TODO_MOVE, number, backup))
                 else:
                     db.execute("UPDATE copies SET todo=todo&~? WHERE file=? AND backup=?", (kind, number, backup))
 
@@ -4073,6 +4074,11 @@ def _is_size(value: Any) -> bool:
     return _is_count(value) and value < 1 << 48
 
 
+def _is_tag(value: Any) -> bool:
+    """See `tag_of`."""
+    return _is_count(value) and value < 1 << 32
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -4241,10 +4247,10 @@ OPERATIONS: "Dict[str, Operation]" = {
     "todo": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), after=_is_count),
                       {"rows": [(_is_count, _is_path, Maybe(_is_number), Maybe(WANTED))],
                        "digests": May([Maybe(_is_hex)], list)}),
-    "done": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), rows=[(_is_number, Maybe(_is_number))]), {}),
+    "done": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), rows=[(_is_number, Maybe(_is_tag))]), {}),
     "forget": Operation(dict(_OF, paths=[_is_path]), {}),
     "report_start": Operation(_OF, {"serial": _is_count}),
-    "report": Operation(dict(_OF, serial=_is_count, rows=[(_is_path, _is_size, _is_number, _is_number)]), {}),
+    "report": Operation(dict(_OF, serial=_is_count, rows=[(_is_path, _is_size, _is_number, _is_tag)]), {}),
     "report_end": Operation(dict(_OF, serial=_is_count), STANDING),
     "claim": Operation(dict(_ROOM, most_files=_is_count, most_bytes=_is_count), {"rows": [WANTED]}),
     "claims": Operation(_OF, {"rows": [WANTED]}),
@@ -4252,7 +4258,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     "release": Operation(dict(_OF, paths=[_is_path], all=_is_flag), {}),
     "confirm": Operation(dict(_OF, rows=[(_is_path, _is_count, _is_hex, Every(_is_count, 64), _is_hex)]),
                          {"verdicts": [_is_text]}),
-    "placed": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_number)]), {"counted": [_is_path]}),
+    "placed": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_tag)]), {"counted": [_is_path]}),
     "decline": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_said)]), {}),
     "smallest": Operation(dict(_OF, above=_is_count, most=_is_count), {"file": Maybe(FOUND)}),
     "droppable": Operation(dict(_OF, need=_is_count), {"rows": [FOUND]}),

@@ -47,12 +47,24 @@ class LevelTest(Case):
         self.assertIn("update cbackup on", str(caught.exception))
         link.call("status")  # the connection goes on
 
+    def claim(self, link):
+        """Claim docs/f for b1; returns its version."""
+        link.call("begin", backup="b1", identity="61", adopt=False, capacity=1 << 20, free=1 << 20, used=0, files=0, sums={})
+        return link.call("claim", backup="b1", source="docs", free=1 << 20, most_files=1, most_bytes=1 << 20)["rows"][0][-1]
+
+    def test_what_was_only_claimed_cannot_be_moved_into_the_sums(self):
+        link = self.link()
+        self.claim(link)
+        link.call("done", backup="b1", source="docs", kind=cbackup.TODO_MOVE, rows=[[number, 77] for number in range(10)])
+        link.call("release", backup="b1", source="docs", paths=[], all=True)
+        self.assertEqual([0, 0, 0], link.call("standing", backup="b1", source="docs")["sum"])
+
     def test_words_that_no_bytes_give_are_shown_and_kept_all_the_same(self):
         link = self.link()
-        link.call("begin", backup="b1", identity="61", adopt=False, capacity=1 << 20, free=1 << 20, used=0, files=0, sums={})
-        version = link.call("claim", backup="b1", source="docs", free=1 << 20, most_files=1, most_bytes=1 << 20)["rows"][0][-1]
+        version = self.claim(link)
         for why in ("\ud800", "\udcff\x1b[2J"):
             link.call("decline", backup="b1", source="docs", rows=[["f", version, why]])
+        self.addCleanup(self.c.advance, 25 * 3600)
         short = link.call("status")["sources"]["docs"]["short"]
         self.assertEqual([["f", 1]], [row[:2] for row in short])
         self.assertIn("\\udcff\\x1b[2J", short[0][2])
