@@ -340,7 +340,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python3 -m tests.fuzz", description=__doc__.split("\n\n")[1])
     parser.add_argument("--messages", type=int, default=100000)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    parser.add_argument("--tls", action="store_true", help="with TLS: several times as slow")
+    parser.add_argument("--tls", action="store_true", help="with TLS, which takes several times as long")
     args = parser.parse_args()
     print("seed %d" % args.seed, flush=True)
     fuzz = Fuzz(args.seed, lambda line: print(line, flush=True), args.tls)
