@@ -1272,7 +1272,8 @@ class _Parser:
                     found[word] = True
                     continue
                 if key not in keys or not equals:
-                    raise ValueError("%r is not one of %s" % (word, ", ".join(k + "=..." for k in keys)))
+                    known = [k + "=..." for k in keys] + [k for k, lines in FLAGS.items() if lines is keys]
+                    raise ValueError("%r is not one of %s" % (word, ", ".join(known)))
                 if key == "exclude":
                     found["exclude"] = found.get("exclude", ()) + (value,)
                 elif key in found:
@@ -10926,6 +10927,9 @@ def print_status(status: "Dict[str, Any]", links: "Dict[str, Link]") -> None:
             print(tint("wrong", "    HELD, nothing changes in the backups: %s" % held_advice(name, s)))
             rows = held_files_of(links[s["host"]], name) if s["host"] in links else s.get("held_files") or []
             print_held_files(rows, None if links else 5, " " * 8)
+        if s["last_scan"] is None and s["state"] != "held":
+            print(tint("wait", "    it has not been looked at yet"))
+            continue
         print("    %s, %s; %d copies wanted" % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
         if s["underserved_files"]:
             print(tint("wait", "    NOT SAFE YET: %s (%s) with fewer copies: %s" % (

@@ -1,8 +1,12 @@
 """status: what is safe and what is not, for people, for programs and for cron."""
 
+import contextlib
+import io
 import os
 import unittest
 
+import cbackup
+from tests import test_page
 from tests.harness import Case, make_tree, write_file
 
 SOURCE_KEYS = {"host", "path", "replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes",
@@ -151,6 +155,17 @@ class CheckTest(StatusCase):
         self.assertRegex(self.check(0), r"^safe: 11 files .*; s asleep since \d+ seconds?; safe then")
         os.unlink(os.path.join(self.c.home("a"), "state", "heard.json"))
         self.assertRegex(self.check(1), r"^NOT SAFE: docs .*nothing is known")
+
+
+class NewSourceTest(unittest.TestCase):
+
+    def test_a_source_that_was_not_looked_at_is_not_called_empty(self):
+        facts = dict(test_page.HtmlTest.source_facts(), files=0, bytes=0, copies={}, last_scan=None)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            cbackup.print_status(test_page.HtmlTest.status(sources={"docs": facts}), {})
+        self.assertIn("docs  (s:/x)\n    it has not been looked at yet\n", said.getvalue())
+        self.assertNotIn("0 files", said.getvalue())
 
 
 class ForPeopleTest(StatusCase):

@@ -202,6 +202,10 @@ class ScanTest(Case):
         with mock.patch.object(cbackup, "list_xattrs", side_effect=AssertionError("nothing has changed")):
             self.look()
 
+    def test_a_key_that_is_almost_this_one_is_an_error_that_names_it(self):
+        with self.assertRaisesRegex(cbackup.ConfigError, "'xattr' is not one of .* exclude_caches, xattrs"):
+            cbackup.parse_config(self.config.text.replace("xattrs", "xattr"))
+
     def test_a_system_where_they_cannot_be_read_is_named(self):
         with without_calls():
             self.assertEqual(1, len(self.look()))
