@@ -233,8 +233,8 @@ WHOLE_BELOW = 256 << 10
 READ_BLOCK = 1 << 20
 
 XATTRS_LIMIT, XATTRS_PAGE = 64 << 10, 1 << 20
-"""Bytes of extended attributes (names and values) that are kept of one file, and, as they are written, in one page of a
-catalog's news."""
+"""Bytes of extended attributes (names and values) that are kept of one file, and, as they are
+written, in one page of a catalog's news."""
 
 ROTTEN = "rotten"
 """What `entries.blocked` says of a file whose content changed while its inode, size and times did not."""
@@ -728,8 +728,8 @@ def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None) -> "Tuple[
 
 
 def list_xattrs(place: "int | str | bytes", follow: bool = True) -> "List[str]":
-    """The names of a file's extended attributes; a file system without them has none.  Only where Python has the calls, which
-    is on Linux."""
+    """The names of a file's extended attributes; a file system without them has none.  Only where
+    Python has the calls, which is on Linux."""
     try:
         return os.listxattr(place, follow_symlinks=follow)
     except OSError as error:
@@ -935,9 +935,11 @@ class Tree:
 
     @contextlib.contextmanager
     def _itself(self, descriptor: int, name: bytes) -> "Iterator[Tuple[int, Any]]":
-        """(descriptor, what os.chmod and the like take) of an entry: a symlink that has taken the place since is not
-        followed.  With O_PATH it takes no permission."""
-        by_path = os.O_PATH if os.path.isdir("/proc/self/fd") and hasattr(os, "O_PATH") else os.O_RDONLY | os.O_NONBLOCK
+        """(descriptor, what os.chmod and the like take) of an entry: a symlink that has taken the
+        place since is not followed.  With O_PATH it takes no permission."""
+        by_path = os.O_RDONLY | os.O_NONBLOCK
+        if os.path.isdir("/proc/self/fd") and hasattr(os, "O_PATH"):
+            by_path = os.O_PATH
         found = os.open(name, by_path | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
         try:
             yield found, found if by_path & os.O_NONBLOCK else "/proc/self/fd/%d" % found
@@ -1276,8 +1278,9 @@ class _Parser:
                     found[word] = True
                     continue
                 if key not in keys or not equals:
-                    known = [k + "=..." for k in keys] + [k for k, lines in FLAGS.items() if lines is keys]
-                    raise ValueError("%r is not one of %s" % (word, ", ".join(known)))
+                    flags = [flag for flag, lines in FLAGS.items() if lines is keys]
+                    raise ValueError("%r is not one of %s" % (
+                        word, ", ".join([k + "=..." for k in keys] + flags)))
                 if key == "exclude":
                     found["exclude"] = found.get("exclude", ()) + (value,)
                 elif key in found:
@@ -1837,8 +1840,8 @@ CREATE TABLE sources(
 -- not read its file since; NULL: read in full, or there is no digest.  basis: where the digest is from: p the file itself
 -- (read for this or an earlier inode and ctime) | c a copy that was just made | r a copy of which new books heard.
 -- other: the digest that was read instead, while it is not decided yet whether that is a mass change.
--- xattrs: extended attributes as in CatalogRow, JSON; NULL: not asked for; a blank before them: the file had been changed
--- just then, and they are to be looked at once more.
+-- xattrs: extended attributes as in CatalogRow, JSON; NULL: not asked for; a blank before them: the
+-- file had been changed just then, and they are to be looked at once more.
 CREATE TABLE entries(
     id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER, parent INTEGER, path BLOB, kind TEXT, size INTEGER,
     mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER,
@@ -2393,15 +2396,17 @@ class Books:
 
     def children(self, parent: int) -> "Dict[bytes, Tuple[Any, ...]]":
         """The entries of one directory: path -> what `entry_at` says."""
-        return {row[0]: row[1:] for row in self.rows("SELECT path, %s FROM entries WHERE parent=?" % self.ENTRY, parent)}
+        return {row[0]: row[1:] for row in self.rows(
+            "SELECT path, %s FROM entries WHERE parent=?" % self.ENTRY, parent)}
 
     ENTRY = "id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, " \
         "CASE WHEN xattrs IS NULL OR xattrs LIKE ' %' THEN NULL ELSE xattrs LIKE '%:null%' END"
 
     def entry_at(self, source: int, path: bytes) -> "Optional[Tuple[Any, ...]]":
-        """(id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs) of a path; xattrs: None: not
-        known; whether some may have been left out."""
-        return self.one("SELECT %s FROM entries WHERE source=? AND path=?" % self.ENTRY, source, path)
+        """(id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs) of a
+        path; xattrs: whether some may have been left out, None when they are not known."""
+        return self.one("SELECT %s FROM entries WHERE source=? AND path=?" % self.ENTRY,
+                        source, path)
 
     def xattrs_of(self, number: int) -> "Optional[str]":
         """The extended attributes of an entry as they are in the books."""
@@ -2435,7 +2440,7 @@ class Books:
             if row["kind"] == "f" else None
         number = db.execute(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, "
-            "version, blocked, gen, grp, rnd, xattrs) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "version, blocked, gen, grp, rnd, xattrs) VALUES(%s)" % ",".join("?" * 20),
             (known[0] if known else None, source["id"], parent, row["path"], row["kind"], row["size"], row["mtime"],
              row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"],
              self._next_version() if row["kind"] == "f" else 0, row["blocked"], source["gen"],
@@ -2449,14 +2454,15 @@ class Books:
         return number
 
     def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]", how: str) -> None:
-        """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or owner), "attributes" (which
-        only the catalog has), "silent" (nothing that anybody must hear).  row["doubt"]: the content is presumed to be the
-        same, and is to be read."""
+        """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or
+        owner), "attributes" (which only the catalog has), "silent" (nothing that anybody must
+        hear). row["doubt"]: the content is presumed to be the same, and is to be read."""
         db = self.db
         db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, nlink=?, target=?, "
                    "blocked=?, xattrs=? WHERE id=?", (
-                       row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"],
-                       row["nlink"], row["target"], row["blocked"], row["xattrs"], number))
+                       row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"],
+                       row["ctime"], row["nlink"], row["target"], row["blocked"], row["xattrs"],
+                       number))
         if row["doubt"]:
             self._doubt(source, number)
         if how == "silent":
@@ -2506,9 +2512,10 @@ class Books:
         owner = db.execute("SELECT mode, uid, gid FROM entries WHERE id=?", (number,)).fetchone()
         if owner != (row["mode"], row["uid"], row["gid"]):
             db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
-        db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, blocked=?, gen=?, "
-                   "xattrs=? WHERE id=?", (row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"],
-                                           row["nlink"], row["blocked"], source["gen"], row["xattrs"], number))
+        db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, "
+                   "blocked=?, gen=?, xattrs=? WHERE id=?", (
+                       row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"],
+                       row["nlink"], row["blocked"], source["gen"], row["xattrs"], number))
         # Claims on the old path are void: rsync would not find it.
         db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
         db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?", (TODO_MOVE, number, row["path"]))
@@ -3155,12 +3162,13 @@ class Books:
 
     def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]",
                         ) -> "Tuple[List[Tuple[Any, ...]], bool]":
-        """A page of live entries of generations in (since, upto], after the cursor (gen, id); whether there may be more.
-        It is short where the extended attributes are long."""
+        """A page of live entries of generations in (since, upto], after the cursor (gen, id);
+        whether there may be more.  It is short where the extended attributes are long."""
         rows = self.rows(
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
             "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
-            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, LENGTH(xattrs) FROM entries "
+            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, LENGTH(xattrs) "
+            "FROM entries "
             "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
             "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
         page: "List[Tuple[Any, ...]]" = []
@@ -3284,16 +3292,17 @@ class Books:
 SCAN_TABLES = """
 CREATE TEMP TABLE IF NOT EXISTS found(
     path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT, size INTEGER, mtime INTEGER,
-    mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB, blocked TEXT,
-    xattrs TEXT);
+    mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB,
+    blocked TEXT, xattrs TEXT);
 CREATE TEMP TABLE IF NOT EXISTS lost(
     id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER, replaced INTEGER);
 CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
 CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
 DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
 """
-"""What one scan found to be different.  how: new | replaced (another file) | content | metadata | attributes | silent.
-doubt: the content is presumed to be the same.  lost: entries that are gone, and those that were replaced."""
+"""What one scan found to be different.  how: new | replaced (another file) | content | metadata |
+attributes | silent.  doubt: the content is presumed to be the same.  lost: entries that are gone,
+and those that were replaced."""
 
 REPRESENTABLE = 1 << 62
 """Times in nanoseconds have to be below: so far they travel (until 2116)."""
@@ -3538,7 +3547,8 @@ class Scan:
         root_row = self._facts(b"", b"", self.root_info, "d")
         known = self.books.entry_at(self.row["id"], b"")
         if self.source.xattrs != self.xattrs:
-            self._problem(b"", "its line says `xattrs`, and on this system Python cannot read extended attributes")
+            self._problem(b"", "its line says `xattrs`, and on this system Python cannot read "
+                          "extended attributes")
         self._flush([self._compare(root_row, known)])
         pending: "List[Tuple[bytes, Optional[int]]]" = [(b"", known[0] if known else None)]
         while pending:
@@ -3615,8 +3625,8 @@ class Scan:
         return {"path": path, "above": above, "kind": kind, "size": info.st_size if kind == "f" else 0,
                 "mtime": info.st_mtime_ns, "mode": stat.S_IMODE(info.st_mode), "uid": info.st_uid, "gid": info.st_gid,
                 "ino": info.st_ino, "ctime": info.st_ctime_ns, "nlink": info.st_nlink if kind == "f" else 1,
-                "target": None, "blocked": None, "xattrs": None, "fresh": self.xattrs and is_fresh(info),
-                "known": None, "how": "new", "doubt": 0}
+                "target": None, "blocked": None, "xattrs": None,
+                "fresh": self.xattrs and is_fresh(info), "known": None, "how": "new", "doubt": 0}
 
     def _compare(self, row: "Dict[str, Any]", old: "Optional[Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
         """`row` with `known` and `how` filled in; None when nothing is different."""
@@ -3644,14 +3654,19 @@ class Scan:
             row["how"] = "silent" if same_owner and (mtime, target) == (row["mtime"], row["target"]) else "content"
         else:
             row["how"] = self._file_change(row, old, same_owner)
-        return self._with_attributes(row, (ino, ctime, nlink, blocked)) if row["how"] == "silent" else row
+        if row["how"] != "silent":
+            return row
+        return self._with_attributes(row, (ino, ctime, nlink, blocked))
 
-    def _with_attributes(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]") -> "Optional[Dict[str, Any]]":
-        """A row that is as it was but for its extended attributes, and `old`, as which nothing is different."""
+    def _with_attributes(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]",
+                         ) -> "Optional[Dict[str, Any]]":
+        """A row that is as it was, but maybe for its extended attributes.  old: (inode, ctime,
+        links, blocked); None when these are the same, too."""
         before = self.books.xattrs_of(row["known"])
         if (before or "{}").strip() != (row["xattrs"] or "{}").strip():
             row["how"] = "attributes"
-        elif before == row["xattrs"] and old == tuple(row[key] for key in ("ino", "ctime", "nlink", "blocked")):
+        elif before == row["xattrs"] and old == tuple(
+                row[key] for key in ("ino", "ctime", "nlink", "blocked")):
             return None
         return row
 
@@ -3680,8 +3695,8 @@ class Scan:
             self._name_left_out(row["path"], row["xattrs"])
 
     def _read_xattrs(self, row: "Dict[str, Any]", full: bytes) -> str:
-        """The extended attributes of an entry, as the books have them; those that cannot be read, or are too much, without a
-        value."""
+        """The extended attributes of an entry, as the books have them; those that cannot be read,
+        or are too much, without a value."""
         found: "Dict[str, Optional[str]]" = {}
         size, again = 0, row["fresh"]
         try:
@@ -3700,8 +3715,9 @@ class Scan:
     def _name_left_out(self, path: bytes, xattrs: "Optional[str]") -> None:
         lacking = [name for name, value in json.loads(xattrs or "{}").items() if value is None]
         if lacking:
-            self._problem(path, "extended attributes that cannot be read, or are more than %s together: %s" % (
-                format_size(XATTRS_LIMIT), ", ".join(shown(os.fsencode(name)) for name in lacking)))
+            self._problem(path, "extended attributes that cannot be read, or are more than %s "
+                          "together: %s" % (format_size(XATTRS_LIMIT), ", ".join(
+                              shown(os.fsencode(name)) for name in lacking)))
 
     def _problem(self, path: bytes, why: str) -> None:
         self.problem_count += 1
@@ -4984,18 +5000,22 @@ def list_with_parents(paths: "Iterable[bytes]") -> bytes:
 
 
 FILTER_BYTES = 128 << 10
-"""The most that `filters_for` may add up to: they are arguments, and systems have a limit for these."""
+"""The most that `filters_for` may add up to: they are arguments, which systems have limits for."""
 
 
 def filters_for(paths: "Iterable[bytes]") -> "List[bytes]":
-    """Options that say the same as --files-from with `list_with_parents`; [] where they would be too long.
+    """Options that say the same as --files-from with `list_with_parents`; [] where they would be
+    too long.
 
-    openrsync takes the ./ off a list's names before it hands them on, and a server of its kind, or of 2.6.9, takes those
-    that begin with # or ; for comments then.  Filters have no comments; but the server reads whole directories for them.
+    openrsync takes the ./ off a list's names before it hands them on, and a server of its kind, or
+    of 2.6.9, takes those that begin with # or ; for comments then.  Filters have no comments; but the
+    server reads whole directories for them.
     """
     rules = set()
     for path in paths:
-        rule, end = re.sub(rb"([\[\]*?\\])", rb"\\\1", path) if re.search(rb"[\[*?]", path) else path, b""
+        rule, end = path, b""
+        if re.search(rb"[\[*?]", path):  # only then a backslash is more than itself
+            rule = re.sub(rb"([\[\]*?\\])", rb"\\\1", path)
         while rule and rule + end not in rules:
             rules.add(rule + end)
             rule, end = rule.rpartition(b"/")[0], b"/"
@@ -5028,7 +5048,8 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
         try:
             odd = _RSYNC_CHECKED[find_rsync()] and any(path[:1] in b"#;" for path in paths)
             with plain_directory() as scratch:
-                options += odd and filters_for(paths) or ["--files-from=" + os.path.join(scratch, "list"), "--from0"]
+                options += odd and filters_for(paths) or [
+                    "--files-from=" + os.path.join(scratch, "list"), "--from0"]
                 with open(os.path.join(scratch, "list"), "wb") as stream:
                     stream.write(list_with_parents(paths))
                 result = _run_pull(connection, scratch, options, destination, on_bytes)
@@ -6087,7 +6108,8 @@ class Vault:
             self.db.execute("DELETE FROM merged")
             for found in chain[1:]:
                 self.db.executemany("INSERT OR REPLACE INTO merged VALUES(?,?)", (
-                    (row.path, json.dumps(row.to_wire(LEVEL))) for row in read_catalog(os.path.join(directory, found.name))))
+                    (row.path, json.dumps(row.to_wire(LEVEL)))
+                    for row in read_catalog(os.path.join(directory, found.name))))
             header = {"catalog": 1, "source": source, "books": books, "since": chain[0].upto, "upto": chain[-1].upto,
                       "time": chain[-1].time}
             write_catalog(directory, header, (CatalogRow.from_json(json.loads(line)) for (line,) in self.db.execute(
@@ -6199,8 +6221,9 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         return more
 
     def to_json(self) -> "List[Any]":
-        """[path], or the 12 columns that every version reads.  Where there is more, it is the thirteenth on the wire, and in
-        a file an object in a line of its own before the row, which level 1 passes over."""
+        """[path], or the 12 columns that every version reads.  Where there is more, it is the
+        thirteenth on the wire, and in a file an object in a line of its own before the row, which
+        level 1 passes over."""
         if self.kind is None:
             return [as_text(self.path)]
         extra = self.digest.hex() if self.digest else as_text(self.target) if self.target is not None else None
@@ -6214,8 +6237,8 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
 
     @classmethod
     def from_json(cls, row: Any, more: "Optional[Dict[str, Any]]" = None) -> "CatalogRow":
-        """Check a row from a peer or a disk; `more`: what stood before it.  Raises ProtocolError for anything that is not of
-        the form."""
+        """Check a row from a peer or a disk; `more`: what stood before it.  Raises ProtocolError
+        for anything that is not of the form."""
         if not isinstance(row, list) or len(row) not in (1, 12, 13) or not isinstance(row[0], str):
             raise ProtocolError("a catalog row that is not of the form")
         path = as_raw(row[0])
@@ -6253,7 +6276,7 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
 
 
 def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str]]]":
-    """Extended attributes from a peer or a disk.  Raises ProtocolError for anything that cannot be a file's."""
+    """Extended attributes from a peer or a disk.  Raises ProtocolError for what no file can have."""
     try:
         if value is None or sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True))
                                 for name, text in value.items()) <= 2 * XATTRS_LIMIT \
@@ -7167,7 +7190,8 @@ class Service:
             rows, more = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
                                       link, target, digest, tuple((holders or "").split(",")) if holders else (),
-                                      bool(proven), xattrs and json.loads(xattrs)).to_wire(request["level"])
+                                      bool(proven), xattrs and json.loads(xattrs),
+                                      ).to_wire(request["level"])
                            for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
                                 proven, xattrs) in rows]
             out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
@@ -9011,7 +9035,7 @@ class Pass:
             self._set_ahead_aside(standing, directory, gen)
             link = self.own if standing.host == self.host else self.links[standing.host]
             level, kept = min(LEVEL, link.peer_level()), vault.meta("catalog-level:" + name) or 1
-            # What a level has more would be missing in the rows that were fetched before this cbackup understood it.
+            # What a level has more is missing in rows that came before this cbackup understood it.
             since = self._catalog_kept(standing, directory) if kept >= level else 0
             header = {"catalog": 1, "source": name, "books": standing.books, "since": since, "upto": since, "time": 0}
             if since != gen and write_catalog(directory, header, self._catalog_news(standing, header)):
@@ -9406,8 +9430,8 @@ METADATA = "mode, uid, gid, user, grp, mtime, xattrs"
 """The columns of `want` that `Restore._set_metadata` takes."""
 
 XATTRS_OF_USERS = ("user.", "system.posix_acl_")
-"""How the names of extended attributes begin that anybody may set on his files; those that a restore takes away where the
-catalog has none."""
+"""How the names of extended attributes begin that anybody may set on his files; those that a
+restore takes away where the catalog has none."""
 
 DONE_SCHEMA = """
 CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
@@ -9961,7 +9985,8 @@ class Restore:
             info = self._what_is_at(path)
             if info is not None and not stat.S_ISDIR(info.st_mode) and (asked or self._leads_to(path)):
                 self._meet(path)
-        for path, size, digest, *metadata in self._each("size, digest, " + METADATA, "kind='f' AND state=0"):
+        for path, size, digest, *metadata in self._each("size, digest, " + METADATA,
+                                                        "kind='f' AND state=0"):
             info = self._what_is_at(path)
             if info is None:
                 continue
@@ -10374,7 +10399,8 @@ class Restore:
     def _put(self, staged: bytes, path: bytes) -> None:
         """Rename a checked file to its place; raises OSError when something is in the way.  When another holder has
         delivered it meanwhile, it is left where it is."""
-        state, digest, *metadata = self._one("SELECT state, digest, %s FROM want WHERE path=?" % METADATA, path)
+        state, digest, *metadata = self._one(
+            "SELECT state, digest, %s FROM want WHERE path=?" % METADATA, path)
         if state == 1:
             return
         self._set_metadata(staged, *metadata)
@@ -10409,9 +10435,10 @@ class Restore:
             self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
             self.tree.rename(staged, path)
 
-    def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str, mtime: int,
-                      xattrs: "Optional[str]") -> None:
-        """Owner, mode, extended attributes and time, where they are others: what is right already is not touched."""
+    def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str,
+                      mtime: int, xattrs: "Optional[str]") -> None:
+        """Owner, mode, extended attributes and time, where they are others: what is right already
+        is not touched."""
         info = self.tree.lstat(rel)
         self._set_owner(rel, info, uid, gid, user, group)
         try:
@@ -10431,7 +10458,8 @@ class Restore:
         except OSError as error:
             self._note("owners could not be set (%s)" % reason_of(error))
 
-    def _set_mode(self, rel: bytes, mode: int, xattrs: "Optional[str]", chmod: "Callable[[int], None]") -> None:
+    def _set_mode(self, rel: bytes, mode: int, xattrs: "Optional[str]",
+                  chmod: "Callable[[int], None]") -> None:
         """Mode and extended attributes: a mode may forbid those of `user.`, and is a part of an ACL."""
         different = self._different_xattrs(rel, xattrs)
         early = {name for name in different if name.startswith("user.")}
@@ -10441,30 +10469,37 @@ class Restore:
         chmod(mode)
         self._set_xattrs(rel, different)
 
-    def _different_xattrs(self, rel: bytes, xattrs: "Optional[str]") -> "Dict[str, Optional[bytes]]":
-        """What is to be set, or with None removed, so that an entry has the extended attributes that the catalog says.  What
-        cannot be is noted."""
-        wanted = {name: base64.b64decode(value) for name, value in json.loads(xattrs or "{}").items() if value is not None}
+    def _different_xattrs(self, rel: bytes, xattrs: "Optional[str]",
+                          ) -> "Dict[str, Optional[bytes]]":
+        """What is to be set, or with None removed, so that an entry has the extended attributes
+        that the catalog says.  What cannot be is noted."""
+        wanted = {name: base64.b64decode(value)
+                  for name, value in json.loads(xattrs or "{}").items() if value is not None}
         if wanted and not hasattr(os, "setxattr"):
             self._note("extended attributes could not be set (Python cannot on this system)")
         if xattrs is None or not hasattr(os, "setxattr"):
             return {}
         if os.geteuid() != 0 and not all(name.startswith(XATTRS_OF_USERS) for name in wanted):
-            self._note("extended attributes could not be set that only root may set (security., trusted.)")
-            wanted = {name: value for name, value in wanted.items() if name.startswith(XATTRS_OF_USERS)}
+            self._note("extended attributes could not be set that only root may set (security., "
+                       "trusted.)")
+            wanted = {name: value for name, value in wanted.items()
+                      if name.startswith(XATTRS_OF_USERS)}
         there: "Dict[str, bytes]" = {}
         with contextlib.suppress(OSError):
             there = self.tree.xattrs(rel)
-        different: "Dict[str, Optional[bytes]]" = {name: value for name, value in wanted.items() if there.get(name) != value}
-        return dict({name: None for name in there if name not in wanted and name.startswith(XATTRS_OF_USERS)}, **different)
+        different: "Dict[str, Optional[bytes]]" = {
+            name: None for name in there if name not in wanted and name.startswith(XATTRS_OF_USERS)}
+        different.update(one for one in wanted.items() if there.get(one[0]) != one[1])
+        return different
 
     def _set_xattrs(self, rel: bytes, different: "Dict[str, Optional[bytes]]") -> None:
         for name, value in different.items():
             try:
                 self.tree.set_xattr(rel, name, value)
             except OSError as error:
+                kind = shown(os.fsencode(name.partition(".")[0])) + "."
                 self._note("extended attributes (%s) could not be set (%s)" % (
-                    "ACLs" if "posix_acl" in name else shown(os.fsencode(name.partition(".")[0])) + ".", reason_of(error)))
+                    "ACLs" if "posix_acl" in name else kind, reason_of(error)))
 
     def _note(self, text: str) -> None:
         with self.lock:
@@ -10487,7 +10522,8 @@ class Restore:
                 self._set_state(path, 4, reason_of(error))
 
     def _symlinks(self) -> None:
-        for path, target, mtime, xattrs, *owner in self._each("target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"):
+        for path, target, mtime, xattrs, *owner in self._each(
+                "target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"):
             try:
                 info = self.tree.lstat(path)
                 if info is None or not stat.S_ISLNK(info.st_mode) or self.tree.readlink(path) != target:
@@ -10514,7 +10550,8 @@ class Restore:
                 self.tree.make_directory(path)
             except OSError as error:
                 self._set_state(path, 4, reason_of(error))
-        for path, asked, *metadata in self._each("asked, " + METADATA, "kind='d' AND state<>4", True):
+        for path, asked, *metadata in self._each("asked, " + METADATA,
+                                                 "kind='d' AND state<>4", True):
             if not asked and (path == b"" or not self._leads_to(path, 1)):
                 continue
             try:

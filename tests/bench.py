@@ -6,7 +6,7 @@
     python3 -m tests.bench restore [--rate 4M] [--size 64M]
 
 `transfer`: a first pass and a restore of many small files and of a large one, over the time of a plain local rsync of the
-same files in the same run.
+same files in the same run; and what the bookkeeping takes.
 `idle`: what a pass with nothing to do costs with few and with many files, and the memory of client and server.
 `restore`: how much faster three backups behind limited lines are than one of them; three times would be perfect.
 `claims`: what a batch costs the server (milliseconds of CPU for the question what is missing, the claim, and the
@@ -178,6 +178,14 @@ def bench_transfer(args):
             _, once = timed(lambda: must(cluster.run("a", "client", timeout=1800)))
             _, back = timed(lambda: must(cluster.run("a", "restore", "docs", "--to", cluster.path("back"), timeout=1800)))
             print("%-22s %9.1fs %9.1fs %9.1fs   %.1f and %.1f" % (name, plain, once, back, once / plain, back / plain), flush=True)
+            if count:
+                print("bookkeeping, bytes a file: %d on the source's host, %d in the backup" % (
+                    os.path.getsize(os.path.join(cluster.home("s"), "state", "books.db")) / count,
+                    bytes_below(os.path.join(cluster.backups["b"].path, ".cbackup")) / count), flush=True)
+
+
+def bytes_below(top):
+    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(top) for name in names)
 
 
 def bench_idle(args):

@@ -1,4 +1,4 @@
-"""Extended attributes, which ACLs are on Linux: kept in the catalogs when a source's line says `xattrs`, set by a restore."""
+"""Extended attributes, which ACLs are on Linux: in the catalogs when a source's line says `xattrs`."""
 
 import contextlib
 import errno
@@ -14,7 +14,8 @@ from unittest import mock
 
 import cbackup
 from tests.disks import DiskCase, catalog_bytes, row
-from tests.harness import DIRECTORY, Case, Link, differences, inodes, make_tree, read_file, tree, wait_for, write_file
+from tests.harness import (
+    DIRECTORY, Case, Link, differences, inodes, make_tree, read_file, tree, wait_for, write_file)
 
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 
@@ -38,22 +39,28 @@ def takes_attributes(directory):
 
 def attributes(path):
     """{name: value} of one path itself; not what a security module says."""
-    return {name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)
+    return {name: os.getxattr(path, name, follow_symlinks=False)
+            for name in os.listxattr(path, follow_symlinks=False)
             if name.startswith(("user.", "system.posix_acl", "trusted.", "security.capability"))}
 
 
 def all_attributes(top):
-    return {path: attributes(os.path.join(top, path) if path else top) for path in [""] + sorted(tree(top))}
+    return {path: attributes(os.path.join(top, path) if path else top)
+            for path in [""] + sorted(tree(top))}
 
 
-@unittest.skipUnless(takes_attributes(tempfile.gettempdir()), "needs a file system for temporary files that has attributes")
+needs_attributes = unittest.skipUnless(
+    takes_attributes(tempfile.gettempdir()), "needs extended attributes where temporary files are")
+
+
+@needs_attributes
 class RoundTripTest(Case):
 
     @classmethod
     def setUpClass(cls):
         cls.c = c = cls.share_cluster("s", "a", replicas=1, scan_min="0s")
-        cls.files = {"f": b"text", "shared": b"more", "d/e/g": b"deep", "plain": b"nothing", "read-only": b"r", "l": Link("f"),
-                     "void": DIRECTORY}
+        cls.files = {"f": b"text", "shared": b"more", "d/e/g": b"deep", "plain": b"nothing",
+                     "read-only": b"r", "l": Link("f"), "void": DIRECTORY}
         cls.docs = c.source("docs", "s", cls.files, xattrs=True)
         cls.other = c.source("other", "s", {"o": b"other"})
         c.backup("ba", "a", "100M")
@@ -110,7 +117,8 @@ class RoundTripTest(Case):
         os.removexattr(self.docs + "/d", DEFAULT)
         result = self.c.client("a")
         self.assertRc(0, result)
-        self.assertEqual([0, 0, 0], [result.json[key] for key in ("copied_files", "updated_files", "wire_bytes")])
+        self.assertEqual([0, 0, 0], [result.json[key] for key in (
+            "copied_files", "updated_files", "wire_bytes")])
         self.assertEqual(before, inodes(self.c.kept_as("ba", "docs")))
         to, _ = self.brought_back()
         self.assertEqual(b"1", os.getxattr(to + "/plain", "user.later"))
@@ -118,7 +126,8 @@ class RoundTripTest(Case):
 
     def test_a_line_that_asks_later_and_then_no_more(self):
         for asked in (True, False):
-            self.c.sources["other"] = self.c.sources["other"]._replace(options={"xattrs": True} if asked else {})
+            self.c.sources["other"] = self.c.sources["other"]._replace(
+                options={"xattrs": True} if asked else {})
             self.c.write_config()
             self.c.settle()
             to, _ = self.brought_back("other")
@@ -153,7 +162,7 @@ class RoundTripTest(Case):
             self.assertTrue(ended)
 
 
-@unittest.skipUnless(takes_attributes(tempfile.gettempdir()), "needs a file system for temporary files that has attributes")
+@needs_attributes
 class ScanTest(Case):
     """What the scanner makes of them, in this process."""
 
@@ -187,19 +196,20 @@ class ScanTest(Case):
 
     def age(self):
         """Time goes by for what was changed just now."""
-        wait_for(lambda: not any(cbackup.is_fresh(os.stat(os.path.join(self.top, name))) for name in os.listdir(self.top)), 5,
-                 "files are still as good as new")
+        wait_for(lambda: not any(cbackup.is_fresh(os.stat(os.path.join(self.top, name)))
+                                 for name in os.listdir(self.top)), 5, "files are still as good as new")
 
     def test_what_was_changed_just_now_is_looked_at_once_more(self):
         self.look()
         self.assertEqual(" {}", self.known())
         os.setxattr(self.top + "/f", "user.a", b"1")
         with self.books.write() as db:  # as if the clock had not gone on in between
-            db.execute("UPDATE entries SET ctime=? WHERE path=?", (os.stat(self.top + "/f").st_ctime_ns, b"f"))
+            db.execute("UPDATE entries SET ctime=? WHERE path=?",
+                       (os.stat(self.top + "/f").st_ctime_ns, b"f"))
         self.age()
         self.look()
         self.assertEqual('{"user.a":"MQ=="}', self.known())
-        with mock.patch.object(cbackup, "list_xattrs", side_effect=AssertionError("nothing has changed")):
+        with mock.patch.object(cbackup, "list_xattrs", side_effect=AssertionError("no change")):
             self.look()
 
     def test_a_key_that_is_almost_this_one_is_an_error_that_names_it(self):
@@ -237,7 +247,8 @@ class ScanTest(Case):
 @contextlib.contextmanager
 def without_calls():
     """Python as it is on macOS and the BSDs."""
-    kept = {name: os.__dict__[name] for name in ("listxattr", "getxattr", "setxattr", "removexattr") if name in os.__dict__}
+    kept = {name: os.__dict__[name] for name in ("listxattr", "getxattr", "setxattr", "removexattr")
+            if name in os.__dict__}
     for name in kept:
         delattr(os, name)
     try:
@@ -263,20 +274,22 @@ class RestoreTest(DiskCase):
         return said.getvalue()
 
     def test_a_target_that_takes_none_is_named_once(self):
-        with mock.patch.object(os, "setxattr", side_effect=OSError(errno.ENOTSUP, "Operation not supported"), create=True):
-            said = self.in_this_process(self.docs({"user.a": "MQ==", "user.b": "MQ==", "system.posix_acl_access": "MQ=="}))
-        self.assertEqual(["cbackup: extended attributes (ACLs) could not be set (Operation not supported), 1 times",
-                          "cbackup: extended attributes (user.) could not be set (Operation not supported), 2 times"],
-                         sorted(said.splitlines()))
+        refused = OSError(errno.ENOTSUP, "Operation not supported")
+        with mock.patch.object(os, "setxattr", side_effect=refused, create=True):
+            said = self.in_this_process(self.docs({"user.a": "MQ==", "user.b": "MQ==", ACCESS: "MQ=="}))
+        lines = ["cbackup: extended attributes (%s) could not be set (Operation not supported), "
+                 "%d times" % each for each in (("ACLs", 1), ("user.", 2))]
+        self.assertEqual(lines, sorted(said.splitlines()))
 
     def test_a_system_that_cannot_set_them_is_named(self):
         with without_calls():
             said = self.in_this_process(self.docs({"user.a": "MQ=="}))
-        self.assertIn("extended attributes could not be set (Python cannot on this system), 1 times", said)
+        self.assertIn("could not be set (Python cannot on this system), 1 times", said)
 
     @unittest.skipIf(os.geteuid() == 0, "needs an ordinary user")
     def test_what_only_root_may_set_is_left_to_root(self):
-        said = self.in_this_process(self.docs({"security.capability": "AQAAAgAgAAAAAAAAAAAAAAAAAAA=", "trusted.a": "MQ=="}))
+        said = self.in_this_process(self.docs({
+            "security.capability": "AQAAAgAgAAAAAAAAAAAAAAAAAAA=", "trusted.a": "MQ=="}))
         self.assertIn("only root may set (security., trusted.), 1 times", said)
 
     def test_attributes_that_cannot_be_a_files_are_a_damaged_catalog(self):
