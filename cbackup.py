@@ -119,6 +119,9 @@ level 1 is used only with a server that says a level which has it; fields that a
 
 EXIT_DONE, EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What is the disk's fault, whatever file it is said of: the next one would meet the same."""
+
 MESSAGE_LIMIT = 4 << 20
 """Longest line on the channel, bytes.  A page of 2,000 files with long names stays well below it."""
 
@@ -1009,14 +1012,20 @@ class Tree:
 
 
 def _syncfs(descriptor: int) -> bool:
-    """syncfs(2) on Linux; False where there is none, so that the caller syncs file by file."""
+    """syncfs(2) on Linux; False where there is none, so that the caller syncs file by file.  Raises OSError when something
+    could not be written: who opens the files after that, to sync them one by one, is no longer told of it."""
     if not sys.platform.startswith("linux"):
         return False
     import ctypes  # only clients that copied something come here
     try:
-        return ctypes.CDLL(None, use_errno=True).syncfs(descriptor) == 0
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) == 0:
+            return True
     except (OSError, AttributeError):
         return False
+    error = ctypes.get_errno()
+    if error in DISK_ERRORS:
+        raise OSError(error, os.strerror(error))
+    return False
 
 
 def install_hint(program: str) -> str:
@@ -5253,10 +5262,6 @@ class Grant(namedtuple("Grant", "source path")):
     __slots__ = ()
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""What is the disk's fault, whatever file it is said of: the next one would meet the same."""
-
-
 class Misplaced(CBackupError):
     """A backup directory that is not what the configuration says: not mounted, of another cluster, another's."""
 
@@ -5842,13 +5847,20 @@ class Vault:
                 self.tree.set_mtime(rel, mtime)
 
     def sync_places(self, source: str, paths: "Iterable[bytes]") -> None:
-        """Make durable that files are at their places, and the versions before them in the attic."""
-        names: "List[bytes]" = []
+        """Make durable that files are at their places, and the versions before them in the attic.  Where that fails they are
+        not what was confirmed any more, whatever is still read of them now: `recover` is to set them aside."""
+        paths, names = list(paths), []
         for path in paths:
             names.append(self.place_of(source, path))
             names += [META_DIR + b"/" + stored for (stored,) in self.rows(
                 "SELECT stored FROM attic WHERE source=? AND path=? AND done=0", source, path)]
-        self.tree.sync(names)
+        try:
+            self.tree.sync(names)
+        except OSError:
+            with contextlib.suppress(sqlite3.Error), self.write() as db:
+                db.executemany("UPDATE coming SET digest=NULL WHERE source=? AND path=? AND stage=1",
+                               [(source, path) for path in paths])
+            raise
 
     def arrived(self, source: str, paths: "Iterable[bytes]") -> None:
         """Files are at their places and counted by the server: they are copies now."""
@@ -5990,12 +6002,13 @@ class Vault:
 
     def _still_whole(self, source: str, path: bytes) -> bool:
         """Whether what was confirmed is still what lies here: when the power failed before it was durable, its bytes may be
-        gone.  What is not, at its place, is set aside, unless it is still the version before."""
+        gone; without a digest, the disk has failed to keep them.  What is not, at its place, is set aside, unless it is still
+        the version before."""
         digest = self.one("SELECT digest FROM coming WHERE source=? AND path=?", source, path)[0]
         staged = self.tree.lstat(self.incoming(source, path)) is not None
         found = self.tree.digest(self.incoming(source, path) if staged else self.place_of(source, path))[0]
         before = self.held(source, path)
-        if found != digest and not staged and not (before and before[2] == found):
+        if found != digest and not staged and (digest is None or not before or before[2] != found):
             self.set_aside(source, [path], "bad")
         return bool(found == digest)
 
@@ -8411,9 +8424,9 @@ class Pass:
             page = rows[start:start + PAGE]
             vault.sync_places(standing.name, [row[0] for row in page])
             self._count_in(standing, self.links[standing.host], [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
+        others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
+        vault.sync_places(standing.name, others)
         with vault.write() as db:  # confirmed by books that are no more: held, and reported below
-            others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
-            vault.sync_places(standing.name, others)
             vault.arrived(standing.name, others)
             db.execute("DELETE FROM coming WHERE source=? AND books<>?", (standing.name, standing.books))
 
@@ -8561,8 +8574,11 @@ class Pass:
         for start in range(0, len(files), BATCH_FILES):
             part, rows = [], []
             for f in files[start:start + BATCH_FILES]:
-                held = vault.held(standing.name, f.path)
-                row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
+                held, row = vault.held(standing.name, f.path), None
+                try:
+                    row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
+                except OSError as error:
+                    log.info("%s: %s: %s", self.name, shown(f.path), reason_of(error))
                 if row is None:
                     wrong.append(f)
                 else:
@@ -8588,7 +8604,8 @@ class Pass:
 
     def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None) -> "Optional[List[Any]]":
         """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest]; the
-        digest is read from the file unless given.  None when it is no regular file of that size."""
+        digest is read from the file unless given.  None when it is no regular file of that size.  Raises OSError when it is
+        one and cannot be read."""
         try:
             descriptor = self.vault.tree.open(rel)
         except OSError:
@@ -8601,9 +8618,6 @@ class Pass:
                 digest = digest_descriptor(descriptor)[0]
             return [as_text(f.path), f.version, digest.hex(), offsets,
                     digest_samples(descriptor, offsets).hex() if offsets else ""]
-        except OSError as error:
-            log.info("%s: %s: %s", self.name, shown(rel), reason_of(error))
-            return None
         finally:
             os.close(descriptor)
 
@@ -8717,19 +8731,30 @@ class Pass:
             for f, why in rows:
                 self.figures.complain("%s: %s: %s: %s" % (self.name, standing.name, shown(f.path), why))
 
-    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
-        """Digest what arrived, have it confirmed, put it into place, have it counted."""
-        vault, link = self.vault, self.check_links[standing.host]
-        rows, arrived, missed = [], [], []
+    def _look_at_batch(self, standing: Standing, files: "List[Wanted]", outcome: Pull) -> "Tuple[Any, ...]":
+        """What came of a batch: evidence, the files that it is of, those that are not here, and (file, why) of those that are
+        and cannot be read."""
+        rows: "List[List[Any]]" = []
+        arrived, missed, refused = [], [], []
         for f in files:
-            row = self._evidence(vault.incoming(standing.name, f.path), f)
+            try:
+                row = self._evidence(self.vault.incoming(standing.name, f.path), f)
+            except OSError as error:
+                refused.append((f, "cannot be read back from %s: %s" % (self.vault.spec.path, reason_of(error))))
+                continue
             if row is not None:
                 rows.append(row)
                 arrived.append(f)
             elif outcome.how == "done" and not outcome.full_disk:
                 missed.append(f)
+        return rows, arrived, missed, refused
+
+    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
+        """Digest what arrived, have it confirmed, put it into place, have it counted."""
+        vault, link = self.vault, self.check_links[standing.host]
+        rows, arrived, missed, refused = self._look_at_batch(standing, files, outcome)
         blamed = [f for f in missed if outcome.blames(f.path)] or missed
-        refused = [(f, self._why_missing(standing, f, outcome)) for f in blamed]
+        refused += [(f, self._why_missing(standing, f, outcome)) for f in blamed]
         test_point("digested")
         good, digests = [], {}
         if rows:

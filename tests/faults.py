@@ -6,6 +6,7 @@ looks into a database: `violations` knows only the contract, the source's direct
 
 import contextlib
 import os
+import py_compile
 import re
 import select
 import shutil
@@ -14,10 +15,11 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 
-from tests.harness import PROGRAM, Process, digest_of, free_port, parse_size, read_file, walk
+from tests.harness import PROGRAM, TOP, Process, digest_of, free_port, parse_size, read_file, walk
 
 BOOKKEEPING = re.compile(r"(backup\.db.*|identity.*|lock|config.*|cbackup\.conf.*|catalog(/.*)?)\Z")
 """What lies below .cbackup and is no file of a source, nor part of one: it does not count for a backup's `size`."""
@@ -91,6 +93,55 @@ def fill(path):
             with contextlib.suppress(OSError):
                 while file.write(b"\0" * size) == size:
                     pass
+
+
+class FailingCalls:
+    """System calls that fail, in all processes that are started on some hosts of a cluster from then on: a library from
+    tests/data/faults.c, see there, is preloaded into them."""
+
+    def __init__(self, cluster, hosts):
+        self.library, self.list = cluster.path("faults.so"), cluster.path("faults")
+        self.heal()
+        subprocess.check_call(["cc", "-O1", "-shared", "-fPIC", "-o", self.library, os.path.join(TOP, "tests/data/faults.c"), "-ldl"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        cluster.file = py_compile.compile(PROGRAM, cluster.path("cbackup.pyc"))     # once, not in each process
+        for host in hosts:
+            cluster.prefix[host] = ["env", "LD_PRELOAD=" + self.library, "CBACKUP_FAULTS=" + self.list]
+
+    @staticmethod
+    def why_not():
+        """Why there are none here; None when there are."""
+        if not sys.platform.startswith("linux") or not shutil.which("cc"):
+            return "no C compiler for a library that is preloaded"
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["cc", "-shared", "-fPIC", "-o", os.path.join(folder, "x.so"), os.path.join(TOP, "tests/data/faults.c"), "-ldl"]
+            if subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0:
+                return "tests/data/faults.c cannot be compiled here"
+        return None
+
+    def fail(self, calls, number, pattern, skip=0, every=1):
+        """From now on these calls (joined by commas) fail with an error's number where the path matches; of each process the
+        first `skip` do not, and then only each `every`-th one does."""
+        self.lines.append("%s %d %d %d %s\n" % (calls, number, skip, every, pattern))
+        self._write()
+
+    def heal(self):
+        """All is well again."""
+        self.lines = []
+        self._write()
+
+    def _write(self):
+        with open(self.list, "w") as file:      # not another file: some processes have it open
+            file.write("".join(self.lines))
+
+    def failed(self):
+        """["CALL PATH"] of what has failed since the last time that this was asked."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.list + ".log", "r+") as file:
+                found = file.read().splitlines()
+                file.truncate(0)
+        return found
 
 
 # ---- processes --------------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class PowerTest(Case):
 
     @classmethod
     def setUpClass(cls):
-        if not shutil.which("mkfs.ext4"):
-            raise unittest.SkipTest("no mkfs.ext4 here")
+        if os.geteuid() != 0 or not shutil.which("mkfs.ext4"):
+            raise unittest.SkipTest("only root can mount an image, and it needs mkfs.ext4")
         cls.c = cls.share_cluster("s", "a", replicas=1)
         cls.dice = random.Random(1)
         cls.image, cls.disk, cls.serial = cls.c.path("image"), cls.c.path("a", "disk"), 0
@@ -74,7 +74,11 @@ class PowerTest(Case):
         os.mkdir(cls.disk)
         write_image(cls.image, [])
         subprocess.check_call(["mkfs.ext4", "-q", "-F", "-J", "size=1", cls.image], stdout=subprocess.DEVNULL)
-        cls.mount()
+        try:
+            cls.mount()
+        except unittest.SkipTest:
+            cls._shared["ran"] = True       # nothing went wrong: the directory goes
+            raise
         cls.c.backup("ba", "a", "10M", path=os.path.join(cls.disk, "backup"))
         cls.c.start("s")
 
