@@ -6,7 +6,6 @@ looks into a database: `violations` knows only the contract, the source's direct
 
 import contextlib
 import os
-import py_compile
 import re
 import select
 import shutil
@@ -15,7 +14,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import unittest
 
@@ -96,28 +94,18 @@ def fill(path):
 
 
 class FailingCalls:
-    """System calls that fail, in all processes that are started on some hosts of a cluster from then on: a library from
-    tests/data/faults.c, see there, is preloaded into them."""
+    """System calls that fail, in all processes of a cluster: a library from tests/data/faults.c, see there, is preloaded into
+    them. For setUpClass, with its class; before the first process is started."""
 
-    def __init__(self, cluster, hosts):
-        self.library, self.list = cluster.path("faults.so"), cluster.path("faults")
+    def __init__(self, test, cluster):
+        library, self.list = cluster.path("faults.so"), cluster.path("faults")
+        command = ["cc", "-O1", "-shared", "-fPIC", "-o", library, os.path.join(TOP, "tests/data/faults.c"), "-ldl"]
+        if not sys.platform.startswith("linux") or not shutil.which("cc") or subprocess.call(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0:
+            test.skip_class("no C compiler for a library that is preloaded")
         self.heal()
-        subprocess.check_call(["cc", "-O1", "-shared", "-fPIC", "-o", self.library, os.path.join(TOP, "tests/data/faults.c"), "-ldl"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        cluster.file = py_compile.compile(PROGRAM, cluster.path("cbackup.pyc"))     # once, not in each process
-        for host in hosts:
-            cluster.prefix[host] = ["env", "LD_PRELOAD=" + self.library, "CBACKUP_FAULTS=" + self.list]
-
-    @staticmethod
-    def why_not():
-        """Why there are none here; None when there are."""
-        if not sys.platform.startswith("linux") or not shutil.which("cc"):
-            return "no C compiler for a library that is preloaded"
-        with tempfile.TemporaryDirectory() as folder:
-            command = ["cc", "-shared", "-fPIC", "-o", os.path.join(folder, "x.so"), os.path.join(TOP, "tests/data/faults.c"), "-ldl"]
-            if subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0:
-                return "tests/data/faults.c cannot be compiled here"
-        return None
+        cluster.variables.update(LD_PRELOAD=library, CBACKUP_FAULTS=self.list)
+        test.start_by("tests.starter", cluster.variables)
 
     def fail(self, calls, number, pattern, skip=0, every=1):
         """From now on these calls (joined by commas) fail with an error's number where the path matches; of each process the

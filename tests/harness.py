@@ -131,16 +131,19 @@ class Result:
 
 
 class Starter:
-    """The process that starts those of the program for this test process, see tests/starter.py."""
+    """The process that starts those of the program for this test process, see tests/starter.py.
+
+    module: another one that ends in tests.starter's main(); environment: variables that it has besides."""
 
     _ours = None
 
-    def __init__(self):
+    def __init__(self, module="tests.starter", environment=()):
         self.pid = os.getpid()
         self.connection, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen([sys.executable, "-B", "-m", "tests.starter", str(theirs.fileno())], cwd=TOP,
-                                            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, "-B", "-m", module, str(theirs.fileno())], cwd=TOP,
+                                            env=dict(os.environ, **dict(environment)), stdin=subprocess.DEVNULL,
+                                            pass_fds=[theirs.fileno()], start_new_session=True)
         Guard.tell(b"+", self.process.pid)
         self.ended, self._rest = {}, b""
         atexit.register(self.close)
@@ -155,6 +158,12 @@ class Starter:
         if cls._ours is None or cls._ours.pid != os.getpid():
             cls._ours = cls()
         return cls._ours
+
+    @classmethod
+    def replace(cls, starter):
+        """From now on `starter` is ours; returns the one that was."""
+        before, cls._ours = cls._ours, starter
+        return before
 
     def start(self, arguments, env, cwd, files, confined):
         """The pid of a new process."""
@@ -186,13 +195,13 @@ class Started:
     """A process that the Starter has started; of subprocess.Popen it has what is used here."""
 
     def __init__(self, arguments, env, cwd, files, confined):
-        self.args, self.returncode = arguments, None
-        self.pid = Starter.ours().start(arguments, env, cwd, files, confined)
+        self.args, self.returncode, self.starter = arguments, None, Starter.ours()
+        self.pid = self.starter.start(arguments, env, cwd, files, confined)
 
     def poll(self):
         if self.returncode is None:
-            Starter.ours().told(0)
-            status = Starter.ours().ended.pop(self.pid, None)
+            self.starter.told(0)
+            status = self.starter.ended.pop(self.pid, None)
             if status is not None:
                 self.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         return self.returncode
@@ -482,6 +491,7 @@ class Cluster:
         self.backups = {}
         self.servers = {}
         self.prefix = {}        # host: words that stand before each of its commands
+        self.variables = {}     # of the environment of all of its processes
         self._clock = os.path.join(self.base, "clock")
         self.now = 0
         self._written = None
@@ -603,7 +613,7 @@ class Cluster:
     # -- processes
 
     def environment(self, host, **more):
-        return plain_environment(self.path(host), **dict({"CBACKUP_TEST_CLOCK": self._clock}, **more))
+        return plain_environment(self.path(host), **dict(self.variables, CBACKUP_TEST_CLOCK=self._clock, **more))
 
     def spawn(self, host, *arguments, **more):
         """Starts any command on a host; `more` are variables of its environment. Returns a Process."""
@@ -788,6 +798,19 @@ class Case(unittest.TestCase):
         cls._shared = state
         cls.addClassCleanup(end)
         return cluster
+
+    @classmethod
+    def start_by(cls, module, environment=()):
+        """In setUpClass: another Starter for the tests of the class, see there."""
+        starter = Starter(module, environment)
+        before = Starter.replace(starter)
+        cls.addClassCleanup(Starter.replace, before)
+
+    @classmethod
+    def skip_class(cls, reason):
+        """In setUpClass, when it turns out that the shared cluster is of no use here: nothing went wrong."""
+        cls._shared["ran"] = True
+        raise unittest.SkipTest(reason)
 
     def run(self, result=None):
         # Directories can be dealt with only here: before Python 3.11 a test's result is not known in its cleanups.

@@ -1,7 +1,7 @@
 """What is made durable, in which order: recorded in processes of the program, and read by tests.
 
-`record(cluster)` has the processes of a cluster started with this file as their program: it is cbackup.py, with a line in a
-record for each fsync, rename, link, removal, commit and message. `events(cluster)` reads the record, and `Disk` says what a
+`record(cls, cluster)` has the processes of a test's class started by this module instead of tests.starter: they write a line in
+a record for each fsync, rename, link, removal, commit and message. `events(cluster)` reads the record, and `Disk` says what a
 power failure at one of its lines would leave in doubt. It knows nothing of how the program is written but `Channel`.
 """
 
@@ -12,11 +12,10 @@ import functools
 import json
 import os
 import sqlite3
-import sys
 import threading
 import types
 
-FILE = os.path.abspath(__file__)
+from tests import starter
 
 
 # ---- in the process ---------------------------------------------------------------------------------------------
@@ -25,7 +24,9 @@ class Recorder:
     """Writes the record: an object a line, with `what` happened, after it has; but what is sent, before it is."""
 
     def __init__(self, path):
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self.descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 500)      # those below are closed in new processes
+        os.close(opened)
 
     def note(self, what, **facts):
         facts.update(what=what, pid=os.getpid(), thread=threading.get_ident())
@@ -167,8 +168,6 @@ def watch_messages(recorder, channel):
 
 
 def main():
-    sys.pycache_prefix = os.environ["CBACKUP_RECORD"] + ".pyc"      # compiled once for all processes of a cluster
-    sys.dont_write_bytecode = False
     import cbackup
     recorder = Recorder(os.environ["CBACKUP_RECORD"])
     watch_names(recorder)
@@ -176,7 +175,7 @@ def main():
     watch_writing(recorder)
     watch_databases(recorder)
     watch_messages(recorder, cbackup.Channel)
-    return cbackup.main()
+    starter.main()
 
 
 # ---- in the test ------------------------------------------------------------------------------------------------
@@ -186,12 +185,9 @@ def possible():
     return hasattr(fcntl, "F_GETPATH") or os.path.exists("/proc/self/fd")
 
 
-def record(cluster, without_syncfs=()):
-    """Has what is started on the hosts of a cluster recorded; on some of them as if there were no syncfs(2)."""
-    cluster.file = FILE
-    for host in cluster.hosts:
-        cluster.prefix[host] = ["env", "CBACKUP_RECORD=" + cluster.path("record"),
-                                "CBACKUP_RECORD_SYNCFS=" + ("no" if host in without_syncfs else "yes")]
+def record(test, cluster):
+    """In setUpClass: what is started is recorded. With CBACKUP_RECORD_SYNCFS=no, a process finds no syncfs(2)."""
+    test.start_by("tests.recorder", {"CBACKUP_RECORD": cluster.path("record")})
 
 
 def events(cluster):
@@ -255,4 +251,4 @@ class Disk:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
