@@ -491,8 +491,8 @@ class Cluster:
         self.backups = {}
         self.servers = {}
         self.prefix = {}        # host: words that stand before each of its commands
-        self.variables = {}     # of the environment of all of its processes
         self._clock = os.path.join(self.base, "clock")
+        self.variables = {"CBACKUP_TEST_CLOCK": self._clock}    # of the environment of all of its processes
         self.now = 0
         self._written = None
         self.ports = {}
@@ -613,7 +613,7 @@ class Cluster:
     # -- processes
 
     def environment(self, host, **more):
-        return plain_environment(self.path(host), **dict(self.variables, CBACKUP_TEST_CLOCK=self._clock, **more))
+        return plain_environment(self.path(host), **dict(self.variables, **more))
 
     def spawn(self, host, *arguments, **more):
         """Starts any command on a host; `more` are variables of its environment. Returns a Process."""
