@@ -3176,8 +3176,8 @@ class Books:
         rows = self.rows(
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
             "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
-            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, LENGTH(xattrs) "
-            "FROM entries "
+            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, "
+            "blocked IS NOT 'unreadable', LENGTH(xattrs) FROM entries "
             "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
             "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
         page: "List[Tuple[Any, ...]]" = []
@@ -6216,19 +6216,23 @@ def _stamp_time(stamp: bytes) -> float:
 
 
 class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid user group link target"
-                                          " digest holders proven xattrs",
-                            defaults=(None, 0, 0, 0, 0, 0, "", "", None, None, None, (), True, None))):
+                                          " digest holders proven xattrs readable",
+                            defaults=(None, 0, 0, 0, 0, 0, "", "", None, None, None, (), True, None,
+                                      True))):
     """One path of a source at one time.  kind None: no longer there.  path, target, digest: bytes.
     link: a number shared by hard links.  holders: the backups that had a copy, so that a restore
     can say who is missing.  proven: the source's server had read the file in full; else the digest
     was presumed.  xattrs: extended attributes, name -> value in base64, or None for one that could
-    not be kept; None: they are not known."""
+    not be kept; None: they are not known.  readable: False when the source's server could not read
+    the file: what there is of it is older."""
 
     __slots__ = ()
 
     def more(self) -> "Dict[str, Any]":
-        """What level 1 does not know: "proven", 0, of a file that is not, and "xattrs"."""
+        """What level 1 does not know: "proven" and "readable", 0, of a file that is not, and "xattrs"."""
         more: "Dict[str, Any]" = {} if self.proven else {"proven": 0}
+        if not self.readable:
+            more["readable"] = 0
         if self.xattrs is not None:
             more["xattrs"] = self.xattrs
         return more
@@ -6285,7 +6289,7 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         more = more or {}
         return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
                    tuple(name for name in holders if _NAME.match(name)), more.get("proven") is None,
-                   _checked_xattrs(more.get("xattrs"), path))
+                   _checked_xattrs(more.get("xattrs"), path), more.get("readable") is None)
 
 
 def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str]]]":
@@ -7203,10 +7207,10 @@ class Service:
             rows, more = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
             out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
                                       link, target, digest, tuple((holders or "").split(",")) if holders else (),
-                                      bool(proven), xattrs and json.loads(xattrs),
+                                      bool(proven), xattrs and json.loads(xattrs), bool(readable),
                                       ).to_wire(request["level"])
                            for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
-                                proven, xattrs) in rows]
+                                proven, readable, xattrs) in rows]
             out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
@@ -9435,7 +9439,7 @@ PLAN_SCHEMA = """
 CREATE TABLE want(
     path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
     grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1,
-    proven INTEGER DEFAULT 1, xattrs TEXT, rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
+    proven INTEGER DEFAULT 1, xattrs TEXT, readable INTEGER DEFAULT 1, rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
 CREATE INDEX want_open ON want(rank, path) WHERE kind='f' AND state=0;
 CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL;
 
@@ -9849,10 +9853,10 @@ class Restore:
             else:
                 self.db.execute(
                     "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest, "
-                    "holders, proven, xattrs) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "holders, proven, xattrs, readable) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
                      row.target, row.digest, ",".join(row.holders), int(row.proven),
-                     None if row.xattrs is None else json.dumps(row.xattrs)))
+                     None if row.xattrs is None else json.dumps(row.xattrs), int(row.readable)))
 
     def _select(self) -> None:
         """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
@@ -10614,6 +10618,8 @@ class Restore:
 
     def _why_missing(self, path: bytes, note: "Optional[str]", holders: str) -> str:
         down = "; not reachable: %s" % ", ".join(sorted(self.down.values())) if self.down else ""
+        if not holders and not self._one("SELECT readable FROM want WHERE path=?", path)[0]:
+            return "its own host could not read it, so that it was never backed up%s" % down
         if holders:
             up = {holder.backup: holder.name for holder in self.holders}
             known = ["%s (not reachable)" % self.down[name] if name in self.down else "%s (%s)" % (
@@ -10623,8 +10629,11 @@ class Restore:
         if self._one("SELECT 1 FROM other WHERE path=?", path):
             names = sorted(self.holders[n].name for n, in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path))
             return "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
-        return "no backup is known to have had it: not copied yet when the catalog was made, or its " \
-            "server could not read it%s" % down
+        return "no backup is known to have had it: not copied yet when the catalog was made" + down
+
+    def unreadable(self) -> "Iterator[bytes]":
+        """Files that the source's host could not read when the catalog was made: missing, or of before."""
+        return (path for path, _ in self._each("state", "kind='f' AND readable=0 AND asked=1"))
 
     def in_the_way(self) -> int:
         return self._one("SELECT COUNT(*) FROM want WHERE state=4 AND asked=1")[0]
@@ -12998,11 +13007,17 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
         print(json.dumps(dict(
             restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way, **origin_of(restore),
             missing=[{"path": as_text(path), "reason": why} for path, why in restore.missing()],
-            unproven=[as_text(path) for path in restore.unproven()])))
+            unproven=[as_text(path) for path in restore.unproven()],
+            unreadable=[as_text(path) for path in restore.unreadable()])))
         return
     for path in restore.unproven():
         log.info("%s: what the backups have; its own host had not read the file again when the "
                  "catalog was made", shown(path))
+    unreadable = 0
+    for path in restore.unreadable():
+        unreadable += 1
+        log.info("%s: its own host could not read it when the catalog was made; what there is of it is "
+                 "older", shown(path))
     for path, why in itertools.islice(restore.missing(), SHOWN_MISSING):
         print("cbackup: %s: %s" % (shown(path), shown(why)), file=sys.stderr)
     if missing + in_the_way > SHOWN_MISSING:
@@ -13017,7 +13032,9 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     print("%s: %s (%s restored, %s; %s were there already) in %s, as of %s, by the catalog of %s%s" % (
         restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
         format(restore.counts["kept_files"], ","), restore.target, format_time(restore.catalog_time), restore.catalog_from,
-        "; %s of them not proven yet at that time (-v names them)" % format(unproven, ",") if unproven else ""))
+        "".join("; %s %s (-v names them)" % (format(count, ","), words) for count, words in (
+            (unproven, "of them not proven yet at that time"),
+            (unreadable, "could not be read by their own host at that time")) if count)))
 
 
 def add_find_parser(commands: Any) -> None:

@@ -221,15 +221,37 @@ sys.exit(cbackup.main(sys.argv[2:]))
 class UnreadTest(Case):
     """What could not be read, or taken, is never called safe, and is named in every pass until it is mended."""
 
-    def test_an_unreadable_directory(self):
+    def humble(self, files):
+        """A cluster of which the source's server may not read everything, and the source."""
         without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
         if os.geteuid() == 0 and (not shutil.which("setpriv") or subprocess.call(
                 without + ["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0):
             self.skipTest("root can read everything, and there is no setpriv that would take that from it")
         c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"f": 1000, "shut/g": 10})
+        source = c.source("docs", "s", files)
         c.backup("ba", "a", "9M")
         c.prefix["s"] = without if os.geteuid() == 0 else []
+        return c, source
+
+    def test_a_restore_counts_what_could_not_be_read(self):
+        c, source = self.humble({"f": 1000, "never": 10, "later": 10})
+        os.chmod(os.path.join(source, "never"), 0)
+        c.start()
+        self.assertRc(1, c.client("a"))
+        os.chmod(os.path.join(source, "later"), 0)
+        self.assertRc(1, c.client("a"))
+        to = c.path("to")
+        result = c.restore("a", "docs", to=to, options=["--json"])
+        self.assertRc(1, result)
+        self.assertEqual(["later", "never"], result.json["unreadable"])
+        self.assertEqual([["never", True]], [[one["path"], "its own host could not read it" in one["reason"]]
+                                             for one in result.json["missing"]])
+        self.assertEqual(["f", "later"], sorted(name for name in os.listdir(to) if name[0] != "."))
+        result = c.restore("a", "docs", to=to)
+        self.assertIn("; 2 could not be read by their own host at that time", result.stdout)
+
+    def test_an_unreadable_directory(self):
+        c, source = self.humble({"f": 1000, "shut/g": 10})
         os.chmod(os.path.join(source, "shut"), 0)
         c.start()
         for _ in range(2):
