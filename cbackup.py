@@ -138,8 +138,8 @@ arrive, and AT_WORK, unpacked, while they are answered."""
 PACK_FROM = 4096
 """Messages longer than this travel compressed."""
 
-PAGE = 2000
-"""Rows in one page of a listing on the channel."""
+PAGE, PAGE_TEXT = 2000, 512 << 10
+"""Rows in one page of a listing on the channel, and bytes of names in it: in JSON a byte can become six."""
 
 CONNECT_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
@@ -413,6 +413,32 @@ def in_batches(items: "Iterable[Any]", most: int = 500) -> "Iterator[List[Any]]"
     """Lists of up to `most` items: each one transaction, where one for every item would wait for the disk every time."""
     items = iter(items)
     return iter(lambda: list(itertools.islice(items, most)), [])
+
+
+def in_pages(rows: "Iterable[Any]") -> "Iterator[List[Any]]":
+    """Lists of as many rows, or names, as a message has room for: PAGE, fewer where the names are long."""
+    page: "List[Any]" = []
+    size = 0
+    for row in rows:
+        text = len(row) if isinstance(row, (str, bytes)) else sum(
+            [len(cell) for cell in row if isinstance(cell, (str, bytes))])
+        if page and (len(page) == PAGE or size + text > PAGE_TEXT):
+            yield page
+            page, size = [], 0
+        page.append(row)
+        size += text
+    if page:
+        yield page
+
+
+def first_page(rows: "Iterable[Any]") -> "List[Any]":
+    return next(in_pages(rows), [])
+
+
+def with_more(rows: "List[Any]") -> "Tuple[List[Any], bool]":
+    """(first_page, whether more may follow) of at most PAGE rows that were asked for."""
+    page = first_page(rows)
+    return page, len(page) == PAGE or len(page) < len(rows)
 
 
 def as_text(raw: bytes) -> str:
@@ -2654,8 +2680,12 @@ class Books:
                         self._insert_claim(number, backup, source["id"])
                 if len(taken) == before or size + 1 > max_bytes:
                     break
-            db.execute("UPDATE backups SET free=free-? WHERE id=?", (size, backup))
-            return [row[1:] for row in self._wanted(taken)]
+            wanted = self._wanted(taken)
+            rows = first_page(wanted)
+            for row in wanted[len(rows):]:
+                self._end_claims(backup, [row[0]])
+            db.execute("UPDATE backups SET free=free-? WHERE id=?", (sum(row[2] for row in rows), backup))
+            return [row[1:] for row in rows]
 
     def _insert_claim(self, number: int, backup: int, source: int) -> None:
         self.db.execute("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
@@ -2692,7 +2722,7 @@ class Books:
 
     def release(self, backup: int, source: int, paths: "Optional[List[bytes]]") -> None:
         """Give claims back: those of `paths`, or all of this backup."""
-        with self.write() as db:
+        with self.write():
             if paths is None:
                 files = [row[0] for row in self.rows(
                     "SELECT file FROM copies WHERE backup=? AND source=? AND state='c'", backup, source)]
@@ -2700,9 +2730,12 @@ class Books:
                 files = [row[0] for row in (self.one(
                     "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? AND e.path=? "
                     "AND c.backup=? AND c.state='c'", source, path, backup) for path in paths) if row]
-            for number in files:
-                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (number, backup))
-            self.regroup(files)
+            self._end_claims(backup, files)
+
+    def _end_claims(self, backup: int, files: "List[int]") -> None:
+        for number in files:
+            self.db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (number, backup))
+        self.regroup(files)
 
     def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
                              ) -> "Optional[Tuple[bytes, int]]":
@@ -3172,7 +3205,7 @@ class Books:
     def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]",
                         ) -> "Tuple[List[Tuple[Any, ...]], bool]":
         """A page of live entries of generations in (since, upto], after the cursor (gen, id);
-        whether there may be more.  It is short where the extended attributes are long."""
+        whether there may be more.  It is short where names or extended attributes are long."""
         rows = self.rows(
             "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
             "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
@@ -3182,17 +3215,18 @@ class Books:
             "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
         page: "List[Tuple[Any, ...]]" = []
         size = 0
-        for row in rows:
+        for row in first_page(rows):
             size += row[-1] or 0
             if page and size > XATTRS_PAGE:
                 break
             page.append(row[:-1] + (row[-1] and self.xattrs_of(row[1]),))
         return page, len(page) == PAGE or len(page) < len(rows)
 
-    def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "List[bytes]":
-        return [row[0] for row in self.rows(
+    def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "Tuple[List[bytes], bool]":
+        """A page of paths that are no more, by path; whether there may be more."""
+        return with_more([row[0] for row in self.rows(
             "SELECT path FROM graves WHERE source=? AND gen>? AND gen<=? AND path>? ORDER BY path LIMIT ?",
-            source, since, upto, after, PAGE)]
+            source, since, upto, after, PAGE)])
 
     # -- figures --
 
@@ -4121,6 +4155,11 @@ def _is_text(value: Any) -> bool:
 _NO_TEXT = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
+def _is_word(value: Any) -> bool:
+    """One of ours, or of a newer version's."""
+    return isinstance(value, str) and bool(re.match(r"[a-z-]{1,40}\Z", value))
+
+
 def _is_said(value: Any) -> bool:
     """A text for people: `misfit` makes it one that can be shown."""
     return isinstance(value, str) and len(value) <= CONFIG_LIMIT
@@ -4234,7 +4273,7 @@ WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is
 """A file that is to be copied: see Wanted."""
 FOUND = (_is_path, _is_count)
 STANDING = {
-    "state": _is_text, "reason": Maybe(_is_said), "cause": Maybe(_is_text), "replicas": _is_count, "scanned": _is_flag,
+    "state": _is_word, "reason": Maybe(_is_said), "cause": Maybe(_is_word), "replicas": _is_count, "scanned": _is_flag,
     "todo": _is_count, "sum": (_is_figure, _is_figure, _is_figure), "gen": _is_count, "recovering": _is_flag}
 WORDS = {
     "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number), "want": Maybe(_is_count),
@@ -4247,7 +4286,7 @@ OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _
 SOME = {"count": May(_is_count, 0), "some": May([_is_said], list)}
 FIGURES = dict(dict.fromkeys((
     "files", "bytes", "underserved_files", "underserved_bytes", "overserved_files", "missing_bytes", "claimed_files",
-    "blocked_files", "replicas"), _is_count), state=_is_text, reason=Maybe(_is_said), cause=Maybe(_is_text),
+    "blocked_files", "replicas"), _is_count), state=_is_word, reason=Maybe(_is_said), cause=Maybe(_is_word),
     copies=Each(_is_count), special=Maybe(_is_count), last_scan=Maybe(_is_real),
     problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_said)), unproven_files=May(_is_count),
     unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)], short_since=May(Maybe(_is_real)),
@@ -4256,14 +4295,14 @@ FIGURES = dict(dict.fromkeys((
 HERE = {"state": _is_said, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
         "sources": May(Each(_is_count)), "held": May(_is_count), "disk": May(_is_number), "new": May(_is_flag)}
 """A backup in its own host's answer of `status`."""
-PLANNED = {"state": _is_text, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
+PLANNED = {"state": _is_word, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
            "bare": (_is_count, _is_count), "without": Each((_is_count, _is_count)), "largest": (_is_count, _is_text)}
 
 _OF = {"backup": _is_name, "source": _is_name}
 _ROOM = dict(_OF, free=_is_number)
 
 OPERATIONS: "Dict[str, Operation]" = {
-    "look": Operation({}, {"waiting": [_is_text]}),
+    "look": Operation({}, {"waiting": [_is_name]}),
     "begin": Operation({"backup": _is_name, "identity": _is_hex_word, "adopt": _is_flag, "capacity": _is_count,
                         "free": _is_number, "used": _is_count, "files": _is_count, "sums": Each(_is_anything)},
                        {"books": _is_text, "sources": Each(STANDING)}),
@@ -4274,8 +4313,9 @@ OPERATIONS: "Dict[str, Operation]" = {
     "demand": Operation({"backup": _is_name, "capacity": _is_count, "free": _is_number, "beyond": May(_is_flag, False)}, {
         "sources": Each({"missing": _is_count, "replicas": _is_count, "lacking": _is_count, "lacking_files": _is_count,
                          "short": _is_count, "beyond": May(_is_count, 0)}), "backups": [WORDS]}),
+    # Where there is no `more` in an answer with pages, the last page is that with less than PAGE rows.
     "todo": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), after=_is_count),
-                      {"rows": [(_is_count, _is_path, Maybe(_is_number), Maybe(WANTED))],
+                      {"more": May(_is_flag), "rows": [(_is_count, _is_path, Maybe(_is_number), Maybe(WANTED))],
                        "digests": May([Maybe(_is_hex)], list)}),
     "done": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), rows=[(_is_number, Maybe(_is_tag))]), {}),
     "forget": Operation(dict(_OF, paths=[_is_path]), {}),
@@ -4287,7 +4327,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     "claim_paths": Operation(dict(_ROOM, paths=[_is_path], relieved=Maybe(_is_name)), {"rows": [WANTED]}),
     "release": Operation(dict(_OF, paths=[_is_path], all=_is_flag), {}),
     "confirm": Operation(dict(_OF, rows=[(_is_path, _is_count, _is_hex, Every(_is_count, 64), _is_hex)]),
-                         {"verdicts": [_is_text]}),
+                         {"verdicts": [_is_word]}),
     "placed": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_tag)]), {"counted": [_is_path]}),
     "decline": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_said)]), {}),
     "smallest": Operation(dict(_OF, above=_is_count, most=_is_count), {"file": Maybe(FOUND)}),
@@ -4307,14 +4347,15 @@ OPERATIONS: "Dict[str, Operation]" = {
     "generations": Operation({"source": _is_name}, {"rows": [(_is_count, _is_real)]}),
     # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
     "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1),
-                               prefix=May(_is_text, "")), {"rows": [_is_holding]}),
+                               prefix=May(_is_text, "")), {"rows": [_is_holding], "more": May(_is_flag)}),
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
                       {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)], "next": Maybe(_is_text)}),
-    "held_files": Operation({"source": _is_name, "after": _is_text}, {"rows": [(_is_path, _one_of("gone", "changed"))]}),
+    "held_files": Operation({"source": _is_name, "after": _is_text},
+                            {"rows": [(_is_path, _one_of("gone", "changed"))], "more": May(_is_flag)}),
     "accept": Operation({"source": _is_name}, {"text": _is_said}),
     "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "at": May(Every(Maybe(_is_count), 100000), list), "rows": Every(
-        (_is_name, _is_text, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
+        (_is_name, _is_name, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
     "forget_source": Operation({"source": _is_name}, {}),
     "config": Operation({}, {"config": OFFER}),
     "new_config": Operation({"config": OFFER}, {"taken": _is_flag}),
@@ -6998,8 +7039,9 @@ class Service:
     @answers("todo")
     def op_todo(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
-        rows = self.books.todo(self.books.backup_id(request["backup"]), row["id"], request["kind"], request["after"])
-        return {"rows": [[cursor, as_text(path), tag, _files_out([wanted])[0] if wanted[0] is not None else None]
+        rows, more = with_more(self.books.todo(
+            self.books.backup_id(request["backup"]), row["id"], request["kind"], request["after"]))
+        return {"more": more, "rows": [[cursor, as_text(path), tag, _files_out([wanted])[0] if wanted[0] is not None else None]
                          for cursor, path, tag, _, *wanted in rows],
                 "digests": [row[3].hex() if row[3] else None for row in rows]}
 
@@ -7052,7 +7094,7 @@ class Service:
         """The claims that a backup has: those of an earlier pass that did not come to its end."""
         row = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {})
-        return {"rows": _files_out(claim[1:] for claim in self.books.own_claims(number, row["id"], PAGE))}
+        return {"rows": _files_out(first_page(claim[1:] for claim in self.books.own_claims(number, row["id"], PAGE)))}
 
     @answers("claim_paths")
     def op_claim_paths(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7167,7 +7209,7 @@ class Service:
     def op_droppable(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         rows = self.books.droppable(self.books.backup_id(request["backup"]), row, request["need"])
-        return {"rows": _files_out(rows)}
+        return {"rows": _files_out(first_page(rows))}
 
     @answers("drop")
     def op_drop(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7191,7 +7233,7 @@ class Service:
         rows = [] if self.books.recovering(row["id"]) else self.books.relief_offers(
             self.books.backup_id(request["backup"]), row, self.books.backup_id(request["relieved"]), request["gap"],
             request["most"])
-        return {"rows": _files_out(rows)}
+        return {"rows": _files_out(first_page(rows))}
 
     # -- catalogs --
 
@@ -7214,9 +7256,9 @@ class Service:
             out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
-            graves = self.books.catalog_graves(row["id"], request["since"], upto, after)
+            graves, more = self.books.catalog_graves(row["id"], request["since"], upto, after)
             out["rows"] = [[as_text(path)] for path in graves]
-            out["cursor"] = [-1, 0] if len(graves) == PAGE else [-2, 0]
+            out["cursor"] = [-1, 0] if more else [-2, 0]
         return out
 
     @answers("generations")
@@ -7310,11 +7352,11 @@ class Service:
         spec = self._own_backup(request["backup"])
         reader, after, prefix = VaultReader(spec), request["after"], as_raw(request["prefix"])
         if request.get("kind") == 2:
-            rows = reader.old_versions(request["source"], after if isinstance(after, int) else 0, prefix)
-            return {"rows": [[number, as_text(path), as_text(stored), size, mtime, digest.hex() if digest else None]
+            rows, more = with_more(reader.old_versions(request["source"], after if isinstance(after, int) else 0, prefix))
+            return {"more": more, "rows": [[number, as_text(path), as_text(stored), size, mtime, digest.hex() if digest else None]
                              for number, path, stored, size, mtime, digest in rows]}
-        rows = reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"", prefix)
-        return {"rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
+        rows, more = with_more(reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"", prefix))
+        return {"more": more, "rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
 
     @answers("find")
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7324,10 +7366,10 @@ class Service:
             with contextlib.suppress(Refused):
                 reader = VaultReader(spec)
                 rows = reader.find(request["pattern"])
-                more = more or len(rows) > FIND_LIMIT
-                found += [[spec.name, source, as_text(path), size, mtime, since]
-                          for source, path, size, mtime, since in rows[:FIND_LIMIT]]
-                times += reader.times_of(rows[:FIND_LIMIT])
+                page = first_page(rows[:FIND_LIMIT])
+                more = more or len(rows) > len(page)
+                found += [[spec.name, source, as_text(path), size, mtime, since] for source, path, size, mtime, since in page]
+                times += reader.times_of(page)
         return {"rows": found, "at": times, "more": more}
 
     @answers("list")
@@ -7366,8 +7408,9 @@ class Service:
     @answers("held_files")
     def op_held_files(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A page of the files for which a source is held, by path: [path, "gone" or "changed"]."""
-        rows = self.books.held_page(self.books.source_row(request["source"])["id"], as_raw(request["after"]), PAGE)
-        return {"rows": _files_out(rows)}
+        source = self.books.source_row(request["source"])["id"]
+        rows, more = with_more(self.books.held_page(source, as_raw(request["after"]), PAGE))
+        return {"rows": _files_out(rows), "more": more}
 
     @answers("accept")
     def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -8213,7 +8256,7 @@ class Pass:
             with contextlib.suppress(Exception):  # whatever is wrong with the server or the database: the lease ends too
                 paths = [as_text(path) for (path,) in self.vault.rows(
                     "SELECT path FROM coming WHERE source=? AND stage=0", standing.name)]
-                for page in in_batches(paths, PAGE):
+                for page in in_pages(paths):
                     self.links[standing.host].call("release", backup=self.name, source=standing.name, paths=page, all=False)
 
     @contextlib.contextmanager
@@ -8252,7 +8295,7 @@ class Pass:
         out = {standing.host for standing in list(self.standings.values()) if standing.out}
         for host in sorted(set(coming) & set(links) - out):
             with contextlib.suppress(Unreachable, Refused):
-                words = {"rows": [[s, as_text(p)] for s, p in coming[host][:PAGE]]} if links[host].peer_level() > 1 else {}
+                words = {"rows": [[s, as_text(p)] for s, p in first_page(coming[host])]} if links[host].peer_level() > 1 else {}
                 links[host].call("told", backup=self.name, free=free, **words)
 
     def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
@@ -8366,10 +8409,9 @@ class Pass:
             paths = [path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)
                      if (standing.name, path) not in self.waiting]
             vault.give_up(standing.name, paths)
-            for start in range(0, len(paths), PAGE):
+            for page in in_pages(paths):
                 self.guarded(standing, lambda s: self.links[s.host].call(
-                    "release", backup=self.name, source=s.name, all=False,
-                    paths=[as_text(path) for path in paths[start:start + PAGE]]))
+                    "release", backup=self.name, source=s.name, all=False, paths=[as_text(path) for path in page]))
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
         self.keep_what_is_held()
@@ -8424,8 +8466,7 @@ class Pass:
         vault = self.vault
         rows = vault.rows("SELECT path, version, size, mtime, digest FROM coming WHERE source=? AND stage=1 AND books=?",
                           standing.name, standing.books)
-        for start in range(0, len(rows), PAGE):
-            page = rows[start:start + PAGE]
+        for page in in_pages(rows):
             vault.sync_places(standing.name, [row[0] for row in page])
             self._count_in(standing, self.links[standing.host], [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
         others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
@@ -8452,7 +8493,7 @@ class Pass:
                 if kind != TODO_RETIRE and any(row[3] is None for row in rows):
                     raise ProtocolError("a file without its figures")
                 yield rows
-            if len(rows) < PAGE or rounds.rows > most:
+            if not answer.get("more", len(rows) == PAGE) or not rows or rounds.rows > most:
                 return
             after = rows[-1][0]
 
@@ -8466,9 +8507,8 @@ class Pass:
         self.update(standing)
 
     def _done(self, standing: Standing, kind: int, rows: "List[List[Any]]") -> None:
-        for start in range(0, len(rows), PAGE):
-            self.links[standing.host].call("done", backup=self.name, source=standing.name, kind=kind,
-                                           rows=rows[start:start + PAGE])
+        for page in in_pages(rows):
+            self.links[standing.host].call("done", backup=self.name, source=standing.name, kind=kind, rows=page)
 
     def lift(self, standing: Standing) -> "Tuple[List[List[Any]], List[str]]":
         """All renames at once, so that swaps of whole directories work.  Returns ([cursor, tag] of those that are done
@@ -8496,8 +8536,8 @@ class Pass:
         done, failed = self.vault.settle_moves(standing.name, last=True)
         self._done(standing, TODO_MOVE, settled + [[cursor, tag] for cursor, tag in done])
         unknown = unknown + [as_text(path) for path in failed]
-        for start in range(0, len(unknown), PAGE):
-            self.links[standing.host].call("forget", backup=self.name, source=standing.name, paths=unknown[start:start + PAGE])
+        for page in in_pages(unknown):
+            self.links[standing.host].call("forget", backup=self.name, source=standing.name, paths=page)
         self.figures.add(moved_files=len(done))
 
     def touch(self, standing: Standing) -> None:
@@ -8533,8 +8573,8 @@ class Pass:
         serial = link.call("report_start", backup=self.name, source=standing.name)["serial"]
         while True:
             page = vault.held_page(standing.name, after)
-            link.call("report", backup=self.name, source=standing.name, serial=serial,
-                      rows=[[as_text(path), size, mtime, tag] for path, size, mtime, _, tag in page])
+            for part in in_pages([as_text(path), size, mtime, tag] for path, size, mtime, _, tag in page):
+                link.call("report", backup=self.name, source=standing.name, serial=serial, rows=part)
             if len(page) < PAGE:
                 break
             after = page[-1][0]
@@ -8561,11 +8601,12 @@ class Pass:
         self.pipeline.drain()
 
     @staticmethod
-    def _next_part(files: "List[Wanted]") -> "List[Wanted]":
-        size = 0
+    def _next_part(files: "List[Wanted]", most: int = BATCH_BYTES) -> "List[Wanted]":
+        """As many as are fetched, or with `most` bytes asked about, at once."""
+        size = text = 0
         for count, f in enumerate(files):
-            size += f.size
-            if count and (size > BATCH_BYTES or count >= BATCH_FILES):
+            size, text = size + f.size, text + len(f.path)
+            if count and (size > most or count >= BATCH_FILES or text > PAGE_TEXT):
                 return files[:count]
         return list(files)
 
@@ -8575,9 +8616,10 @@ class Pass:
         what they are, and are asked about again by the next pass."""
         vault, link = self.vault, self.links[standing.host]
         wrong: "List[Wanted]" = []
-        for start in range(0, len(files), BATCH_FILES):
-            part, rows = [], []
-            for f in files[start:start + BATCH_FILES]:
+        while files:
+            batch, part, rows = self._next_part(files, 1 << 62), [], []
+            files = files[len(batch):]
+            for f in batch:
                 held, row = vault.held(standing.name, f.path), None
                 try:
                     row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
@@ -8723,12 +8765,13 @@ class Pass:
     def give_back(self, standing: Standing, link: Any, files: "List[Wanted]") -> None:
         """Release claims of files that may be claimed again at once, by us too; parts of them stay."""
         self.vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
-        link.call("release", backup=self.name, source=standing.name, paths=[as_text(f.path) for f in files], all=False)
+        for page in in_pages(as_text(f.path) for f in files):
+            link.call("release", backup=self.name, source=standing.name, paths=page, all=False)
 
     def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
         """Leave files to others for a while, and forget what came of them."""
-        link.call("decline", backup=self.name, source=standing.name,
-                  rows=[[as_text(f.path), f.version, why] for f, why in rows])
+        for page in in_pages([as_text(f.path), f.version, why] for f, why in rows):
+            link.call("decline", backup=self.name, source=standing.name, rows=page)
         self.vault.give_up(standing.name, [f.path for f, _ in rows])
         if failed:
             self.figures.add(failed_files=len(rows))
@@ -8833,8 +8876,8 @@ class Pass:
         of it by the next report."""
         if rows:
             standing.barren = 0
-            link.call("placed", backup=self.name, source=standing.name,
-                      rows=[[as_text(path), version, tag] for path, version, tag in rows])
+            for page in in_pages([as_text(path), version, tag] for path, version, tag in rows):
+                link.call("placed", backup=self.name, source=standing.name, rows=page)
             test_point("counted")
             self.vault.arrived(standing.name, [row[0] for row in rows])
 
@@ -8946,9 +8989,9 @@ class Pass:
         freed = 0
         for standing in self.usable():
             paths = [as_text(path) for s, path, _ in chosen if s is standing]
-            for start in range(0, len(paths), PAGE):
+            for page in in_pages(paths):
                 granted = self.guarded(standing, lambda s: self.links[s.host].call(
-                    "drop", backup=self.name, source=s.name, paths=paths[start:start + PAGE])["granted"]) or []
+                    "drop", backup=self.name, source=s.name, paths=page)["granted"]) or []
                 test_point("granted")
                 grants = [Grant(standing.name, check_relative(as_raw(path))) for path in granted if path in paths]
                 size = self.vault.drop(grants)
@@ -9038,7 +9081,7 @@ class Pass:
                 room -= offer[2]
         done = False
         for standing in self.usable():
-            paths = [path for s, path, _ in chosen if s is standing][:BATCH_FILES]
+            paths = first_page(path for s, path, _ in chosen if s is standing)
             rows = paths and self.guarded(standing, lambda s: self.links[s.host].call(
                 "claim_paths", backup=self.name, source=s.name, free=free, paths=paths, relieved=other)["rows"])
             if rows:
@@ -9553,20 +9596,22 @@ class RemoteHolder:
         after: Any = ""
         rounds = Rounds(self.link.host, "copies")
         while True:
-            rows = self.link.call("holdings", backup=self.backup, source=source, after=after, **narrow)["rows"]
+            answer = self.link.call("holdings", backup=self.backup, source=source, after=after, **narrow)
+            rows = answer["rows"]
             for path, size, mtime, digest in rows:
                 yield check_relative(as_raw(path)), b"", size, mtime, bytes.fromhex(digest) if digest else None
-            if len(rows) < PAGE:
+            if not rows or not answer.get("more", len(rows) == PAGE):
                 break
             after = rows[-1][0]
             rounds.page(len(rows), as_raw(after))
         after, rounds = 0, Rounds(self.link.host, "old versions")
         while old:
-            rows = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2, **narrow)["rows"]
+            answer = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2, **narrow)
+            rows = answer["rows"]
             for _, path, stored, size, mtime, digest in rows:
                 yield (check_relative(as_raw(path)), check_relative(as_raw(stored)), size, mtime,
                        bytes.fromhex(digest) if digest else None)
-            if len(rows) < PAGE:
+            if not rows or not answer.get("more", len(rows) == PAGE):
                 break
             after = rows[-1][0]
             rounds.page(len(rows), after)
@@ -10783,11 +10828,12 @@ def held_files_of(link: Link, source: str) -> "Iterator[Tuple[str, str]]":
     after = ""
     while True:
         try:
-            rows = link.call("held_files", source=source, after=after)["rows"]
+            answer = link.call("held_files", source=source, after=after)
         except (Refused, ProtocolError):
             return
+        rows = answer["rows"]
         yield from rows
-        if len(rows) < PAGE:
+        if not rows or not answer.get("more", len(rows) == PAGE):
             return
         after = rows[-1][0]
 

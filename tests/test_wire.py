@@ -90,6 +90,12 @@ class TableTest(unittest.TestCase):
         for value, shape in wrong:
             self.assertNotEqual("", cbackup.misfit(value, shape), (value, shape))
 
+    def test_what_is_printed_as_it_is_can_only_be_a_name_or_a_word(self):
+        for value in ("\x1b[2J", "\udcff", "a b", ""):
+            self.assertNotEqual("", cbackup.misfit(value, cbackup._is_word))
+            self.assertNotEqual("", cbackup.misfit({"more": False, "rows": [["ba", value, "f", 1, 1, None]]},
+                                                   cbackup.OPERATIONS["find"].answer))
+
     def test_what_is_missing_from_an_older_peer_gets_its_default(self):
         answer = {"rows": []}
         self.assertEqual("", cbackup.misfit(answer, {"rows": [cbackup._is_count], "new": cbackup.May([], list)}))
@@ -426,6 +432,40 @@ class ForgedCatalogTest(Case):
         self.assertSameTree(self.source, target)
         self.assertOneError(result, "own server on s did not make")
         self.assertGreater(len(before), 1)
+
+
+class LongNamesTest(Case):
+    """However long names are and whatever they consist of, what is sent stays below what the other side listens to."""
+
+    def test_pages(self):
+        name = "\udcff" * 4096
+        pages = list(cbackup.in_pages([[name, 1, None]] * 2001))
+        self.assertEqual(2001, sum(map(len, pages)))
+        self.assertLess(max(len(json.dumps(page)) for page in pages), cbackup.REQUEST_LIMIT // 2)
+        self.assertEqual([2000, 1], [len(page) for page in cbackup.in_pages(["short"] * 2001)])
+        self.assertEqual([[b"x" * (1 << 20)]] * 2, list(cbackup.in_pages([b"x" * (1 << 20)] * 2)))
+        self.assertEqual(([], False), cbackup.with_more([]))
+
+    def test_files_with_the_longest_names_are_copied_reported_moved_and_restored(self):
+        with self.cluster("s", "a", replicas=1) as c:
+            source = os.fsencode(c.source("docs", "s", {"f": b"1"}))
+            c.backup("ba", "a", "50M")
+            deep = b"/".join([b"\xff" * 250] * 9)  # rsync 3.5 itself fails from 2,800 bytes on
+            os.makedirs(os.path.join(source, b"d", deep))
+            for number in range(600):
+                write_file(os.path.join(source, b"d", deep, b"%d" % number + b"\xfe" * 240), b"%d" % number)
+            c.start("s", "a")
+            c.settle()
+            os.rename(os.path.join(source, b"d"), os.path.join(source, b"e"))
+            self.assertEqual(600, sum(figures["moved_files"] for figures in c.settle()))
+            c.stop("s")
+            shutil.rmtree(os.path.join(c.home("s"), "state"))
+            c.start("s")
+            self.assertEqual(0, sum(figures["copied_files"] for figures in c.settle()))
+            self.assertCopies(c, "docs", 1)
+            target = c.path("back")
+            self.assertRc(0, c.restore("s", "docs", to=target))
+            self.assertSameTree(c.sources["docs"].path, target)
 
 
 class DripTest(unittest.TestCase):
