@@ -10186,6 +10186,8 @@ class Restore:
             path = os.path.dirname(path)
         info = os.statvfs(path)
         free = (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
+        if not info.f_blocks:  # a file system that does not know how large it is
+            free = 1 << 62
         needed = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND rank>0 "
                            "AND link IS NULL")[0]
         needed += self._one("SELECT COALESCE(SUM(size), 0) FROM (SELECT MAX(size) size FROM want "

@@ -7,7 +7,8 @@
 
 `transfer`: a first pass and a restore of many small files and of a large one, over the time of a plain local rsync of the
 same files in the same run; and what the bookkeeping takes.
-`idle`: what a pass with nothing to do costs with few and with many files, and the memory of client and server.
+`idle`: what a pass with nothing to do costs with few and with many files (their source was looked at shortly before), and the
+memory of client and server.
 `restore`: how much faster three backups behind limited lines are than one of them; three times would be perfect.
 `claims`: what a batch costs the server (milliseconds of CPU for the question what is missing, the claim, and the
 confirmation) while the clients of many hosts fill their backups with many files, from the first batch to the last.
@@ -191,7 +192,7 @@ def bytes_below(top):
 def bench_idle(args):
     print("%10s %12s %16s %16s" % ("files", "idle pass", "client's memory", "server's memory"))
     for count in (100, args.files):
-        with Cluster("s", "a", replicas=1) as cluster:
+        with Cluster("s", "a", replicas=1, scan_min="1h") as cluster:
             make_files(cluster.source("docs", "s"), count, 100, 0)
             cluster.backup("b", "a", "100G")
             cluster.start()

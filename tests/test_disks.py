@@ -2,10 +2,13 @@
 
 import contextlib
 import gzip
+import io
 import os
 import unittest
 import zlib
+from unittest import mock
 
+import cbackup
 from tests.disks import WHEN, DiskCase, catalog_bytes, row
 from tests.harness import DIRECTORY, FIFO, Link, inodes, make_tree, read_file, some_bytes, tree, wait_for, write_file
 
@@ -67,6 +70,19 @@ class WithoutAnyServerTest(DiskCase):
         self.assertOneError(result, "damaged", "000000000001-000000000002")
         self.assertEqual({"a"}, self.back())
 
+
+
+class OddTargetTest(DiskCase):
+
+    def test_a_file_system_that_does_not_know_how_large_it_is_is_not_full(self):
+        # tmpfs with size=0, ramfs, some of FUSE and of networks
+        disk = self.disk([row("", "d"), row("f", content="text")], {"f": b"text"})
+        info = list(os.statvfs(self.base))
+        info[2:5] = 0, 0, 0
+        with mock.patch.object(os, "statvfs", lambda path: os.statvfs_result(info)), \
+                contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(0, cbackup.main(self.words([disk])))
+        self.assertEqual(b"text", read_file(os.path.join(self.to, "f")))
 
 
 class HostileDiskTest(DiskCase):
