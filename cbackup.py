@@ -2572,12 +2572,28 @@ class Books:
         return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? ORDER BY path LIMIT ?",
                          source, after, limit)
 
+    def list_held(self, source: int, cause: "Optional[str]") -> None:
+        """Keep the files for which a source is held, when it was no scan that found them: other
+        contents ("bytes"), or copies that the source does not have ("report")."""
+        with self.write() as db:
+            db.execute("DELETE FROM held_files WHERE source=?", (source,))
+            if cause == "bytes":
+                db.execute("INSERT INTO held_files SELECT source, path, 'changed' FROM entries WHERE source=? AND "
+                           "other IS NOT NULL ORDER BY path LIMIT ?", (source, HELD_FILES))
+            elif cause == "report":
+                db.execute("INSERT OR IGNORE INTO held_files SELECT c.source, COALESCE(e.path, c.path), "
+                           "CASE WHEN e.id IS NULL THEN 'gone' ELSE 'changed' END FROM copies c LEFT JOIN entries e "
+                           "ON e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL AND %s AND "
+                           "COALESCE(e.path, c.path) IS NOT NULL LIMIT ?" % self.NOT_LIKE_THAT, (source, HELD_FILES))
+
+    NOT_LIKE_THAT = "(e.id IS NULL OR e.size IS NOT c.held_size OR COALESCE(ABS(e.mtime-c.held_mtime)>=2000000000, 1))"
+
     def mismatch(self, source: int) -> "Tuple[int, int]":
         """(copies that backups hold of something that the source does not have like that, all copies).  A disk may have kept
         its time in steps of 2 s."""
         bad, total = self.one(
-            "SELECT COALESCE(SUM(e.id IS NULL OR e.size IS NOT c.held_size OR COALESCE(ABS(e.mtime-c.held_mtime)>=2000000000, 1)"
-            "), 0), COUNT(*) FROM copies c LEFT JOIN entries e ON e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL", source)
+            "SELECT COALESCE(SUM(%s), 0), COUNT(*) FROM copies c LEFT JOIN entries e ON e.id=c.file "
+            "WHERE c.source=? AND c.tag IS NOT NULL" % self.NOT_LIKE_THAT, source)
         return bad, total
 
     # -- placing: claims, confirmations, drops, relief (the rules of a pass are in section 13) --
@@ -2994,6 +3010,7 @@ class Books:
                 self.finish_scan(source["name"], state="held", cause="bytes", reason=(
                     "of the %s in %s, %s have another content than before, while size and time of change are the same"
                     % (count_of(files, "file"), source["path"], format(len(others), ","))))
+                self.list_held(source["id"], "bytes")
 
     def mostly_other(self, source: int) -> bool:
         """Whether more than half of a source's files are known to have another content than presumed."""
@@ -3149,6 +3166,7 @@ class Books:
                 self.finish_scan(source["name"], state="held", cause="report",
                                  reason="backups hold %s of it, and %s of these are not in it like that now"
                                  % (count_of(total, "file"), format(bad, ",")))
+                self.list_held(source["id"], "report")
 
     def recovering(self, source: int) -> bool:
         """Whether these books are new and some backup has not yet told them what it holds: until then nobody is given
@@ -3844,19 +3862,22 @@ class Scan:
             after = page[-1][0]
 
     def keep_list(self, held: bool) -> None:
-        """Have the books keep what was found, so that it can be seen what `accept` would let through; or forget it."""
+        """Have the books keep what was found, so that it can be seen what `accept` would let through; or
+        forget it, unless something else holds the source."""
         number = self.row["id"]
-        if not held and not self.books.held_page(number, b"", 1):
+        if not held:
+            row = self.books.source_row(self.source.name)
+            if row["state"] == "held" or self.books.held_page(number, b"", 1):
+                self.books.list_held(number, row["cause"] if row["state"] == "held" else None)
             return
+        moved = "EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
         with self.books.write() as db:
             db.execute("DELETE FROM held_files WHERE source=?", (number,))
-            if held:
-                moved = "EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
-                db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost WHERE kind='f' AND replaced=0 AND NOT "
-                           + moved % "lost.id" + " ORDER BY path LIMIT ?", (number, HELD_FILES))
-                db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found WHERE kind='f' AND "
-                           "(how='content' OR how='replaced' AND NOT " + moved % "found.known" + ") ORDER BY path LIMIT ?",
-                           (number, HELD_FILES))
+            db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost WHERE kind='f' AND replaced=0 AND NOT "
+                       + moved % "lost.id" + " ORDER BY path LIMIT ?", (number, HELD_FILES))
+            db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found WHERE kind='f' AND "
+                       "(how='content' OR how='replaced' AND NOT " + moved % "found.known" + ") ORDER BY path LIMIT ?",
+                       (number, HELD_FILES))
 
     # -- applying --
 

@@ -278,6 +278,9 @@ class MassChange(ProofTest):
             for name, data in self.before.items():
                 self.assertEqual(read_file(c.kept_as("ba", "docs", name)), data)
             self.assertEqual(c.client("b").rc, 1)       # another scan does not let go of it
+            listed = ["f%02d has changed" % n for n in range(24)]
+            self.assertEqual(listed, [line.strip() for line in c.run("a", "status", "-v").stdout.splitlines()
+                                      if line.endswith("has changed")])
             self.assertEqual(c.run("a", "accept", "docs").rc, 0)
             self.prove(c)
             self.assertTrue_copies(c)

@@ -430,6 +430,27 @@ class HeldListTest(Case):
         self.assertRc(0, c.client("a"))
         self.assertNotIn("is gone", c.run("a", "status").stdout)
 
+    def test_copies_that_new_books_do_not_know(self):
+        """The books are lost while most of the source is gone: what the backups have of it is named."""
+        c = self.cluster("s", "a", replicas=1)
+        source = c.source("docs", "s", {"f%02d" % number: 10 for number in range(40)})
+        c.backup("ba", "a", "9M")
+        c.start()
+        c.settle()
+        c.stop("s")
+        shutil.rmtree(os.path.join(c.home("s"), "state"))
+        for number in range(30):
+            os.unlink(os.path.join(source, "f%02d" % number))
+        write_file(os.path.join(source, "f30"), b"other than before")
+        c.start("s")
+        for _ in range(2):      # the second scan keeps the list
+            self.assertRc(1, c.client("a"))
+            named = [line.strip() for line in c.run("a", "status", "-v").stdout.splitlines()
+                     if line.endswith((" is gone", " has changed"))]
+            self.assertEqual(["f%02d is gone" % number for number in range(30)] + ["f30 has changed"], named)
+        self.assertRc(0, c.run("s", "accept", "docs", "--yes"))
+        c.settle()
+
     def test_at_a_terminal_accept_asks(self):
         c = self.cluster("s", "a", replicas=1)
         source = c.source("docs", "s", {"f": 100})
