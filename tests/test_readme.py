@@ -164,7 +164,7 @@ class ReadmeTest(unittest.TestCase):
             words = part.strip(" :").split()
             if len(part.strip(" :")) > 3:
                 runs = [(first, last) for first in range(len(words)) for last in range(first, len(words) + 1)
-                        if last - first < max(1, len(words) - 2)]
+                        if last - first <= min(len(words) - 1, max(1, len(words) - 3))]
                 forms = [" ".join(words[:first] + ["\0"] * (last > first) + words[last:]) for first, last in runs]
                 self.assertTrue([form for form in forms if form in self.messages], "%r, of %r" % (part, quoted))
 
