@@ -8288,7 +8288,11 @@ class Pass:
         links = {name: link.again() for name, link in self.links.items()}
 
         def work() -> None:
-            while not over.wait(RENEW_EVERY):
+            due = clock.steady() + RENEW_EVERY
+            while not over.wait(clock.nap(max(0.0, due - clock.steady()))):
+                if clock.steady() < due:
+                    continue
+                due = clock.steady() + RENEW_EVERY
                 try:
                     self.renew(links)
                 except Exception as error:  # whatever it is, the next word may get through

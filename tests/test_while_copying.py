@@ -1,7 +1,9 @@
 """Sources do not hold still while they are copied: what arrived of a file that changed does not count and is taken again."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import threading
 import unittest
 
@@ -194,6 +196,32 @@ class BetweenTwoStepsTest(WhileCopyingCase):
         for point in ("copied", "confirmed", "in-place"):
             with self.subTest(point=point):
                 self.at(point, again=True)
+
+
+class LongerThanALeaseTest(Case):
+
+    def test_a_file_that_is_on_its_way_for_hours_is_not_copied_by_another_host_too(self):
+        c = self.cluster("s", "a", "b", replicas=1)
+        c.source("docs", "s", {"large": 600000})
+        c.backup("ba", "a", "9M", bwlimit="40K")
+        c.start()
+        client = c.spawn("a", "client", "--json")
+        books = os.path.join(c.home("s"), "state", "books.db")
+
+        def expires():
+            with contextlib.closing(sqlite3.connect("file:%s?mode=ro" % books, uri=True)) as db:
+                return db.execute("SELECT MAX(expires) FROM copies WHERE state='c'").fetchone()[0]
+        wait_for(expires, 20, "nothing is claimed")
+        for _ in range(3):      # twice as long as a claim holds
+            before = expires()
+            c.advance(2400)
+            wait_for(lambda: expires() != before, 10, "the claim is not renewed")
+        c.backup("bb", "b", "9M")
+        c.write_config()
+        self.assertEqual(0, c.client("b").json["copied_files"])
+        self.assertTrue(client.running, "not a test: it was over too soon")
+        self.assertEqual(1, client.wait().json["copied_files"])
+        self.assertEqual({"large": ["ba"]}, c.copies_on_disk("docs"))
 
 
 class RestlessFileTest(Case):
