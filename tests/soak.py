@@ -359,7 +359,8 @@ class History:
             os.rename(kept, path)
             self.rotten.add(name)
             self.troubled = True
-            self.added = {one: data for one, data in self.added.items() if not one.startswith(name + "/")}
+            self.added = {one: data for one, data in self.added.items() if not one.startswith(name + "/")
+                          or os.path.isfile(os.path.join(path, one[len(name) + 1:]))}
             self.note("the directory of %s is put back as it was" % name)
         else:
             shutil.rmtree(kept)
