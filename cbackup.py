@@ -2435,11 +2435,12 @@ class Books:
             "SELECT path, %s FROM entries WHERE parent=?" % self.ENTRY, parent)}
 
     ENTRY = "id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, " \
-        "CASE WHEN xattrs IS NULL OR xattrs LIKE ' %' THEN NULL ELSE xattrs LIKE '%:null%' END"
+        "CASE WHEN xattrs LIKE ' %' THEN -1 ELSE xattrs LIKE '%:null%' END"
 
     def entry_at(self, source: int, path: bytes) -> "Optional[Tuple[Any, ...]]":
         """(id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs) of a
-        path; xattrs: whether some may have been left out, None when they are not known."""
+        path; xattrs: None: not asked for; -1: to be looked at once more; else whether some may have
+        been left out."""
         return self.one("SELECT %s FROM entries WHERE source=? AND path=?" % self.ENTRY,
                         source, path)
 
@@ -3700,7 +3701,7 @@ class Scan:
         number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs = old
         same_owner = (mode, uid, gid) == (row["mode"], row["uid"], row["gid"])
         if same_owner and (size, mtime, ino, ctime) == (row["size"], row["mtime"], row["ino"], row["ctime"]) \
-                and blocked in (None, ROTTEN) and (xattrs is not None) == self.xattrs:
+                and blocked in (None, ROTTEN) and xattrs in ((0, 1) if self.xattrs else (None,)):
             if blocked:
                 self._problem(row["path"], "has rotted: its content changed, its size and times did not; bring "
                               "it back with `restore`, or `touch` it if it is right")
@@ -3717,13 +3718,13 @@ class Scan:
             row["how"] = self._file_change(row, old, same_owner)
         if row["how"] != "silent":
             return row
-        return self._with_attributes(row, (ino, ctime, nlink, blocked))
+        return self._with_attributes(row, (ino, ctime, nlink, blocked), xattrs is not None)
 
-    def _with_attributes(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]",
+    def _with_attributes(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]", had: bool,
                          ) -> "Optional[Dict[str, Any]]":
         """A row that is as it was, but maybe for its extended attributes.  old: (inode, ctime,
-        links, blocked); None when these are the same, too."""
-        before = self.books.xattrs_of(row["known"])
+        links, blocked); None when these are the same, too.  had: the books have attributes."""
+        before = self.books.xattrs_of(row["known"]) if had else None
         if (before or "{}").strip() != (row["xattrs"] or "{}").strip():
             row["how"] = "attributes"
         elif before == row["xattrs"] and old == tuple(
