@@ -405,7 +405,7 @@ class MissingProgramsTest(Case):
         return folder
 
     def assertNamesPackage(self, result, package):
-        self.assertIn(result.rc, (1, 2), str(result))
+        self.assertRc(2, result)
         self.assertOneError(result, package)
         self.assertRegex(result.stderr, r"install|pkg_add|\badd\b|\bemerge\b", "no way out in: %s" % result)
 
@@ -518,8 +518,8 @@ class SecondServerTest(Case):
         cluster.backup("b1", "a", "1M")
         cluster.start()
         result = cluster.run("s", "server", timeout=20)
-        self.assertIn(result.rc, (1, 2), str(result))
-        self.assertOneError(result)
+        self.assertRc(1, result)
+        self.assertOneError(result, "is in use by another cbackup")
         self.assertEqual("", result.stdout)
         cluster.settle()
         self.assertEqual({"f": ["b1"]}, cluster.copies_on_disk("docs"))
@@ -530,8 +530,8 @@ class SecondServerTest(Case):
         cluster.start("s")
         # The same home, but the port of a host that is not running: only the home can tell.
         result = cluster.run("s", "--host", "other", "server", timeout=20)
-        self.assertIn(result.rc, (1, 2), str(result))
-        self.assertOneError(result)
+        self.assertRc(1, result)
+        self.assertOneError(result, "is in use by another cbackup")
         self.assertEqual("", result.stdout)
 
 

@@ -57,7 +57,9 @@ class WithoutAnyServerTest(DiskCase):
         rows = [row("a", content="right"), row("b", content="1")]
         bad = self.disk(rows, {"a": "wrong", "b": "1"}, "bad")
         result = self.restored(bad, rc=1)
-        self.assertIn("a", result.stderr)
+        self.assertEqual(["the copy of a is damaged; taking another", "a: its last known holders"], [
+            word for line in result.error_lines for word in ("the copy of a is damaged; taking another", "a: its last known holders")
+            if word in line])
         self.assertEqual({"b"}, self.back())
         self.restored(bad, self.disk(rows, {"a": "right"}, "good"))
         self.assertEqual(b"right", read_file(os.path.join(self.to, "a")))
@@ -132,7 +134,9 @@ class HostileDiskTest(DiskCase):
         copies = {"a/victim": "mine", "a/new": "mine"}
         for turned in (rows, rows[::-1]):
             result = self.refused(turned, copies)
-            self.assertIn("a", result.stderr)
+            self.assertTrue(result.error_lines, str(result))
+            for line in result.error_lines:
+                self.assertRegex(line, r"\Acbackup: a(/\w+)?: (something else is there|Not a directory)\Z")
 
     def test_the_root_as_a_symlink_or_a_file(self):
         for line in (row("", "l", self.outside), row("", "f", "x"), [""]):
@@ -239,7 +243,7 @@ class HostileDiskTest(DiskCase):
             with self.subTest(size=len(packed)):
                 disk = self.disk([], packed=packed)
                 result = self.attempt(disk)
-                self.assertIn(result.rc, (0, 1) if packed.endswith(b"junk") else (1,), str(result))
+                self.assertRc(1, result)
 
     def test_a_catalog_that_unfolds_into_gigabytes(self):
         packer = zlib.compressobj(1, wbits=31)

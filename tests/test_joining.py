@@ -212,7 +212,7 @@ class JoinTest(JoiningCase):
             self.assertEqual(before, inodes(self.c.home(new)))
         new = self.machine()
         for options, where in ((("--host", "no good"), address), ((), "127.0.0.1:many")):
-            self.assertIn(self.join(new, where, token, *(options or ("-q",))).rc, (1, 2))
+            self.assertRc(2, self.join(new, where, token, *(options or ("-q",))))
             self.assertNothingThere(new)
         for wrong in ("x", token[:-1], token + "0"):
             self.assertRc(2, self.join(new, address, wrong))

@@ -51,7 +51,9 @@ class LostHostTest(Case):
 
     def round(self, cluster, hosts):
         for host in random.Random(SEED).sample(hosts, len(hosts)):
-            self.assertIn(cluster.client(host).rc, (0, 1))
+            result = cluster.client(host)
+            self.assertEqual([], [line for line in result.error_lines if "a on a was last heard of" not in line])
+            self.assertRc(int(bool(result.error_lines)), result)
 
     def test_a_host_is_lost_after_a_while_and_its_copies_are_recognised_when_it_is_back(self):
         cluster = self.cluster(*"sabc")

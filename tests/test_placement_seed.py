@@ -85,7 +85,7 @@ class SeedTest(Case):
             self.assertWithinSize(cluster)
         results = [client.wait(5) for client in clients]
         for result in results:
-            self.assertIn(result.rc, (0, 1), str(result))
+            self.assertRc(0, result)
             self.assertEqual(([], 0), (result.json["unreachable"], result.json["failed_files"]), str(result))
         return [result.json for result in results]
 

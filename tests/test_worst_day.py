@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -332,7 +333,9 @@ class BadHoldersTest(WorstDayCase):
         result = self.c.restore(machine, "docs", to=to, timeout=60)
         self.assertRc(0, result)
         self.assertSameTree(self.tree, to)
-        self.assertIn("ba", result.stderr)
+        for number, path in enumerate(("../outside/new", "a/../../outside/victim", outside + "/victim", "/etc/x")):
+            self.assertRegex(result.stderr, r"the catalog of ba on a: \S*-%012d-\d+\.gz is damaged: it has not a plain relative path: "
+                             r"%s\n" % (upto + number, re.escape(path)))
         self.assertEqual(before, inodes(outside))
         self.assertEqual({"home", "outside", "to"}, set(os.listdir(self.c.path(machine))))
 
