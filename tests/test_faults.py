@@ -626,8 +626,8 @@ class TwiceTest(FaultCase):
         cluster.backup("b1", "a", "9M")
         cluster.start()
         second = cluster.run("s", "server", timeout=20)
-        self.assertNotEqual(0, second.rc)
-        self.assertOneError(second)
+        self.assertRc(1, second)
+        self.assertOneError(second, "is in use by another cbackup")
         cluster.settle()
 
     def test_verify_leaves_a_backup_alone_in_which_a_client_is_at_work_and_a_restore_has_what_was_there_before(self):

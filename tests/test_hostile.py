@@ -141,7 +141,7 @@ class HostileRsyncTest(Case):
             os.unlink(os.path.join(base, "docs"))
             os.rename(os.path.join(base, "elsewhere"), os.path.join(base, "docs"))
         for name in ("ba", "nothing"):
-            with self.assertRaises(cbackup.CBackupError):
+            with self.assertRaises(cbackup.Refused):
                 link.stream(of="backup", name=name, source="../../etc")
 
 

@@ -267,7 +267,8 @@ class HelloTest(Case):
         self.assertNotIn("b", result.json["unreachable"])
         self.assertEqual(["ba"], self.c.copies_on_disk("others")["g"])
         told = self.c.run("a", "status")
-        self.assertNotEqual(0, told.rc and self.c.run("a", "status", "--check").rc)
+        self.assertRc(1, told)
+        self.assertRc(1, self.c.run("a", "status", "--check"))
         for word in words:
             self.assertIn(word, result.stderr + told.text)
 
