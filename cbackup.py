@@ -2606,6 +2606,12 @@ class Books:
         return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND c.source=? "
                          "AND c.state='c' ORDER BY e.path LIMIT ?" % self.WANTED, backup, source, limit)
 
+    def on_their_way(self, source: int, most: int) -> "List[bytes]":
+        """Paths of files that some backup has claimed, or has an older version of."""
+        return [row[0] for row in self.rows(
+            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file WHERE c.source=? AND c.state IN ('c', 's', 'o') "
+            "AND e.kind='f' LIMIT ?", source, most)]
+
     def candidates(self, backup: int, source: int, replicas: int, free: int, batch: "Tuple[int, int]",
                    ) -> "Iterator[Tuple[int, int]]":
         """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any; large
@@ -4381,7 +4387,8 @@ OPERATIONS: "Dict[str, Operation]" = {
     "forget_source": Operation({"source": _is_name}, {}),
     "config": Operation({}, {"config": OFFER}),
     "new_config": Operation({"config": OFFER}, {"taken": _is_flag}),
-    "rsync": Operation({"of": _one_of(*SERVED), "name": _is_name, "source": _is_name}, {}),
+    # paths: of level 2 on, for a source: what is to be read.
+    "rsync": Operation({"of": _one_of(*SERVED), "name": _is_name, "source": _is_name, "paths": May([_is_path])}, {}),
 }
 """Every operation that a server knows: beside its line here, a function of Service that is marked with `answers(name)`
 (`rsync`: Service.root_for)."""
@@ -4747,6 +4754,8 @@ class Link:
     def stream(self, **fields: Any) -> socket.socket:
         """A new connection on which the rsync protocol follows.  Raises like `call`."""
         channel = self.connect()
+        if self.level < 2:
+            fields.pop("paths", None)
         try:
             channel.send(dict(fields, op="rsync"))
             answer = channel.receive(REPLY_TIMEOUT) or {}
@@ -4921,7 +4930,7 @@ log file = /dev/null
 refuse options = copy-links copy-unsafe-links copy-dirlinks remove-source-files remove-sent-files write-batch only-write-batch read-batch log-file
 {owner}[m]
 path = {path}
-"""
+{only}"""
 """One per connection.  `use chroot` must be written for 3.1.3 and older; uid and gid only as root, where a
 daemon without them reads as nobody; openrsync dies on any key that it does not know."""
 
@@ -5060,13 +5069,19 @@ def keep_parts(tree: Tree, top: bytes, expected: "Callable[[bytes], bool]") -> N
             tree.rename(rel, part)
 
 
-def list_with_parents(paths: "Iterable[bytes]") -> bytes:
-    """A sorted, NUL-separated list for --files-from: without -r every parent has to be named."""
-    names = set()
+def with_parents(paths: "Iterable[bytes]") -> "set[bytes]":
+    """Paths, and those of all directories above them."""
+    names: "set[bytes]" = set()
     for path in paths:
         while path and path not in names:
             names.add(path)
             path = path.rpartition(b"/")[0]
+    return names
+
+
+def list_with_parents(paths: "Iterable[bytes]") -> bytes:
+    """A sorted, NUL-separated list for --files-from: without -r every parent has to be named."""
+    names = with_parents(paths)
     # A leading # or ; would be taken for a comment by rsync 2.6.9 and Apple's.
     return b"".join((b"./" + name if name[:1] in b"#;" else name) + b"\0" for name in sorted(names))
 
@@ -5239,19 +5254,35 @@ def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
     return ours, theirs
 
 
-def serve_rsync(connection: socket.socket, root: str) -> None:
-    """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of `connection`."""
+def nothing_but(paths: "Iterable[bytes]") -> bytes:
+    """Rules for `exclude from`: these paths and the directories above them, nothing else.  The first that matches decides."""
+    rules = []
+    for name in sorted(with_parents(paths)):
+        if re.search(rb"[*?[\r\n]", name):  # then a backslash makes plain what follows; there is no other way to write a line's end
+            name = re.sub(rb"[\r\n]", b"?", re.sub(rb"([*?[\\])", rb"\\\1", name))
+        rules.append(b"+ /" + name + b"\n")
+    return b"".join(rules) + b"- /**\n"
+
+
+def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes]]" = None) -> None:
+    """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of `connection`; with `only`,
+    nothing but these paths of it."""
     rsync = find_rsync()
     as_root = os.geteuid() == 0
     ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync] else socket.socketpair()
     process = None
     with plain_directory() as scratch:
         # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
-        tree, configuration = os.path.join(scratch, "t"), os.path.join(scratch, "conf")
+        tree, configuration, rules = (os.path.join(scratch, name) for name in ("t", "conf", "only"))
         os.symlink(root, tree)
+        limited = only is not None and not _RSYNC_CHECKED[rsync]
+        if limited:
+            with open(rules, "wb") as raw:
+                raw.write(nothing_but(only or ()))
         with open(configuration, "w") as stream:
-            stream.write(RSYNC_DAEMON_CONFIG.format(chroot="yes" if as_root else "no", path=tree,
-                                                    owner="uid = 0\ngid = 0\n" if as_root else ""))
+            stream.write(RSYNC_DAEMON_CONFIG.format(
+                chroot="yes" if as_root else "no", path=tree, owner="uid = 0\ngid = 0\n" if as_root else "",
+                only="exclude from = %s\n" % rules if limited else ""))
         try:
             process = subprocess.Popen([rsync, "--daemon", "--config=" + configuration], stdin=theirs, stdout=theirs,
                                        stderr=subprocess.DEVNULL, start_new_session=True)
@@ -7457,23 +7488,42 @@ class Service:
             raise Refused("unknown", self.home.outside(spec.path))
         return spec
 
-    def root_for(self, request: "Dict[str, Any]") -> str:
-        """The directory that an rsync request may read."""
+    def root_for(self, request: "Dict[str, Any]") -> "Tuple[str, Optional[List[bytes]]]":
+        """(the directory that an rsync request may read, of a source nothing but these paths in it)."""
         wrong = misfit(request, OPERATIONS["rsync"].request)
         if wrong:
             raise ProtocolError("rsync%s" % wrong)
         if request["of"] == "source":
-            path = self.books.changeable(request["source"])["path"]
-            if self.home.outside(path):
-                raise Refused("held", self.home.outside(path))
-            return os.path.realpath(path)
+            return self._part_of_source(request)
         spec = self._own_backup(request["name"])
         below = {"backup": (request["source"],), "attic": (META_DIR.decode(), "attic", request["source"]),
                  "catalog": (META_DIR.decode(), "catalog", request["source"])}[request["of"]]
         root = os.path.join(spec.path, *below)
         if os.path.realpath(root) != os.path.join(os.path.realpath(spec.path), *below) or not os.path.isdir(root):
             raise Refused("unknown", "backup %s has nothing of %s" % (spec.name, request["source"]))
-        return root
+        return root, None
+
+    def _part_of_source(self, request: "Dict[str, Any]") -> "Tuple[str, Optional[List[bytes]]]":
+        """Of a source only files can be read that are in the catalog, and not left out by now: those that are asked for, or
+        for a client of level 1, which does not say, all that somebody has claimed or is to update."""
+        row = self.books.changeable(request["source"])
+        if self.home.outside(row["path"]):
+            raise Refused("held", self.home.outside(row["path"]))
+        root, source = os.path.realpath(row["path"]), self.config.sources[request["source"]]
+        if "paths" in request:
+            asked = [path for path in _paths_of(request) if self.books.version_of(row["id"], path)]
+        else:
+            asked = self.books.on_their_way(row["id"], ON_THEIR_WAY + 1)
+            if len(asked) > ON_THEIR_WAY:
+                if source.exclude or source.exclude_caches:
+                    raise Refused("unknown-op", "too many files are on their way: update cbackup on the machine that asks")
+                return root, None
+        left_out = LeftOut(source)
+        return root, [path for path in asked if not left_out.has(path)]
+
+
+ON_THEIR_WAY = 20000
+"""Most files that a client is served which does not say which ones it wants: each is a rule that rsync compares with each."""
 
 
 def _open_source(spec: Source) -> Tree:
@@ -8046,10 +8096,11 @@ class Server:
             return False
         try:
             if request.get("op") == "rsync":
-                root = self.service.root_for(request)
+                root, only = self.service.root_for(request)
                 find_rsync()
                 channel.send({"ok": True})
-                serve_rsync(channel.socket, root)
+                channel.done()
+                serve_rsync(channel.socket, root, only)
                 return False
             answer = self.service.handle(request)
         except Refused as error:
@@ -8210,7 +8261,8 @@ class Rsync:
               on_bytes: "Callable[[int], None]") -> Pull:
         find_rsync()
         vault.tree.make_directory(vault.incoming(standing.name))
-        connection = link.again().stream(of="source", name=standing.name, source=standing.name)
+        connection = link.again().stream(of="source", name=standing.name, source=standing.name,
+                                         paths=[as_text(f.path) for f in files])
         limit = self.config.rate(*[line for line in (standing.spec, vault.spec) if line], key="bwlimit")
         plain = not always and all(f.size <= PLAIN_BELOW for f in files)
         # 0 would be no limit to older ones.  What has grown beyond all that was claimed is left out: it is another version.

@@ -1,10 +1,12 @@
-"""A hostile rsync client: a member that drives the serving rsync with whatever options it likes gets what is in the source,
-and nothing else; and it changes nothing.
+"""A hostile rsync client: a member that drives the serving rsync with whatever options it likes gets what is in the catalog of
+a source, and in a backup, and nothing else; and it changes nothing.
 
 Every rsync on PATH plays the client once; the serving side is the one that the program finds.
 """
 
+import itertools
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -15,7 +17,8 @@ import threading
 import unittest
 
 import cbackup
-from tests.harness import Case, read_file, tree, write_file
+from tests.harness import Case, Process, make_tree, quick_program, read_file, tree, write_file
+from tests.liar import between, one_pass
 
 
 def rsyncs():
@@ -24,33 +27,74 @@ def rsyncs():
     return list(dict.fromkeys(os.path.realpath(path) for path in found if os.access(path, os.X_OK)))
 
 
+def holds_links(rsync="rsync"):
+    """Whether an rsync that is not locked into its directory follows no symlink out of it: 3.5 and newer."""
+    said = subprocess.run([rsync, "--version"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+    found = re.search(r"version v?(\d+)\.(\d+)", said)
+    return "openrsync" not in said and bool(found) and tuple(map(int, found.groups())) >= (3, 5)
+
+
 class HostileRsyncTest(Case):
-    """The source docs on s; outside of it lies a secret."""
+    """The source docs on s, and its backup ba on a; outside of both lies a secret, and in docs what its line leaves out."""
+
+    USER = None
+    PLACES = {"source": "docs", "backup": "ba"}
+    PATHS = ["f", "dir/g", "out", "root/etc/passwd", "outdir/secret", "left/secret", "dir/x.tmp", "cache/secret", "new"]
 
     @classmethod
     def setUpClass(cls):
         cls.c = c = cls.share_cluster("s", "a", replicas=1)
-        cls.source = c.source("docs", "s", {"f": b"1", "dir/g": b"2"})
-        c.backup("ba", "a", "10M")
+        cls.source = c.source("docs", "s", {"f": b"1", "dir/g": b"2"}, exclude=["/left", "*.tmp"])
+        cls.base = c.backup("ba", "a", "10M")
         cls.secret = c.path("s", "secret")
         write_file(cls.secret, b"the secret\nof the house\n")
+        write_file(c.path("a", "backup", "secret"), b"the secret\nof the house\n")
         os.symlink(cls.secret, os.path.join(cls.source, "out"))
         os.symlink(os.path.dirname(cls.secret), os.path.join(cls.source, "outdir"))
         os.symlink("/", os.path.join(cls.source, "root"))
-        c.start("s")
+        make_tree(cls.source, {"left/secret": b"the secret", "dir/x.tmp": b"the secret", "cache/secret": b"the secret",
+                               "cache/CACHEDIR.TAG": cbackup.CACHE_SIGNATURE})
+        c.write_config()
+        text = c.config().replace("exclude=/left", "exclude=/left exclude_caches")
+        for host in ("s", "a"):
+            write_file(os.path.join(c.home(host), "cbackup.conf"), text)
+            cls.start(host)
         c.settle()
+        cls.give("a")
+        write_file(os.path.join(cls.source, "new"), b"the secret, which is in no catalog yet")
         home = cbackup.Home(c.home("a"))
-        cls.link = cbackup.Link("s", home.config(), cbackup.Dialer(home))
+        cls.links = {"source": cbackup.Link("s", home.config(), cbackup.Dialer(home)),
+                     "backup": cbackup.Link("a", home.config(), cbackup.Dialer(home))}
         cls.before = cls.state()
 
     @classmethod
-    def state(cls):
-        """All that is on s, but for the server's own books."""
-        return {path: entry for path, entry in tree(cls.c.path("s")).items() if not path.startswith("home/state")}
+    def start(cls, host):
+        if cls.USER is None:
+            cls.c.start(host)
+            return
+        os.chmod(cls.c.base, 0o711)
+        cls.give(host)
+        cls.c.servers[host] = Process(quick_program("--home", cls.c.home(host), "server"), cls.c.environment(host),
+                                      cls.c.path(host), user=cls.USER)
+        cls.c._wait_ready(host)
 
-    def rsync(self, program, options, sources=("m/.",), destination=None, upload=None):
-        """Run a client; returns (what it brought, all that it said)."""
-        connection = self.link.again().stream(of="source", name="docs", source="docs")
+    @classmethod
+    def give(cls, host):
+        """All that is on a host to the server's user; what the passes here make there is root's."""
+        for above, folders, names in os.walk(cls.c.path(host)) if cls.USER else ():
+            for path in [above] + [os.path.join(above, name) for name in folders + names]:
+                os.chown(path, cls.USER, cls.USER, follow_symlinks=False)
+
+    @classmethod
+    def state(cls):
+        """All that is on s and a, but for their own books."""
+        return {path: entry for host in ("s", "a") for path, entry in tree(cls.c.path(host)).items()
+                if not path.startswith("home/state") and "/.cbackup/" not in path and path not in ("home", "backup/ba")}
+
+    def rsync(self, program, options, sources=("m/.",), destination=None, upload=None, of="source", paths=PATHS):
+        """Run a client; returns (what it brought, all that it said).  paths: what it says it wants; None: it does not say."""
+        fields = {"paths": paths} if paths is not None and of == "source" else {}
+        connection = self.links[of].again().stream(of=of, name=self.PLACES[of], source="docs", **fields)
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryDirectory() as scratch:
             into = destination or os.path.join(scratch, "into")
@@ -76,19 +120,34 @@ class HostileRsyncTest(Case):
                                if not os.path.islink(os.path.join(above, name)))
             return brought, b"".join(said)
 
-    def attack(self, *options, **more):
+    def attack(self, *options, of="backup", **more):
+        """Of a backup all is served: there it is rsync that must hold.  Of a source nothing but what was asked for."""
+        if of == "backup" and (self.USER or os.geteuid()) and not holds_links():
+            of = "source"
         for program in rsyncs():
-            with self.subTest(program=program, options=options):
-                brought, said = self.rsync(program, options, **more)
+            with self.subTest(program=program, options=options, of=of):
+                brought, said = self.rsync(program, options, of=of, **more)
                 self.assertNotIn(b"the secret", brought + said)
                 self.assertNotIn(b"root:", brought + said)
                 self.assertEqual(self.before, self.state(), said)
                 self.assertTrue(self.c.servers["s"].running)
 
     def test_an_honest_client_gets_the_files(self):
-        for program in rsyncs():
-            brought, said = self.rsync(program, ["-r"])
-            self.assertEqual({b"1", b"2"}, {bytes([byte]) for byte in brought}, said)
+        for program, of in itertools.product(rsyncs(), self.PLACES):
+            brought, said = self.rsync(program, ["-r"], of=of)
+            self.assertEqual({"1", "2"}, set(brought.decode().replace(cbackup.CACHE_SIGNATURE.decode(), "")), said)
+
+    def test_what_is_left_out_or_in_no_catalog_is_not_served_whoever_names_it(self):
+        for path in ("m/left/", "m/left/secret", "m/dir/x.tmp", "m/cache/secret", "m/new", "m/outdir/secret", "m/../secret"):
+            self.attack("-rL", sources=(path,), of="source")
+        names = os.path.join(self.directory(), "names")
+        write_file(names, b"left/secret\ndir/x.tmp\ncache/secret\nnew\nleft\n../secret\nout\nroot/etc/passwd\n")
+        for paths in (self.PATHS, None, []):
+            self.attack("-r", "--files-from=" + names, paths=paths, of="source")
+            self.attack("-r", paths=paths, of="source")
+        for paths in (["../secret"], ["/etc/passwd"], [""], "f", [1]):
+            with self.assertRaises(cbackup.Refused):
+                self.rsync("rsync", ["-r"], paths=paths)
 
     def test_links_are_not_followed(self):
         for options in (["-rL"], ["-rk"], ["-r", "--copy-unsafe-links"], ["-r", "-M--copy-links"], ["-r", "-M-L"],
@@ -127,7 +186,6 @@ class HostileRsyncTest(Case):
 
     def test_a_symlink_in_the_place_of_a_backups_directory_is_not_served(self):
         base = self.c.backups["ba"].path
-        self.c.start("a")
         home = cbackup.Home(self.c.home("s"))
         link = cbackup.Link("a", home.config(), cbackup.Dialer(home))
         self.addCleanup(link.close)
@@ -143,6 +201,31 @@ class HostileRsyncTest(Case):
         for name in ("ba", "nothing"):
             with self.assertRaises(cbackup.Refused):
                 link.stream(of="backup", name=name, source="../../etc")
+
+
+@unittest.skipIf(os.geteuid(), "to be an ordinary user only root can choose")
+class AsOrdinaryUserTest(HostileRsyncTest):
+    """The same where the servers are an ordinary user's, and rsync is not locked in."""
+
+    USER = 65534
+
+
+class OddNamesTest(Case):
+    """What a source may be read of is told to rsync in its own language."""
+
+    NAMES = ("plain", "a[b]*?\\c", "a\nb\r", "back\\slash", " blank ", "#x;y", "***", "dir [x]/ y", "\udcff\udcfe", "+ z", "- z", "!")
+
+    def test_files_are_copied_whatever_they_are_called_by_clients_of_this_level_and_of_the_first(self):
+        for hello in (lambda hello: hello, lambda hello: dict(hello, level=1)):
+            with self.cluster("s", "a", replicas=1) as c:
+                c.source("docs", "s", {name: name.encode("utf-8", "surrogateescape") for name in self.NAMES}, exclude=["*.tmp"])
+                c.backup("ba", "a", "10M")
+                c.start("s")
+                c.write_config()
+                with between(c, "a", "s", hello=hello) as liar:
+                    figures = one_pass(c, "a", liar.config)
+                self.assertEqual((len(self.NAMES), []), (figures.counts["copied_files"], figures.lines))
+                self.assertCopies(c, "docs", 1)
 
 
 class OptionsTest(unittest.TestCase):
