@@ -95,17 +95,17 @@ def fill(path):
 
 class FailingCalls:
     """System calls that fail, in all processes of a cluster: a library from tests/data/faults.c, see there, is preloaded into
-    them. For setUpClass, with its class; before the first process is started."""
+    them. To be made before the first of them is started, by a Starter that has the cluster's `variables`."""
 
-    def __init__(self, test, cluster):
+    def __init__(self, cluster):
+        """Raises unittest.SkipTest where there is no compiler for it."""
         library, self.list = cluster.path("faults.so"), cluster.path("faults")
         command = ["cc", "-O1", "-shared", "-fPIC", "-o", library, os.path.join(TOP, "tests/data/faults.c"), "-ldl"]
         if not sys.platform.startswith("linux") or not shutil.which("cc") or subprocess.call(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0:
-            test.skip_class("no C compiler for a library that is preloaded")
+            raise unittest.SkipTest("no C compiler for a library that is preloaded")
         self.heal()
         cluster.variables.update(LD_PRELOAD=library, CBACKUP_FAULTS=self.list)
-        test.start_by("tests.starter", cluster.variables)
 
     def fail(self, calls, number, pattern, skip=0, every=1):
         """From now on these calls (joined by commas) fail with an error's number where the path matches; of each process the

@@ -7,6 +7,7 @@ restore, and are killed at any point; servers are killed, started, and started t
 copies and old versions rot; state/ and databases are lost; disks fill up, become read-only, and are away for a while; sources
 are emptied and come back; whole backups are lost and replaced; disks of sources are replaced (`cp -a`), packages installed
 again or over each other, files edited so that neither size nor time shows it, disks of backups put back in an older state.
+Where a C compiler is, system calls fail now and then.
 Now and then "safe" is compared with the disks. From time to time all is quiet: every host verifies and runs
 passes until nothing is left to do; then the sources, the backups and a restore are compared from outside. Stops at the first
 violation, with the seed and the last steps of the history; the directories stay.
@@ -15,6 +16,7 @@ violation, with the seed and the last steps of the history; the directories stay
 import argparse
 import calendar
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -23,12 +25,14 @@ import stat
 import subprocess
 import sys
 import time
+import unittest
 
 from tests import faults
-from tests.harness import Cluster, differences, digest_of, read_file, some_bytes, tree, walk, write_file
+from tests.harness import Cluster, Starter, differences, digest_of, read_file, some_bytes, tree, walk, write_file
 
 STEPS = 12          # between two quiet periods
 PERIODS = 4         # quiet periods of one history, each on what the ones before have left
+CALLS = ["read,pread", "write,pwrite", "fsync", "syncfs", "rename", "link", "readdir"]     # those that may fail
 ROUNDS = 8          # passes of every host until a quiet period must be settled
 KEEP = 48 * 3600    # seconds for which old versions are kept
 
@@ -51,11 +55,15 @@ class History:
         self.secret = set()         # (source, path) of files that were edited in secret since all was quiet
         self.replaced = {}          # digests of files that had all their copies and were changed or deleted: when
         self.troubled = False       # old versions may have been lost in this period: a disk was full, or is a new one
+        self.calls = self.before = None     # what makes calls fail; the Starter that there was
         self.mounted = []
         self.repairs = []           # what makes the disks good again
         self.snapshot = None        # (backup, copy of its directory) from earlier
         hosts = ["s", "a", "b", "c"]
         self.c = Cluster(*hosts, replicas=2, keep="%ds" % KEEP)
+        with contextlib.suppress(unittest.SkipTest):
+            self.calls = faults.FailingCalls(self.c)
+            self.before = Starter.replace(Starter("tests.starter", self.c.variables))
         self.c.source("docs", "s", {"d%d/f%d" % (n % 5, n): self.dice.randrange(3000) for n in range(30)})
         self.c.source("more", "a", {"f%d" % n: self.dice.randrange(400000) for n in range(5)})
         roomy = self.dice.random() < 0.5
@@ -90,6 +98,11 @@ class History:
             if keep and not os.path.ismount(path):
                 shutil.rmtree(path)
                 os.rename(path + ".kept", path)
+
+    def end(self):
+        """The processes of the next history are started as those before it were."""
+        if self.calls:
+            Starter.replace(self.before).close()
 
     def note(self, line):
         self.lines.append(line)
@@ -129,7 +142,7 @@ class History:
             if turn in (0, 1):
                 for host in self.c.hosts:
                     if "b" + host in self.rotten:
-                        self.c.run(host, "verify")
+                        self.check_said(self.c.run(host, "verify"))
             results = [client.wait() for client in [self.c.spawn(host, "client", "--json") for host in self.c.hosts]]
             if turn and all(result.rc == 0 and result.json["settled"] for result in results):
                 self.rotten.clear()
@@ -137,7 +150,7 @@ class History:
             for name, facts in self.c.status().get("sources").items():
                 if facts["state"] == "held":
                     self.note("accept %s" % name)
-                    self.c.run("s", "accept", name)
+                    self.check_said(self.c.run("s", "accept", name))
         self.fail("not settled after %d rounds:\n%s\n%s" % (
             ROUNDS, "\n".join(map(str, results)), "\n".join(faults.violations(self.c, added=self.added)[:20])))
 
@@ -157,6 +170,11 @@ class History:
         self.check_idle()
         self.check_restore()
         self.periods += 1
+
+    def check_said(self, result):
+        """A command that was left alone comes to its end, and says why when it could not do everything."""
+        if result.rc not in (0, 1) or result.rc and not result.error_lines:
+            self.fail("not the end of a command: %s" % result)
 
     def check_idle(self):
         """When nothing changes, nothing is written."""
@@ -438,13 +456,13 @@ class History:
 
     def client(self):
         host = self.dice.choice(self.c.hosts)
-        self.c.client(host)
+        self.check_said(self.c.client(host))
         self.note("client %s" % host)
 
     def clients(self):
         hosts = self.dice.sample(self.c.hosts, 2)
         for client in [self.c.spawn(host, "client", "--json") for host in hosts]:
-            client.wait()
+            self.check_said(client.wait())
         self.note("clients %s at once" % hosts)
 
     def killed_client(self):
@@ -675,8 +693,26 @@ class History:
         if client:
             client.wait()
         elif self.dice.random() < 0.7:
-            self.c.client(self.small_disk)
+            self.check_said(self.c.client(self.small_disk))
         self.note("disk of %s is full%s" % (self.small_disk, ", below a client" if client else ""))
+
+    def failing_calls(self):
+        """The system says of some calls on some files that they cannot be done, during some passes."""
+        if not self.calls:
+            return
+        calls, skip, every = self.dice.choice(CALLS), self.dice.randrange(30), self.dice.choice([1, 1, 3])
+        where = self.dice.choice(["%s/source/*", "%s/backup/*", "%s/home/state/*"]) % self.c.path(self.dice.choice("sabc"))
+        self.troubled = True
+        self.calls.fail(calls, self.dice.choice([errno.EIO, errno.ENOSPC]), where, skip, every)
+        try:
+            for host in self.dice.sample(self.c.hosts, 3):
+                self.check_said(self.c.client(host))
+        finally:
+            self.calls.heal()
+        failed = self.calls.failed()
+        if failed:
+            self.c.advance(25 * 3600)       # until then others are asked for what could not be copied
+        self.note("%s failed on %s after %d, each %d: %d times" % (calls, where, skip, every, len(failed)))
 
     def read_only_disk(self):
         """The disk of a backup becomes read-only: for some clients, or for longer."""
@@ -687,7 +723,7 @@ class History:
             return
         self.repairs.append(lambda: subprocess.check_call(["mount", "-o", "remount,rw", path]))
         for host in self.dice.sample(self.c.hosts, 2) + [self.small_disk]:
-            self.c.client(host)
+            self.check_said(self.c.client(host))
         back = self.dice.random() < 0.5
         if back:
             self.repair()
@@ -701,7 +737,7 @@ class History:
         faults.fill(ballast)
         try:
             for host in self.dice.sample(self.c.hosts, 2) + [self.small_state]:
-                self.c.client(host)
+                self.check_said(self.c.client(host))
         finally:
             os.unlink(ballast)
         if self.small_state in self.c.servers and not self.c.servers[self.small_state].running:
@@ -717,7 +753,7 @@ class History:
         os.rename(path, path + ".away")
         os.mkdir(path)
         for one in [host] + self.dice.sample(self.c.hosts, 2):
-            self.c.client(one)
+            self.check_said(self.c.client(one))
         found = list(tree(path))
         shutil.rmtree(path)
         os.rename(path + ".away", path)
@@ -731,7 +767,7 @@ class History:
         if not self.files_of(source):
             return
         for host in self.c.hosts:       # what was confirmed before may still be put into its place
-            self.c.client(host)
+            self.check_said(self.c.client(host))
         path, kind = source.path, self.dice.choice(["gone", "empty", "empty", "unmounted"])
         if kind == "unmounted" and (os.geteuid() or self.mount_over(path)):
             kind = "empty"
@@ -744,7 +780,7 @@ class History:
         if lost:
             faults.lose_state(self.c, source.host)
         for host in self.dice.sample(self.c.hosts, 3):
-            self.c.client(host)
+            self.check_said(self.c.client(host))
         after = self.copies_of(source)
         if kind == "unmounted":
             faults.unmount(path)
@@ -772,14 +808,15 @@ class History:
              server_dies_below_a_client, state, database, rot, rot_in_the_attic, by_hand, add_by_hand, time_goes_by,
              two_clients, client_beside, second_server, bad_line, bad_line, power_failure, power_failure, full_disk, full_disk,
              read_only_disk, full_state, backup_away, source_away, edit_in_secret, edit_in_secret, edit_in_secret, install_again,
-             install_again, replace_source_disk, replace_source_disk, old_disk, old_disk]
+             install_again, replace_source_disk, replace_source_disk, old_disk, old_disk, failing_calls, failing_calls]
 
 
 def run(seed, deadline, out=sys.stdout, periods=PERIODS):
     """One history; raises Violation (or what else went wrong), the history's tail printed. Returns its quiet periods."""
     history = History(seed)
     try:
-        with history.c:
+        with contextlib.ExitStack() as stack, history.c:
+            stack.callback(history.end)
             try:
                 history.run(deadline, periods)
             except BaseException:
