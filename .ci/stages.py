@@ -322,7 +322,8 @@ def the_rest(stages, python):
     """Steps that are no unit tests; each adds one failure when it fails. Each day has a seed."""
     env = environment(python, None, stages.scratch)
     today = str(int(time.time()) // 86400 % 1000)
-    for module, most, options in (("soak", 180, {"--minutes": "1", "--seed": today}),):
+    for module, most, options in (("soak", 180, {"--minutes": "1", "--seed": today}),
+                                  ("mutants", 200, {"--minutes": "2.5", "--seed": today})):
         if os.path.exists("tests/%s.py" % module):
             command = ["python3", "-m", "tests." + module]
             known = subprocess.run(command + ["--help"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -1,19 +1,25 @@
 """Small deliberate faults in cbackup.py, each against one promise, and the tests that must notice.
 
-    python3 -m tests.mutants [--only NAME ...] [--part K[/N]] [--minutes M] [--list]
+    python3 -m tests.mutants [--only NAME ...] [--minutes M] [--seed S] [--jobs N] [--list]
 
-Each is applied to a copy in a temporary directory; then its tests run there until the first one fails. Printed are those that no
-test noticed, those for which there was no time, and those whose text is no longer in cbackup.py exactly once: they need another
-text. The exit status is 1 when there is any of the first or the last kind. --part K/N takes the K-th of N parts (N: 20).
+Each is applied to a copy in a temporary directory; then its tests run there until the first one fails,
+which is run once more without the fault: one that fails then as well has noticed nothing.  Printed are
+who noticed, and those that nobody did.  With --seed they come in an order of its own, and --minutes is
+how long it takes at most: that is how CI tries a few others each day.  The exit status is 1 when one is
+left alive, or cannot be applied: its text must be in cbackup.py exactly once.
 """
 
 import argparse
+import concurrent.futures
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from tests.harness import PATIENCE, TOP
@@ -133,81 +139,348 @@ MUTANTS = [
      "test_harness.EnvironmentTest"),
     ("steady-goes-back", "self._furthest = max(self._furthest, self._offset())", "self._furthest = self._offset()",
      "the clock for leases only grows", "test_harness.EnvironmentTest"),
+    # what is said
+    ("slept-too-long-is-safe",
+     'elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:', "elif False:",
+     "a source not heard of for warn_after is not safe", "test_said.AsleepTest"),
+    ("asleep-is-unsafe-at-once",
+     'elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:', "elif True:",
+     "a source asleep is safe until warn_after", "test_said.AsleepTest"),
+    ("what-was-wrong-then", 'before = source_trouble(name, s["then"])', "before = []",
+     "what was not safe when it fell asleep is not called safe", "test_said.AsleepTest"),
+    ("silent-backup-is-safe", 'elif silent > status["warn_after"]:', "elif False:",
+     "a backup silent for warn_after is named", "test_said.AsleepTest"),
+    ("scan-fails-silently", '    if s["failed"]:\n', "    if False:\n",
+     "a scan that fails makes the source unsafe", "test_said.ScanTest"),
+    ("scan-too-late-is-safe", '    elif s["late"]:\n', "    elif False:\n",
+     "a look that is too old is not safe", "test_said.ScanTest"),
+    ("unreadable-not-said", '(s["problems"], "path", "could not be read")',
+     '({}, "path", "could not be read")', "what could not be read is named", "test_said.UnreadTest"),
+    ("stuck-not-said", '(s["stuck"] or {}, "file", "cannot be copied")',
+     '({}, "file", "cannot be copied")', "what no backup can take is named", "test_said.UnreadTest"),
+    ("nothing-is-safe", '    if not status["sources"]:\n        found.wrong', '    if False:\n        found.wrong',
+     "nothing configured is not safe", "test_said.NothingConfiguredTest"),
+    ("proof-overdue-is-safe", 'if s["unproven_since"] > warn_after:', "if False:",
+     "what is presumed is safe until warn_after only", "test_said.ProofTest"),
+    ("proof-is-not-said", '        found.note(line)\n\n\ndef print_status', '        pass\n\n\ndef print_status',
+     "what is presumed is called so", "test_said.ProofTest"),
+    ("check-exits-0", "return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE", "return EXIT_DONE",
+     "status --check exits 1 when not safe", "test_status.CheckTest"),
+    ("status-exits-0", 'return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) '
+     'else EXIT_DONE', "return EXIT_DONE", "status exits 1 when a source is unreachable", "test_status.JsonTest"),
+    ("client-exits-0", "return EXIT_INCOMPLETE if total.trouble else EXIT_DONE", "return EXIT_DONE",
+     "a client that could not do everything exits 1", "test_said.UnreachableTest"),
+    ("restore-exits-0", "return EXIT_DONE if complete else EXIT_INCOMPLETE", "return EXIT_DONE",
+     "an incomplete restore exits 1", "test_restore.BadCopiesTest test_worst_day.CalmTest"),
+    ("status-lacks-a-key", '"overserved_files", "state", "last_scan", "unproven_files", "unproven_since"),',
+     '"state", "last_scan", "unproven_files", "unproven_since"),', "the keys of status --json", "test_status.JsonTest"),
+    ("error-without-json", 'print(json.dumps(dict(vars(args).get("failed", {}), error=text)))', "pass",
+     "--json is one object whatever happens", "test_restore_says.JsonTest"),
+    ("quiet-is-not", "        Progress.quiet = args.quiet\n", "", "-q shows no progress",
+     "test_terminal.AtATerminalTest.test_a_pass_ends_with_what_it_did_and_whether_all_is_safe"),
+    ("quiet-speaks", "elif sys.stdout.isatty() and not args.quiet:", "elif sys.stdout.isatty():",
+     "-q is quiet at a terminal",
+     "test_terminal.AtATerminalTest.test_a_pass_ends_with_what_it_did_and_whether_all_is_safe"),
+    # being told
+    ("alert-too-early", '>= self.after]\n                due', '>= 0]\n                due',
+     "told after alert_after", "test_alert.WatchTest"),
+    ("alert-only-once", ' or not 0 <= self.now - facts["told"] < ALERT_AGAIN)', ")",
+     "told once a day while it lasts", "test_alert.WatchTest"),
+    ("alert-each-pass", ' or not 0 <= self.now - facts["told"] < ALERT_AGAIN)', " or True)",
+     "told once a day, not in each pass", "test_alert.WatchTest"),
+    ("alert-well-too-early", 'elif self.over and not any(facts.get("told") is not None for facts in self.wrong.values()):',
+     "elif self.over:", "well is told once all is over", "test_alert.WatchTest"),
+    ("alert-tried-each-pass", "< ALERT_RETRY)]", "< 0)]", "an alert that fails is tried again after an hour",
+     "test_alert.WatchTest"),
+    # exclude
+    ("anchored-by-the-first", '        anchored = "/" in body\n', '        anchored = body.startswith("/")\n',
+     "a pattern with / inside is anchored", "test_excludes.RulesTest"),
+    ("first-pattern-decides", "for pattern in reversed(list(patterns)):", "for pattern in patterns:",
+     "the last pattern that matches decides", "test_excludes.RulesTest"),
+    ("slash-at-the-end-ignored", "if (directory or not only_directories) and regex.match(", "if regex.match(",
+     "a trailing / means directories", "test_excludes.RulesTest"),
+    ("star-crosses-slashes", '"[^/]*" if not deep', '".*" if not deep', "* stops at a /", "test_excludes.RulesTest"),
+    ("question-mark-is-a-slash", 'out.append("[^/]")', 'out.append(".")', "? is no /", "test_excludes.RulesTest"),
+    ("no-exclamation-mark", 'keep = pattern.startswith("!")', "keep = False", "! brings back",
+     "test_excludes.RulesTest"),
+    ("caret-does-not-negate", 'in ("!", "^")', 'in ("!",)', "classes as gitignore has them", "test_excludes.RulesTest"),
+    ("any-tag-is-a-cache", "return stream.read(len(CACHE_SIGNATURE)) == CACHE_SIGNATURE", "return True",
+     "only a tag with its signature marks a cache", "test_excludes.BackedUpTest"),
+    ("cache-without-its-tag", "if cache and entry.name != CACHE_TAG:", "if cache:",
+     "of a cache the directory and its tag are kept", "test_excludes.BackedUpTest"),
+    # proof
+    ("same-time-is-proof", 'row["doubt"] = int(ctime != row["ctime"])', 'row["doubt"] = 0',
+     "the same size and time under another ctime is presumed",
+     "test_proof.Inferred.test_an_edit_that_keeps_its_time_is_found_whatever_else_happens_to_the_file"),
+    ("changed-while-read", 'return ("read", own) if _is_version(os.fstat(descriptor), facts) else ("changed", None)',
+     'return "read", own', "a proof needs the same times before and after", "test_proof.FreshTest"),
+    ("fresh-is-read", '        if is_fresh(info):\n            return "fresh", None\n', "",
+     "a file changed just now is no proof", "test_proof.FreshTest"),
+    ("consent-for-ever", "def scan(self, name: str, consent: bool = False) -> None:\n",
+     "def scan(self, name: str, consent: bool = False) -> None:\n        self.consents = consent = consent or "
+     "getattr(self, \"consents\", False)\n", "consent is for one scan", "test_held.ServerTest"),
+    ("accept-is-nothing", "        if not self.consent:\n            self._judge()", "        if True:\n            self._judge()",
+     "accept lets the change through", "test_held.ReleaseTest"),
+    # held
+    ("held-is-said-only", '        if row["state"] != "ok":\n            raise Refused("held"',
+     '        if False:\n            raise Refused("held"', "held means that nothing changes", "test_held.ServerTest"),
+    ("other-disk-passes", "if elsewhere and gone + changed:", "if False:", "another file system is held",
+     "test_held.MountTest"),
+    ("restore-is-backed-up", "if RESTORE_DIR in names and restore_unfinished(self.root):", "if False:",
+     "a source under restore is held", "test_restore_says.FinishedTest test_worst_day.BackInBusinessTest"),
+    ("unreadable-is-deleted", "            self._problem(directory, reason_of(error))\n            return []\n        different",
+     "            self._lose(list(known.items()))\n            return []\n        different",
+     "what cannot be read is not taken for deleted", "test_said.UnreadTest"),
+    # the door and the channel
+    ("strangers-stay", 'STRANGER_SILENCE if guest.kind == "silent" else STRANGER_TIME)]', "1e9)]",
+     "who says nothing is turned away", "test_door.CrowdTest.test_who_says_nothing_is_turned_away_soon"),
+    ("crowd-without-end", "if not strangers or len(strangers) < most:", "if True:",
+     "a crowd holds up nobody", "test_door.CrowdTest.test_honest_passes_succeed_beside_500_silent_connections"),
+    ("strangers-say-much", "channel = Channel(tls, STRANGER_LINE, 0)", "channel = Channel(tls)",
+     "a stranger can say little and nothing packed", "test_door.MemoryTest"),
+    ("nested-without-end", '    if brackets:\n        raise ProtocolError("a message that is nested',
+     '    if False:\n        raise ProtocolError("a message that is nested', "depth has a bound", "test_door.MemoryTest"),
+    ("values-without-end", 'if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > ELEMENTS:', "if False:",
+     "the number of values has a bound", "test_door.MemoryTest"),
+    ("digits-without-end", 'if re.search(rb"[0-9]{%d}" % (DIGITS + 1), bare):', "if False:",
+     "numbers have a bound", "test_door.MemoryTest"),
+    ("key-for-strangers", "if not tls.getpeercert(binary_form=True):", "if False:",
+     "both sides prove that they hold the key", "test_channel.StrangersTest"),
+    ("key-readable", "if mode & 0o077:", "if False:", "a key that others can read is refused", "test_cli.KeyFileTest"),
+    # shapes
+    ("keys-may-be-missing", '        if key not in value:\n            return ".%s is missing" % key',
+     '        if key not in value:\n            continue', "what is missing is an error", "test_wire.TableTest"),
+    ("lists-without-end", "if not isinstance(value, (list, tuple)) or len(value) > most:",
+     "if not isinstance(value, (list, tuple)):", "lists have a bound", "test_wire.TableTest"),
+    ("rows-of-any-length", "if not isinstance(value, (list, tuple)) or len(value) != len(shape):",
+     "if not isinstance(value, (list, tuple)):", "rows have their length", "test_wire.TableTest"),
+    ("no-defaults", "value[key] = default() if callable(default) else default", "pass",
+     "what an older peer lacks gets its default", "test_wire.TableTest"),
+    ("said-raw", "            value[key] = shown(value[key])\n", "            pass\n",
+     "nothing that a peer says is printed raw", "test_wire"),
+    ("jump-believed", 'and told[0] < row["gen"] + GENERATION_JUMP:', "and True:",
+     "a jump of a generation is not believed", "test_wire.OddServerTest"),
+    # folding names
+    ("case-is-not-folded", 'unicodedata.normalize("NFD", path.decode()).casefold()',
+     'unicodedata.normalize("NFD", path.decode())', "names that differ in case are one there", "test_folding.StandInTest"),
+    ("others-name-taken", "if not self.folds or self.tree.lstat(place) is None:", "if True:",
+     "a name that is another's is refused", "test_folding.StandInTest"),
+    # rsync
+    ("own-failure-is-theirs", 'return "own" if relayed == "unstarted" or relayed == "done" and failed_here else "cut"',
+     'return "cut"', "own failures of rsync are put down to this side", "test_rsyncs.HowItEndedTest"),
+    ("killed-rsync-is-theirs", "failed_here = result.code < 0 or", "failed_here = False or",
+     "a killed rsync is this side's", "test_rsyncs.HowItEndedTest"),
+    ("no-chroot", 'chroot="yes" if as_root else "no"', 'chroot="no"', "as root rsync is in a chroot", "test_hostile"),
+    # the page
+    ("names-are-markup", 'return html.escape(str(text).encode("utf-8", "backslashreplace").decode())', "return str(text)",
+     "a name is only text", "test_page.HtmlTest"),
+    ("any-host-name", 'if not web.is_for_us(self.headers.get("Host")):', "if False:",
+     "the page answers to its own name only", "test_page.WebTest"),
+    ("no-csp", """self.send_header("Content-Security-Policy", page_policy() + "; frame-ancestors 'none'")""", "pass",
+     "the page runs nothing", "test_page.WebTest"),
+    ("page-without-token", "return not self.token or secrets.compare_digest(", "return True or secrets.compare_digest(",
+     "beyond this machine the address has a token", "test_page.WebTest"),
+    # looking back
+    ("ls-counts-any-version", "for r in held if (r[2], r[3]) == (size, mtime)}", "for r in held}",
+     "copies of this version", "test_looking_back.LsTest"),
+    ("ls-without-older", "if r[5] and (r[2], r[3]) != (size, mtime)})", "if False})", "older versions are counted",
+     "test_looking_back.LsTest"),
+    ("ls-without-gone", "if name and name not in names and any(r[5] for r in rows)),", "if False),",
+     "what is gone and has old versions is named", "test_looking_back.LsTest"),
+    ("log-of-idle-passes", 'if pass_text(record) == "nothing to do" and not record["wrong"] and', "if False and",
+     "idle passes are one line", "test_looking_back.LogTest"),
+    ("day-begins", "int(hour or 23), int(minute or 59)", "int(hour or 0), int(minute or 0)",
+     "a day is its end", "test_restore_says.TimesTest"),
+    ("days-ahead", "return now - parse_duration(word)", "return now + parse_duration(word)", "3d is three days ago",
+     "test_catalogs.BackInTimeTest"),
+    ("find-finds-nothing", 'at in zip(answer["rows"], times):', "at in zip([], times):",
+     "find says where copies and old versions are", "test_restore_says.FindTest"),
+    ("find-raises", 'if found["until"] is not None:\n        text +=', 'if found["unti"] is not None:\n        text +=',
+     "find is no traceback", "test_restore_says.FindTest"),
+    # what restore says
+    ("unproven-not-counted", '(unproven, "of them not proven yet', '(0, "of them not proven yet',
+     "restore names what it brought back unproven", "test_restore_says.WhereToTest"),
+    ("unread-not-counted", '(unreadable, "could not be read by', '(0, "could not be read by',
+     "restore counts what its own host could not read", "test_said.UnreadTest"),
+    # services, completion
+    ("timer-forgets", "Persistent=true\n", "", "a pass missed in sleep is made up for", "test_service.InstallerTest"),
+    ("service-not-started", ', ["systemctl", "restart"] + names],', "],", "service --install starts it",
+     "test_service.InstallerTest"),
+    ("crontab-overwritten", 'if not line.endswith(" " + mark)]', "if False]", "the other lines of a crontab stay",
+     "test_service.InstallerTest"),
+    ("crontab-percent", 'map(shlex.quote, words)))).replace("%", "\\\\%")', 'map(shlex.quote, words))))',
+     "the lines are of crontab's form", "test_service.InstallerTest"),
+    ("bash-without-options", """yield "        %s) word='%s';;" % (name, words(one))""", "pass",
+     "options are completed", "test_terminal.CompletionTest"),
+    # the demo
+    ("demo-says-same", "if before.get(path) != after.get(path)}", "if False}",
+     "the demo compares", "test_demo.CompareTest"),
+    # durability
+    ("written-not-synced", "            fsync(stream.fileno())\n        os.rename(temporary, path)",
+     "        os.rename(temporary, path)", "atomic_write syncs before it renames", "test_durability.AtomicWriteTest"),
+    ("name-not-synced", '    fsync_directory(os.path.dirname(path) or ".")\n', "", "a new name is durable",
+     "test_durability.AtomicWriteTest"),
+    ("placed-not-synced", "        try:\n            self.tree.sync(names)\n", "        try:\n            pass\n",
+     "no placed before it is durable", "test_durability.OrderTest"),
+    ("commits-not-synced", "PRAGMA synchronous=EXTRA", "PRAGMA synchronous=OFF", "a grant is durable before its answer",
+     "test_durability.OrderTest"),
+    ("attic-not-synced", "        self.tree.sync(touched)\n        with self.write() as db:\n            db.executemany(\"UPDATE attic SET done=1",
+     "        with self.write() as db:\n            db.executemany(\"UPDATE attic SET done=1",
+     "what goes to the attic is durable before it is forgotten", "test_durability.OrderTest"),
+    # the backup's directory
+    ("anybodys-directory", "names = [] if adopt else in_use_by_others(self.spec.path)", "names = []",
+     "a directory in use is refused", "test_vault.InUseTest"),
+    ("open-to-others", "self.tree.chmod(name, 0o700)", "pass", "a backup is closed to others", "test_vault.PrivateTest"),
+    ("setuid-copies", "self.tree.lstat(rel), mode & 0o777", "self.tree.lstat(rel), mode", "no copy has setuid",
+     "test_vault.PrivateTest"),
+    ("key-backed-up", "skip = [self.home.state_path, self.home.key_path]", "skip = [self.home.state_path]",
+     "the key is never backed up", "test_vault.PrivateTest"),
+    ("identity-ignored", 'and not request["adopt"] \\\n', "and False \\\n", "another directory in a backup's place is refused",
+     "test_liars.CountingTest"),
+    # catalogs and configuration
+    ("catalog-cut-off", "    if not ended:\n        raise DamagedCatalog", "    if False:\n        raise DamagedCatalog",
+     "a damaged catalog is found", "test_catalog_files.DamagedTest"),
+    ("catalogs-for-ever", "        if found not in needed:\n", "        if False:\n", "catalogs are kept for keep",
+     "test_catalog_files.CatalogFilesTest"),
+    ("half-of-the-lines", "and 2 * len(gone) > len(before)):", "and False):", "a configuration that removes most is held",
+     "test_said.HeldConfigTest"),
+    ("invitation-for-ever", 'found.get("until", 0) > clock.now() >', "True or clock.now() >", "a token works for one hour",
+     "test_joining"),
+    # extended attributes
+    ("attributes-without-end", "if value is not None and size <= XATTRS_LIMIT:", "if value is not None:",
+     "attributes that are too much are named", "test_xattrs.ScanTest"),
+    ("attributes-changes-missed", '            row["how"] = "attributes"\n', '            return None\n',
+     "a change of attributes alone is seen", "test_xattrs.RoundTripTest"),
 ]
 
 
 def wrong(text):
-    """{name: why} of the faults that cannot be applied."""
+    """{name: why} of the faults that cannot be applied to this text of cbackup.py."""
     found = {}
     for name, old, new, _, _ in MUTANTS:
         if text.count(old) != 1:
             found[name] = "its text is there %d times" % text.count(old)
-            continue
-        try:
-            compile(text.replace(old, new), name, "exec")
-        except SyntaxError as error:
-            found[name] = "it does not compile: %s" % error
     return found
 
 
-def noticed(mutant, text):
-    """How its tests ended: "failed", "late", or "" when they are all well."""
-    name, old, new, _, tests = mutant
-    with tempfile.TemporaryDirectory(prefix="cbackup-mutant-") as base:
-        for entry in os.listdir(TOP):
-            if not entry.startswith("."):
-                path = os.path.join(TOP, entry)
-                (shutil.copytree if os.path.isdir(path) else shutil.copy2)(path, os.path.join(base, entry))
-        with open(os.path.join(base, "cbackup.py"), "w", encoding="utf-8") as file:
-            file.write(text.replace(old, new))
-        process = subprocess.Popen([sys.executable, "-B", "-m", "unittest", "-f"] + ["tests." + one for one in tests.split()],
-                                   cwd=base, env=dict(os.environ, TMPDIR=base, CBACKUP_TEST_JOBS="1"), stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            return "failed" if process.wait(LIMIT * PATIENCE) else ""
-        except subprocess.TimeoutExpired:
-            return "late"
-        finally:
-            if process.poll() is None:
+def copied(base, text):
+    """The project at `base`, with this text of cbackup.py."""
+    for entry in os.listdir(TOP):
+        if not entry.startswith("."):
+            path = os.path.join(TOP, entry)
+            (shutil.copytree if os.path.isdir(path) else shutil.copy2)(path, os.path.join(base, entry))
+    with open(os.path.join(base, "cbackup.py"), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+class Trial:
+    """All faults against one text of cbackup.py.  `alone`: how tests ended without one."""
+
+    def __init__(self, text, seconds):
+        self.text, self.end = text, time.monotonic() + seconds
+        self.alone, self.lock, self.running = {}, threading.Lock(), set()
+
+    def stop(self, *_):
+        """Ends what runs; also as the handler of a signal."""
+        self.end = 0.0
+        for process in list(self.running):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def run_tests(self, text, names):
+        """(how they ended, the first that failed): ("well", ""), ("failed", its name), ("late", ""),
+        ("broken", the last line) where there were no tests, ("no time", "")."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            return "no time", ""
+        with tempfile.TemporaryDirectory(prefix="cbackup-mutant-") as base:
+            copied(base, text)
+            process = subprocess.Popen(
+                [sys.executable, "-B", "-m", "unittest", "-f", *names], cwd=base, start_new_session=True,
+                env=dict(os.environ, TMPDIR=base, CBACKUP_TEST_JOBS="1"), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            self.running.add(process)
+            try:
+                said = process.communicate(timeout=min(LIMIT * PATIENCE, left))[1]
+            except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                said = process.communicate()[0]
+            finally:
+                self.running.discard(process)
+        if process.returncode == -signal.SIGKILL:
+            return "late" if time.monotonic() < self.end else "no time", ""
+        return ("well", "") if process.returncode == 0 else who_failed(said.decode("utf-8", "replace"))
+
+    def try_one(self, mutant):
+        """(whether somebody noticed, words); None for the first where there was no time."""
+        name, old, new, promise, tests = mutant
+        how, who = self.run_tests(self.text.replace(old, new), ["tests." + one for one in tests.split()])
+        alone = self.without(who) if how == "failed" else ""
+        if "no time" in (how, alone):
+            return None, "no time"
+        if how == "well":
+            return False, "ALIVE: %s" % promise
+        if how == "broken":
+            return False, "NO TESTS: %s" % who
+        if how == "failed" and alone != "well":
+            return False, "NOT SURE: %s fails without it too" % who
+        return True, who[6:] if who else "they do not come to an end"
+
+    def without(self, test):
+        with self.lock:
+            if test not in self.alone:
+                self.alone[test] = self.run_tests(self.text, [test])[0]
+            return self.alone[test]
+
+
+def who_failed(said):
+    """Of what unittest has printed: ("failed", the first test), ("broken", the last line)."""
+    first = re.search(r"^(?:FAIL|ERROR): (\w+) \(([\w.]+)\)", said, re.M)
+    if first is None or "_FailedTest" in said:
+        return "broken", (said.strip().splitlines() or [""])[-1]
+    test, where = first.groups()
+    if not test.startswith("test") or where.endswith("." + test):   # those of a class have its name alone
+        return "failed", where
+    return "failed", "%s.%s" % (where, test)
 
 
 def chosen(args):
-    if args.only:
-        return [one for one in MUTANTS if one[0] in args.only]
-    if args.part:
-        part, _, parts = args.part.partition("/")
-        number = int(parts or 20)
-        return MUTANTS[int(part) % number::number]
-    return MUTANTS
+    found = [one for one in MUTANTS if not args.only or one[0] in args.only]
+    if args.seed is not None:
+        random.Random(args.seed).shuffle(found)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 -m tests.mutants", description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--part", metavar="K[/N]", help="the K-th of N parts, by default of 20")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no other one after so long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long")
+    parser.add_argument("--seed", type=int, help="in another order")
+    parser.add_argument("--jobs", type=int, default=2, help="so many at a time")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     with open(os.path.join(TOP, "cbackup.py"), encoding="utf-8") as file:
         text = file.read()
-    bad, alive, begun = wrong(text), [], time.monotonic()
-    for mutant in chosen(args):
-        name, _, _, promise, tests = mutant
-        if args.list:
-            print("%-26s %-60s %s" % (name, promise, tests))
-        elif name in bad:
-            continue
-        elif time.monotonic() - begun > args.minutes * 60:
-            print("%-26s no time" % name)
-        else:
-            how = noticed(mutant, text)
-            print("%-26s %s" % (name, how or "ALIVE: %s" % promise), flush=True)
-            alive += [] if how else [name]
+    bad, trial = wrong(text), Trial(text, args.minutes * 60)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, trial.stop)
+    todo = [one for one in chosen(args) if one[0] not in bad]
+
+    def one(mutant):
+        found, words = trial.try_one(mutant)
+        if found is not None:
+            print("%-26s %s" % (mutant[0], words), flush=True)
+        return found
     for name, why in bad.items():
         print("%-26s WRONG: %s" % (name, why))
-    return bool(alive or bad)
+    if args.list:
+        for name, _, _, promise, tests in todo:
+            print("%-26s %-60s %s" % (name, promise, tests))
+        return bool(bad)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        ends = list(pool.map(one, todo))
+    print("%d of %d tried (seed %s), %d alive, %d wrong" % (sum(end is not None for end in ends), len(todo), args.seed,
+                                                           ends.count(False), len(bad)))
+    return bool(bad) or False in ends
 
 
 if __name__ == "__main__":

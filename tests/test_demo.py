@@ -4,9 +4,31 @@ import os
 import signal
 import unittest
 
+import cbackup
 from tests.faults import processes_with
 from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree,
                            wait_for)
+
+
+class CompareTest(Case):
+    """The demo says that all is as it was only when it is."""
+
+    def test_each_difference_is_found(self):
+        base = self.directory()
+        source, target = os.path.join(base, "source"), os.path.join(base, "target")
+        for path in (source, target):
+            make_tree(path, {"a/f": b"123", "a/g": b"4", "link": Link("a/f"), "void": DIRECTORY})
+            for above, folders, names in os.walk(path):
+                for name in folders + names:
+                    os.utime(os.path.join(above, name), (1e9, 1e9), follow_symlinks=False)
+        demo = cbackup.Demo(source, base)
+        self.assertEqual(set(), demo._differences(target))
+        with open(os.path.join(target, "a/f"), "r+") as file:
+            file.write("124")
+        os.utime(os.path.join(target, "a/f"), (1e9, 1e9))
+        self.assertEqual({b"a/f"}, demo._differences(target))
+        os.rename(os.path.join(target, "a/g"), os.path.join(target, "a/h"))
+        self.assertLessEqual({b"a/f", b"a/g", b"a/h"}, demo._differences(target))
 
 
 class DemoTest(Case):

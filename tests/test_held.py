@@ -4,6 +4,7 @@ import os
 import shutil
 import unittest
 
+import cbackup
 from tests.faults import lose_state, mount_or_skip, regular_files, tmpfs_or_skip, unmount
 from tests.harness import Case, digest_of, make_tree, write_file
 
@@ -170,6 +171,51 @@ class ReleaseTest(Case):
     def test_afterwards_passes_are_settled_where_nothing_is_held(self):
         held = [name for name, facts in self.c.status()["sources"].items() if facts["state"] == "held"]
         self.assertLessEqual(set(held), {"twice"})
+
+
+class ServerTest(Case):
+    """What a server does with a held source, without a network."""
+
+    def setUp(self):
+        c = self.cluster("s", "a", replicas=1)
+        self.root = c.source("docs", "s", {"f%02d" % number: 10 for number in range(60)})
+        c.backup("ba", "a", "10M")
+        c.write_config()
+        home = cbackup.Home(c.home("s"))
+        self.service = cbackup.Service(home, home.config(), "s")
+        self.addCleanup(self.service.books.close)
+        self.service.scan("docs")
+
+    def lose(self, first, last):
+        for number in range(first, last):
+            os.unlink("%s/f%02d" % (self.root, number))
+        with self.assertLogs("cbackup", "WARNING"):
+            self.service.scan("docs")
+        return self.service.books.source_row("docs")["state"]
+
+    def test_consent_is_for_one_scan(self):
+        self.assertEqual("held", self.lose(0, 36))
+        self.service.scan("docs", consent=True)
+        self.assertEqual("ok", self.service.books.source_row("docs")["state"])
+        self.assertEqual("held", self.lose(36, 56))
+
+    def test_nothing_that_would_change_a_backup_is_answered(self):
+        asked = {"todo": dict(kind=1, after=0), "claim": dict(free=1000, most_files=9, most_bytes=1000), "claims": {},
+                 "claim_paths": dict(free=1000, paths=["f59"], relieved=None), "placed": dict(rows=[["f59", 1, 1]]),
+                 "confirm": dict(rows=[["f59", 1, "00" * 32, [], ""]]), "drop": dict(paths=["f59"]),
+                 "droppable": dict(need=1), "smallest": dict(above=0, most=1000),
+                 "relief": dict(relieved="ba", gap=1, most=1)}
+        for held in (False, True):
+            for op, fields in asked.items():
+                with self.subTest(op=op, held=held):
+                    request = dict(fields, op=op, backup="ba", source="docs")
+                    if not held:
+                        self.assertTrue(self.service.handle(request)["ok"])
+                        continue
+                    with self.assertRaises(cbackup.Refused) as caught:
+                        self.service.handle(request)
+                    self.assertEqual("held", caught.exception.reason)
+            self.assertEqual("held", self.lose(0, 36) if not held else "held")
 
 
 class MountTest(Case):

@@ -61,7 +61,7 @@ class CountingTest(MemberCase):
         before = self.copies()
         version = a.claim("f1")["f1"]
         self.assertEqual([], a.placed("f1", version))
-        self.assertNotEqual("ok", a.confirm("f1", version, b"x" * 100))
+        self.assertEqual("bad", a.confirm("f1", version, b"x" * 100))
         self.assertEqual([], a.placed("f1", version))
         self.assertEqual(before, self.copies())
 
@@ -72,6 +72,13 @@ class CountingTest(MemberCase):
         self.assertEqual("ok", a.confirm("f2", version, some_bytes(100, "f2")))
         self.assertEqual([], a.placed("f2", version + 1))
         self.assertEqual(["f2"], a.placed("f2", version))
+
+    def test_another_directory_in_a_backups_place_is_refused_unless_it_is_adopted(self):
+        self.member("a").hold("f3")
+        other = Member(self.c, "ba", "docs")
+        self.addCleanup(other.channel.close)
+        self.assertEqual("identity", other.begin(identity="ee" * 8).get("error"))
+        self.assertTrue(other.begin(identity="61" * 8).get("ok"))
 
     def test_the_samples_of_a_large_file_are_compared(self):
         a = self.member("a")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import cbackup
 from tests.harness import Cluster, Process, copy_wrong_bytes, read_file, some_bytes, wait_for, write_file
@@ -347,6 +348,20 @@ class FreshTest(unittest.TestCase):
             facts = {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns}
             self.assertEqual(cbackup.read_own(tree, facts, cbackup.Pace(None)), ("fresh", None))
             wait_for(lambda: cbackup.read_own(tree, facts, cbackup.Pace(None))[0] == "read", 5, "always fresh")
+
+    def test_a_file_that_is_another_before_or_after_the_reading_proves_nothing(self):
+        with tempfile.TemporaryDirectory() as base, cbackup.Tree(base) as tree:
+            path = os.path.join(base, "f")
+            write_file(path, "one")
+            info = os.stat(path)
+            facts = {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns}
+
+            def read_and_edit(descriptor, pace):
+                write_file(path, "two")
+                return b"digest", 3
+            with mock.patch.multiple(cbackup, is_fresh=lambda info: False, digest_descriptor=read_and_edit):
+                self.assertEqual(cbackup.read_own(tree, dict(facts, mtime=1), cbackup.Pace(None)), ("changed", None))
+                self.assertEqual(cbackup.read_own(tree, facts, cbackup.Pace(None)), ("changed", None))
 
     def test_where_times_are_whole_seconds_it_takes_longer(self):
         class Info:

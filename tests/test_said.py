@@ -218,6 +218,19 @@ sys.exit(cbackup.main(sys.argv[2:]))
 """ % TOP
 
 
+class ProofTest(unittest.TestCase):
+    """What is only presumed to have its copies is said to be, and is as good as safe until warn_after."""
+
+    def test_until_warn_after_and_then(self):
+        for since, safe in ((99, True), (101, False)):
+            found = cbackup.Verdict()
+            cbackup._judge_proof(found, "docs", {"unproven_files": 3, "unproven_since": since}, 100)
+            self.assertEqual(safe, found.safe)
+            self.assertRegex("".join(found.trouble + found.remarks), "3 files of docs are still being compared")
+        cbackup._judge_proof(found, "docs", {"unproven_files": 0, "unproven_since": None}, 100)
+        self.assertEqual(1, len(found.trouble + found.remarks))
+
+
 class UnreadTest(Case):
     """What could not be read, or taken, is never called safe, and is named in every pass until it is mended."""
 
