@@ -75,6 +75,7 @@ class BooksCase(unittest.TestCase):
 
     def at(self, seconds):
         write_file(self.clock, "%s" % seconds)
+        cbackup.clock._set = -1.0, 0.0      # as if the file had not been read just now
 
     def claim(self, backup):
         """The paths that a backup is given, when it asks for all that is underserved."""
