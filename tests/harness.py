@@ -6,6 +6,7 @@ tracebacks and left-over processes are looked after. What a test may rely on:
 - each host has its own home, `BASE/HOST/home`, its own port on 127.0.0.1, and the same configuration as all others;
 - whatever prints a Python traceback, or that cbackup itself made a mistake, fails the test, whichever process it was;
 - no call waits for ever: each has a deadline (multiply them with $CBACKUP_TEST_PATIENCE on a slow machine);
+- the program is cbackup.py of this directory, unless $CBACKUP_TEST_PROGRAM names another file, such as a built zipapp;
 - when the test process dies, however it dies, its processes die too (see `Guard`);
 - directories are removed, unless a test failed: then they stay, and the place is printed.
 
@@ -484,7 +485,7 @@ class Cluster:
 
     def __init__(self, *hosts, file=None, **keys):
         self.base = os.path.realpath(tempfile.mkdtemp(prefix="cbackup-test-"))
-        self.file = file
+        self.file = file or os.environ.get("CBACKUP_TEST_PROGRAM")
         self.hosts = []
         self.keys = dict({"name": "test", "replicas": 2, "scan": "1h", "scan_min": "0s"}, **keys)
         self.sources = {}
