@@ -184,8 +184,8 @@ hundreds, and a peer that sends a byte now and then would hold up a pass for eve
 
 GENERATION_JUMP = 10_000_000
 """How far a backup's word may raise a catalog's generation, and (VERSION_JUMP) a member's the configuration's version: no one
-can use up the numbers, and no honest member is that far ahead."""
-VERSION_JUMP = 1_000_000
+can use up the numbers, and no honest member is that far ahead.  VERSION_FIRST: for a machine that knows none yet."""
+VERSION_JUMP, VERSION_FIRST = 1_000_000, 1 << 61
 
 STRANGER_LINE, STRANGER_SILENCE, STRANGER_TIME = 4096, 5.0, 15.0
 """What a peer may say, and how long it may be silent and take in all, until it has proved that it is a member."""
@@ -1609,8 +1609,9 @@ class Home:
             raise ConfigError("a configuration from another machine", [(0, "is empty")])
         parse_config(text, "a configuration from another machine")
         ours = self.config_state().get("version")
-        if ours is not None and offer["version"] > ours + VERSION_JUMP:
-            raise ProtocolError("a configuration that claims to be version %d, where %d is known" % (offer["version"], ours))
+        if offer["version"] > (VERSION_FIRST if ours is None else ours + VERSION_JUMP):
+            raise ProtocolError("a configuration that claims to be version %d, where %s is known" % (
+                offer["version"], "none" if ours is None else ours))
         with contextlib.suppress(CBackupError):
             self.config()  # an edit that nothing has read yet is a version like any other
         with self.lock("config.lock"):

@@ -59,6 +59,25 @@ class LevelTest(Case):
         link.call("release", backup="b1", source="docs", paths=[], all=True)
         self.assertEqual([0, 0, 0], link.call("standing", backup="b1", source="docs")["sum"])
 
+    def test_no_jump_of_the_configurations_version_uses_the_numbers_up(self):
+        link = self.link()
+        offer = link.call("config")["config"]
+        text = offer["text"] + "# of a member that jumps\n"
+        for version in ((1 << 62) - 1, 1 << 61, offer["version"] + cbackup.VERSION_JUMP + 1):
+            jump = dict(offer, version=version, text=text, sha256=cbackup.sha256_of(text), history=[offer["sha256"]])
+            with self.assertRaisesRegex(cbackup.Refused, "claims to be version %d" % version):
+                link.call("new_config", config=jump)
+            fresh = cbackup.Home(self.directory())
+            if version > 1 << 61:
+                with self.assertRaises(cbackup.ProtocolError):
+                    fresh.take_config(jump)
+            self.assertEqual(offer, link.call("config")["config"])
+        # The next honest edit has the next number.
+        text = text.replace("of a member that jumps", "an edit")
+        self.assertTrue(link.call("new_config", config=dict(
+            offer, version=offer["version"] + 1, text=text, sha256=cbackup.sha256_of(text), history=[offer["sha256"]]))["taken"])
+        self.assertEqual((offer["version"] + 1, text), tuple(link.call("config")["config"][key] for key in ("version", "text")))
+
     def test_words_that_no_bytes_give_are_shown_and_kept_all_the_same(self):
         link = self.link()
         version = self.claim(link)
