@@ -775,10 +775,27 @@ class Cluster:
 
 # ---- the base of all tests --------------------------------------------------------------------------------------
 
+LARGE = 100000      # characters of two values from which on only their first difference is shown
+
+
+def first_difference(first, second):
+    """Where two values differ, as short text."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = [key for key in list(first) + list(second) if key not in first or key not in second or first[key] != second[key]]
+        return "\n".join("[%r]: %.300r != %.300r" % (key, first.get(key), second.get(key)) for key in keys[:10])
+    if isinstance(first, (set, frozenset)) and isinstance(second, (set, frozenset)):
+        return "in one of them only: %.2000r" % sorted(first ^ second, key=repr)[:10]
+    if isinstance(first, (str, bytes, list, tuple)) and type(first) is type(second):
+        at = next((at for at, (one, other) in enumerate(zip(first, second)) if one != other), min(len(first), len(second)))
+        most = 300 if isinstance(first, (str, bytes)) else 3
+        return "from %d on: %.1000r != %.1000r" % (at, first[at:at + most], second[at:at + most])
+    return "%.1000r != %.1000r" % (first, second)
+
+
 class Case(unittest.TestCase):
     """A test with clusters and directories of its own, or one cluster for all the tests of a class."""
 
-    maxDiff = None
+    maxDiff = 20000
     _shared = None
 
     @classmethod
@@ -843,6 +860,12 @@ class Case(unittest.TestCase):
         self._mine.append(cluster)
         os.unlink(cluster.path("clock"))
         return cluster.base
+
+    def assertEqual(self, first, second, msg=None):
+        """As ever; but large values are not laid side by side line by line, which takes minutes."""
+        if first != second and len(repr(first)) + len(repr(second)) > LARGE:
+            self.fail(self._formatMessage(msg, "two large values differ: " + first_difference(first, second)))
+        super().assertEqual(first, second, msg)
 
     def assertRc(self, expected, result):
         if result.rc != expected:

@@ -12,7 +12,7 @@ from unittest import mock
 import cbackup
 
 from tests.faults import process_table
-from tests.harness import (DIRECTORY, TOP, Case, Cluster, Link, Process, differences, make_tree, plain_environment,
+from tests.harness import (DIRECTORY, PATIENCE, TOP, Case, Cluster, Link, Process, differences, make_tree, plain_environment,
                            tree, wait_for, write_file)
 
 
@@ -165,7 +165,25 @@ class EnvironmentTest(Case):
             for text in ("-5000", "nan", "inf", "1e400", "\0", ""):
                 write_file(path, text)
                 self.assertGreaterEqual(clock.steady(), before)
-                self.assertLess(clock.now(), date)
+                wait_for(lambda: clock.now() < date, 5, "the date is not what the file says")
+
+
+class LargeTest(Case):
+    """Large values that differ are a failure at once, not after minutes, and where they differ is said."""
+
+    def test_what_differs_is_said_at_once(self):
+        number, many = 60000, range(100000)
+        for first, second, words in (
+                ({n: "x%d" % n for n in many}, {n: "x%d" % (n - (n == number)) for n in many}, "[60000]: 'x60000' != 'x59999'"),
+                (list(many), [n + (n == number) for n in many], "from 60000 on: [60000, 60001, 60002] != [60001, 60001, 60002]"),
+                ("y\n" * number, "y\n" * number + "z", "from 120000 on: '' != 'z'"),
+                (set(many), set(many) - {number}, "in one of them only: [60000]")):
+            begun = time.monotonic()
+            with self.assertRaises(AssertionError) as caught:
+                self.assertEqual(first, second)
+            self.assertIn(words, str(caught.exception))
+            self.assertLess(len(str(caught.exception)), 5000)
+            self.assertLess(time.monotonic() - begun, 20 * PATIENCE)
 
 
 class TreeTest(Case):
