@@ -478,13 +478,16 @@ def difference(other: bytes, path: bytes) -> str:
     return "differs only in %s from %s" % ("Unicode normal form" if texts[0] == texts[1] else "case", shown(other))
 
 
+_NOT_PLAIN = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0").search
+"""Finds an empty part, "." or ".." in a path, or a zero byte."""
+
+
 def check_relative(raw: bytes) -> bytes:
     """`raw` itself when it is a plain relative path that stays below its root; else ProtocolError."""
-    if not raw or len(raw) > 8192 or b"\0" in raw:
-        raise ProtocolError("not a path: %s" % shown(raw[:80]))
-    for part in raw.split(b"/"):
-        if part in (b"", b".", b".."):
-            raise ProtocolError("not a plain relative path: %s" % shown(raw[:200]))
+    if len(raw) > 8192 or _NOT_PLAIN(raw):
+        if not raw or len(raw) > 8192 or b"\0" in raw:
+            raise ProtocolError("not a path: %s" % shown(raw[:80]))
+        raise ProtocolError("not a plain relative path: %s" % shown(raw[:200]))
     return raw
 
 
@@ -767,17 +770,35 @@ def list_xattrs(place: "int | str | bytes", follow: bool = True) -> "List[str]":
         raise
 
 
+class _Parents:
+    """The directories that one thread used last in a tree, open: path -> descriptor, the last one last.
+    Closed with the thread, or when the tree forgets them."""
+
+    __slots__ = ("open", "age")
+
+    def __init__(self) -> None:
+        self.open: "Dict[bytes, int]" = {}
+        self.age: Any = None
+
+    def clear(self) -> None:
+        while self.open:
+            os.close(self.open.popitem()[1])
+
+    __del__ = clear
+
+
 class Tree:
     """A directory whose inside is reached without ever following a symlink: the one place for such paths.
 
     All paths are relative bytes.  Each operation walks from the root's descriptor with O_NOFOLLOW, so that a
     symlink that lies (or is put) inside leads nowhere.  Safe to use by several threads.
 
-    The parents used last stay open: most callers go through sorted paths.  Directories are removed only through
-    this object while it is in use, which forgets them then.
+    The parents that a thread used last stay open for it: most callers go through sorted paths.  Directories are
+    removed only through this object while it is in use, which forgets them then.
     """
 
     _REMEMBERED = 16
+    """More than any one operation uses: what it has been given stays open until it is over."""
 
     _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
@@ -789,21 +810,32 @@ class Tree:
         """`own_links`: symlinks that stand where a directory has to be made are ours, and are removed."""
         self.root = os.fsencode(root)
         self._own_links = own_links
-        self._lock = threading.Lock()
-        self._open: "Dict[bytes, int]" = {}
+        self._here = threading.local()
+        self._age = object()  # another one with all that is forgotten
         self._root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
         self._forget()
+        self._parents()
         if self._root >= 0:
             os.close(self._root)
             self._root = -1
 
     def _forget(self) -> None:
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
+        """The next operation of each thread walks from the root."""
+        self._age = object()
+
+    def _parents(self) -> "Dict[bytes, int]":
+        """This thread's open directories."""
+        try:
+            mine = self._here.parents
+        except AttributeError:
+            mine = self._here.parents = _Parents()
+        age = self._age
+        if mine.age is not age:
+            mine.clear()
+            mine.age = age
+        return mine.open
 
     def __enter__(self) -> "Tree":
         return self
@@ -811,30 +843,35 @@ class Tree:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _parent(self, rel: bytes, make: bool = False) -> "Iterator[Tuple[int, bytes]]":
-        """(descriptor of the parent directory, last name).  With `make`, missing parents are made."""
+    def _parent(self, rel: bytes, make: bool = False) -> "Tuple[int, bytes]":
+        """(descriptor of the parent directory, last name).  With `make`, missing parents are made.
+        The descriptor is this thread's for the operation that it asks for, and is not closed by it."""
         above, _, name = check_relative(rel).rpartition(b"/")
-        with self._lock:
-            known = self._open.get(above)
-            descriptor = os.dup(self._root if known is None else known)
-        try:
-            if known is None and above:
-                for part in above.split(b"/"):
-                    following = self._step(descriptor, part, make)
-                    os.close(descriptor)
-                    descriptor = following
-                self._remember(above, descriptor)
-            yield descriptor, name
-        finally:
-            os.close(descriptor)
+        if not above:
+            return self._root, name
+        known = self._parents()
+        descriptor = known.pop(above, -1)
+        if descriptor < 0:
+            descriptor = self._walk(above, make)
+            if len(known) >= self._REMEMBERED:
+                os.close(known.pop(next(iter(known))))
+        known[above] = descriptor
+        return descriptor, name
 
-    def _remember(self, above: bytes, descriptor: int) -> None:
-        with self._lock:
-            if len(self._open) >= self._REMEMBERED:
-                os.close(self._open.pop(next(iter(self._open))))
-            if above not in self._open:
-                self._open[above] = os.dup(descriptor)
+    def _walk(self, above: bytes, make: bool) -> int:
+        """A new descriptor of a directory; from its own parent on where that is open."""
+        upper, _, last = above.rpartition(b"/")
+        known = self._parents().get(upper, self._root if not upper else -1)
+        if known >= 0:
+            return self._step(known, last, make)
+        descriptor = os.dup(self._root)
+        for part in above.split(b"/"):
+            try:
+                following = self._step(descriptor, part, make)
+            finally:
+                os.close(descriptor)
+            descriptor = following
+        return descriptor
 
     def _step(self, descriptor: int, part: bytes, make: bool) -> int:
         try:
@@ -853,8 +890,8 @@ class Tree:
         """The entry's own stat; None when there is none (or a parent is missing or not a directory), and also when no such
         name can be there, which raises OSError when `strict`."""
         try:
-            with self._parent(rel) as (descriptor, name):
-                return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            descriptor, name = self._parent(rel)
+            return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         except OSError as error:
             if error.errno in self._ABSENT or not strict and error.errno in self.IMPOSSIBLE:
                 return None
@@ -862,8 +899,8 @@ class Tree:
 
     def open(self, rel: bytes) -> int:
         """A descriptor for reading a regular file.  Raises OSError, also for anything that is not one."""
-        with self._parent(rel) as (descriptor, name):
-            found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
+        descriptor, name = self._parent(rel)
+        found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
         if not stat.S_ISREG(os.fstat(found).st_mode):
             os.close(found)
             raise OSError(errno.EINVAL, "not a regular file")
@@ -878,42 +915,43 @@ class Tree:
             os.close(descriptor)
 
     def make_directory(self, rel: bytes) -> None:
-        with self._parent(rel + b"/x", make=True):
-            pass
+        self._parent(rel + b"/x", make=True)
 
     def rename(self, old: bytes, new: bytes) -> None:
         """Rename within the tree, replacing what is at `new`; parents of `new` are made."""
-        with self._parent(new, make=True) as (new_dir, new_name), self._parent(old) as (old_dir, old_name):
-            os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+        new_dir, new_name = self._parent(new, make=True)
+        old_dir, old_name = self._parent(old)
+        os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
 
     def link(self, old: bytes, new: bytes) -> None:
         """A second name `new` for the file `old`.  Raises OSError where the file system has no links."""
-        with self._parent(new, make=True) as (new_dir, new_name), self._parent(old) as (old_dir, old_name):
-            os.link(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir, follow_symlinks=False)
+        new_dir, new_name = self._parent(new, make=True)
+        old_dir, old_name = self._parent(old)
+        os.link(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir, follow_symlinks=False)
 
     def symlink(self, target: bytes, rel: bytes) -> None:
-        with self._parent(rel, make=True) as (descriptor, name):
-            os.symlink(target, name, dir_fd=descriptor)
+        descriptor, name = self._parent(rel, make=True)
+        os.symlink(target, name, dir_fd=descriptor)
 
     def readlink(self, rel: bytes) -> bytes:
-        with self._parent(rel) as (descriptor, name):
-            return os.readlink(name, dir_fd=descriptor)
+        descriptor, name = self._parent(rel)
+        return os.readlink(name, dir_fd=descriptor)
 
     def unlink(self, rel: bytes) -> None:
-        with self._parent(rel) as (descriptor, name):
-            os.unlink(name, dir_fd=descriptor)
+        descriptor, name = self._parent(rel)
+        os.unlink(name, dir_fd=descriptor)
 
     def rmdir(self, rel: bytes) -> None:
         self._forget()
-        with self._parent(rel) as (descriptor, name):
-            os.rmdir(name, dir_fd=descriptor)
+        descriptor, name = self._parent(rel)
+        os.rmdir(name, dir_fd=descriptor)
         self._forget()
 
     def list(self, rel: bytes = b"") -> "List[bytes]":
         """The names in a directory, sorted; [] when it does not exist."""
         try:
-            with self._parent(rel + b"/x" if rel else b"x") as (descriptor, _):
-                return sorted(os.fsencode(name) for name in os.listdir(descriptor))
+            descriptor, _ = self._parent(rel + b"/x" if rel else b"x")
+            return sorted(os.fsencode(name) for name in os.listdir(descriptor))
         except OSError as error:
             if error.errno in self._ABSENT:
                 return []
@@ -951,16 +989,16 @@ class Tree:
 
     def chmod(self, rel: bytes, mode: int) -> None:
         """chmod of a regular file or directory; everything else is left alone."""
-        with self._parent(rel) as (descriptor, name):
-            info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            if stat.S_IMODE(info.st_mode) == mode or not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
-                return
-            if os.chmod in os.supports_follow_symlinks:
-                os.chmod(name, mode, dir_fd=descriptor, follow_symlinks=False)
-                return
-            with self._itself(descriptor, name) as (found, place):
-                if not stat.S_ISLNK(os.fstat(found).st_mode):
-                    os.chmod(place, mode)
+        descriptor, name = self._parent(rel)
+        info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+        if stat.S_IMODE(info.st_mode) == mode or not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
+            return
+        if os.chmod in os.supports_follow_symlinks:
+            os.chmod(name, mode, dir_fd=descriptor, follow_symlinks=False)
+            return
+        with self._itself(descriptor, name) as (found, place):
+            if not stat.S_ISLNK(os.fstat(found).st_mode):
+                os.chmod(place, mode)
 
     @contextlib.contextmanager
     def _itself(self, descriptor: int, name: bytes) -> "Iterator[Tuple[int, Any]]":
@@ -980,7 +1018,7 @@ class Tree:
         if not rel:
             yield self._root
             return
-        with self._parent(rel) as (descriptor, name), self._itself(descriptor, name) as (_, place):
+        with self._itself(*self._parent(rel)) as (_, place):
             yield place
 
     def xattrs(self, rel: bytes) -> "Dict[str, bytes]":
@@ -997,12 +1035,12 @@ class Tree:
                 os.setxattr(place, key, value)
 
     def chown(self, rel: bytes, uid: int, gid: int) -> None:
-        with self._parent(rel) as (descriptor, name):
-            os.chown(name, uid, gid, dir_fd=descriptor, follow_symlinks=False)
+        descriptor, name = self._parent(rel)
+        os.chown(name, uid, gid, dir_fd=descriptor, follow_symlinks=False)
 
     def set_mtime(self, rel: bytes, mtime_ns: int) -> None:
-        with self._parent(rel) as (descriptor, name):
-            os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=descriptor, follow_symlinks=False)
+        descriptor, name = self._parent(rel)
+        os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=descriptor, follow_symlinks=False)
 
     def sync(self, paths: "Iterable[bytes]") -> None:
         """Make files, and their names in their directories, durable; also that a file is no longer under its name.
@@ -1027,8 +1065,8 @@ class Tree:
                 rel = rel.rpartition(b"/")[0]
                 above.add(rel)
         for rel in above:
-            with contextlib.suppress(*gone), self._parent(rel + b"/x") as (descriptor, _):
-                fsync(descriptor, drive=False)
+            with contextlib.suppress(*gone):
+                fsync(self._parent(rel + b"/x")[0], drive=False)
         fsync(self._root)
 
     def sync_all(self) -> None:
@@ -4253,7 +4291,8 @@ def misfit(value: Any, shape: Any) -> str:
         of, most = (shape.of, shape.most) if isinstance(shape, Every) else (shape[0], LIST_LIMIT)
         if not isinstance(value, (list, tuple)) or len(value) > most:
             return " is no list, or one that is too long"
-        parts = ((number, each, of) for number, each in enumerate(value))
+        plain = isinstance(of, tuple) and all(callable(test) and test is not _is_said for test in of)
+        parts = ((number, each, of) for number, each in enumerate(value) if not plain or not _fits(each, of))
     elif isinstance(shape, tuple):
         if not isinstance(value, (list, tuple)) or len(value) != len(shape):
             return " is no list of %d" % len(shape)
@@ -4267,6 +4306,16 @@ def misfit(value: Any, shape: Any) -> str:
         if of is _is_said and isinstance(value, (list, dict)):
             value[key] = shown(each)
     return ""
+
+
+def _fits(row: Any, tests: "Tuple[Callable[[Any], bool], ...]") -> bool:
+    """Whether it is a row of such values: what most of what is said is made of, so in the shortest way."""
+    if not isinstance(row, (list, tuple)) or len(row) != len(tests):
+        return False
+    for test, value in zip(tests, row):
+        if not test(value):
+            return False
+    return True
 
 
 def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
@@ -6360,7 +6409,7 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
             return cls(path)
         _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row[:12]
         if kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
-                or not all(type(n) is int and -1 << 63 <= n < 1 << 63 for n in (size, mtime, mode, uid, gid, link or 0)) \
+                or not _are_numbers(size, mtime, mode, uid, gid, link or 0) \
                 or size < 0 or not 0 <= mode <= 0o7777 or not 0 <= min(uid, gid) <= max(uid, gid) < 1 << 32 \
                 or extra is not None and not isinstance(extra, str) \
                 or not isinstance(holders, list) or not all(isinstance(name, str) for name in holders):
@@ -6385,6 +6434,13 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
                    tuple(name for name in holders if _NAME.match(name)), more.get("proven") is None,
                    _checked_xattrs(more.get("xattrs"), path), more.get("readable") is None)
+
+
+def _are_numbers(*values: Any) -> bool:
+    for value in values:
+        if type(value) is not int or not -1 << 63 <= value < 1 << 63:
+            return False
+    return True
 
 
 def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str]]]":
