@@ -1,7 +1,7 @@
 """What .ci/run does. Stage 1: the README's two commands, with the newest Python that is here as their python3, and nothing
 installed before them but by themselves. Stage 2: what single tests need besides is installed where that is possible (that it is
 not is no failure), what was skipped runs again, as an ordinary user where it was run as root and the reverse; a good part of the
-tests with Python 3.8; a short soak.
+tests with Python 3.8; some thousand mutated messages; a short soak.
 
 The last line is "N passed, N failed, N skipped": tests over all runs, a test skipped when it has run nowhere. A step that
 is not a test adds one failure when it fails. All of it is to stay below 20 minutes on two quiet cores; a slow machine has
@@ -322,7 +322,8 @@ def the_rest(stages, python):
     """Steps that are no unit tests; each adds one failure when it fails. Each day has a seed."""
     env = environment(python, None, stages.scratch)
     today = str(int(time.time()) // 86400 % 1000)
-    for module, most, options in (("soak", 180, {"--minutes": "1", "--seed": today}),
+    for module, most, options in (("fuzz", 120, {"--messages": "5000", "--seed": today}),
+                                  ("soak", 180, {"--minutes": "1", "--seed": today}),
                                   ("mutants", 200, {"--minutes": "2.5", "--seed": today})):
         if os.path.exists("tests/%s.py" % module):
             command = ["python3", "-m", "tests." + module]
