@@ -26,7 +26,7 @@ from unittest import mock
 import cbackup
 from tests import plain
 from tests.harness import Cluster, differences, read_file, walk, write_file
-from tests.liar import copy
+from tests.members import copy
 
 MOST_GROWTH = 20 << 20
 SIDE_BY_SIDE = 16

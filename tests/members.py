@@ -1,17 +1,32 @@
-"""Members that say what they are told to: a scripted client and a scripted server, on the real channel with the real key.
+"""Members that lie, on the real channel with the real key; a lie is a few lines.
 
-`Member(cluster, backup)` speaks to the server of a host as the client of a backup would, and has no disk at all: a lie is a
-request more or less. `serving(cluster, host, ...)` answers in the place of a host's server what a function says.
+`Member(cluster, backup)` speaks to the server of a host as the client of a backup would, and has no disk at all.
+`serving(cluster, host, answer)` answers in the place of a host's server what a function says.
+`between(cluster, client, host, change=...)` stands, for one client, before a real server and changes what it says:
+change(request, answer) returns the answer to give, an object, bytes that are sent as they are, or None to hang up;
+hello(hello) the first message, and stream(data) what comes of an rsync stream.
 """
 
 import contextlib
+import json
+import os
+import re
+import select
 import socket
 import ssl
 import threading
 
 import cbackup
 from tests.harness import read_file
-from tests.liar import context
+
+def context(pem, side=ssl.PROTOCOL_TLS_CLIENT):
+    made = ssl.SSLContext(side)
+    made.check_hostname = False
+    made.verify_mode = ssl.CERT_NONE
+    made.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    made.load_cert_chain(pem)
+    return made
+
 
 SAMPLE_AT = (0, 1 << 20)      # where a Member says that it has looked into a large copy
 
@@ -89,28 +104,40 @@ class Member:
         return self.ask("drop", paths=list(paths)).get("granted", [])
 
 
-class Serving:
-    """Answers in the place of a server: `answer(request)` returns the answer, or None to hang up; `asked` are the requests."""
+class Posing:
+    """Listens in the place of a server, on `port`; a connection is a `converse(channel)` in a thread of its own."""
 
-    def __init__(self, pem, hello, answer):
-        self.pem, self.hello, self.answer, self.asked = pem, hello, answer, []
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=16)
+    def __init__(self, pem):
+        self.pem, self.listener = pem, socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def _serve(self):
-        while True:
-            try:
-                stream, _ = self.listener.accept()
-            except OSError:
-                return
-            with contextlib.suppress(OSError, cbackup.ProtocolError), stream:
-                stream.settimeout(30)
-                with contextlib.closing(cbackup.Channel(context(self.pem, ssl.PROTOCOL_TLS_SERVER).wrap_socket(
-                        stream, True))) as channel:
-                    self._converse(channel)
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
 
-    def _converse(self, channel):
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._guarded, args=self.listener.accept()[:1], daemon=True).start()
+
+    def _guarded(self, stream):
+        with contextlib.suppress(OSError, cbackup.ProtocolError), stream:
+            stream.settimeout(30)
+            tls = context(self.pem, ssl.PROTOCOL_TLS_SERVER).wrap_socket(stream, True)
+            with contextlib.closing(cbackup.Channel(tls)) as channel:
+                self.converse(channel)
+
+
+class Serving(Posing):
+    """Says `hello`, and answers what `answer(request)` returns, None to hang up; `asked` are the requests."""
+
+    def __init__(self, pem, hello, answer):
+        self.hello, self.answer, self.asked = hello, answer, []
+        super().__init__(pem)
+
+    def converse(self, channel):
         channel.send(self.hello)
         while True:
             request = channel.receive(30)
@@ -118,11 +145,6 @@ class Serving:
             if not answer:
                 return
             channel.send(answer)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
 
 
 @contextlib.contextmanager
@@ -136,3 +158,82 @@ def serving(cluster, host, answer=lambda request: None, name=None, **hello):
             yield server
         finally:
             cluster.ports[host] = before
+
+
+class Liar(Posing):
+    """Passes on what the server at the port `real` says, changed."""
+
+    def __init__(self, pem, real, change=lambda request, answer: answer, hello=lambda hello: hello, stream=None):
+        self.real, self.change, self.hello, self.stream = real, change, hello, stream
+        super().__init__(pem)
+
+    def converse(self, near):
+        plain = socket.create_connection(("127.0.0.1", self.real), 30)
+        with contextlib.closing(cbackup.Channel(context(self.pem).wrap_socket(plain))) as far:
+            self.pass_on(near, far)
+
+    def pass_on(self, near, far):
+        if not self.say(near, self.hello(far.receive(30))):
+            return
+        while True:
+            request = near.receive(60)
+            if request is None:
+                return
+            far.send(request)
+            answer = far.receive(60)
+            if not self.say(near, self.change(request, answer)):
+                return
+            if request.get("op") == "rsync" and answer.get("ok"):
+                self.relay(near.socket, far.socket)
+                return
+
+    @staticmethod
+    def say(near, answer):
+        if isinstance(answer, bytes):
+            near.socket.sendall(answer)
+        elif answer is not None:
+            near.send(answer)
+        return answer is not None
+
+    def relay(self, near, far):
+        """From a single thread, as a TLS connection wants it, and until both sides have ended."""
+        ends = {near: far, far: near}
+        for one in (near, far):
+            one.settimeout(60)
+        while ends:
+            ready = [one for one in ends if one.pending()] or select.select(list(ends), [], [], 60)[0]
+            if not ready:
+                return
+            for source in ready:
+                data, target = source.recv(65536), ends[source]
+                if data:
+                    target.sendall(self.stream(data) if self.stream and source is far else data)
+                else:
+                    del ends[source]
+                    # The socket's own: that of SSLSocket would go on without TLS.
+                    socket.socket.shutdown(target, socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def between(cluster, client, host, **options):
+    """A Liar that stands, for the client host `client`, in the place of the server of `host`."""
+    home = os.path.join(cluster.home(client), "cbackup.conf")
+    before = cluster.config()
+    with contextlib.closing(Liar(os.path.join(cluster.home(client), "cluster.pem"), cluster.ports[host], **options)) as liar:
+        text, count = re.subn(r"(?m)^%s = 127\.0\.0\.1:\d+$" % host, "%s = 127.0.0.1:%d" % (host, liar.port), before)
+        assert count == 1, before
+        liar.config = text
+        yield liar
+
+
+def one_pass(cluster, client, config):
+    """A client's pass in this process, with a configuration's text that is not in its home."""
+    home = cbackup.Home(cluster.home(client))
+    parsed = cbackup.parse_config(config, "test")
+    worker = cbackup.Client(home, parsed, client, cbackup.Progress(quiet=True))
+    worker.exchange_config = lambda *_: None
+    return worker.run()
+
+
+def copy(answer):
+    return json.loads(json.dumps(answer))

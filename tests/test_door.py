@@ -14,7 +14,7 @@ import zlib
 
 import cbackup
 from tests.harness import PATIENCE, Case, listening, write_file
-from tests.liar import context
+from tests.members import context
 
 MOST = 150 << 20        # bytes of memory that a server may ever use
 

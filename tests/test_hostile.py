@@ -18,7 +18,7 @@ import unittest
 
 import cbackup
 from tests.harness import Case, Process, make_tree, quick_program, read_file, tree, write_file
-from tests.liar import between, one_pass
+from tests.members import between, one_pass
 
 
 def rsyncs():

@@ -14,7 +14,7 @@ from unittest import mock
 
 import cbackup
 from tests.harness import Case, wait_for, write_file
-from tests.liar import between, context, copy, one_pass
+from tests.members import between, context, copy, one_pass
 
 
 class LevelTest(Case):
