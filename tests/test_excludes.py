@@ -42,13 +42,14 @@ class RulesTest(unittest.TestCase):
         self.check(["Library/Caches", "a/b/"], ["Library/Caches/x", "a/b/"], ["x/Library/Caches", "a/b", "c/a/b/"])
 
     def test_star_and_question_mark_stop_at_a_slash(self):
-        self.check(["a/*.tmp", "b/?"], ["a/x.tmp", "b/c"], ["a/b/x.tmp", "a.tmp", "b/cd"])
+        self.check(["a/*.tmp", "b/?", "/p?q"], ["a/x.tmp", "b/c", "p-q"], ["a/b/x.tmp", "a.tmp", "b/cd", "p/q"])
 
     def test_two_stars_are_any_directories(self):
         self.check(["**/x/y", "a/**/b", "c/**"], ["x/y", "q/x/y", "a/b", "a/1/2/b", "c/d", "c/d/e"], ["x", "c", "a/1/bb"])
 
     def test_classes_and_escapes(self):
-        self.check([r"[a-c]\*", "[!x]1", "[[:digit:]]", "[]]"], ["b*", "y1", "7", "]"], ["bb", "x1", "q"])
+        self.check([r"[a-c]\*", "[!x]1", "[^x]2", "[[:digit:]]", "[]]"], ["b*", "y1", "y2", "7", "]"],
+                   ["bb", "x1", "x2", "q"])
 
     def test_what_is_no_pattern_matches_nothing(self):
         self.check(["[a", "x\\", "/", "", "[[:wrong:]]"], [], ["[a", "a", "x", "x\\", "w"])

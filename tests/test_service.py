@@ -64,6 +64,7 @@ class InstallerTest(Case):
         for name, command in (("cbackup.service", "server"), ("cbackup-client.service", "client")):
             start = re.search("(?m)^ExecStart=(.*)$", self.text(folder + name)).group(1).replace("%%", "%")
             self.assertEqual([sys.executable, cbackup.PROGRAM_PATH, "--home", self.home.path, command], shlex.split(start))
+        self.assertIn("\nPersistent=true\n", self.text(folder + "cbackup-client.timer"))    # what was missed in sleep
         self.assertEqual([["crontab", "-l"], ["systemctl", "daemon-reload"],
                           ["systemctl", "enable", "cbackup.service", "cbackup-client.timer"],
                           ["systemctl", "restart", "cbackup.service", "cbackup-client.timer"]], self.system.ran)
@@ -95,6 +96,7 @@ class InstallerTest(Case):
         self.assertEqual(["MAILTO=me", "5 * * * * something else"], kept)
         self.assertEqual(2, len(lines), lines)
         for line, start, command in zip(lines, (r"@reboot ", r"\d+,\d+,\d+,\d+ \* \* \* \* "), ("server", "client")):
+            self.assertNotRegex(line, r"(?<!\\)%")     # it would end the command
             script = re.sub("^" + start, "", line).replace("\\%", "%")      # what cron gives to a shell
             script = script.replace(shlex.quote(sys.executable), "printf '%s\\n'")
             printed = subprocess.run(["sh", "-c", script.replace(" >/dev/null", "")], stdout=subprocess.PIPE, timeout=20)
