@@ -138,10 +138,9 @@ class FoldingTree(cbackup.Tree):
 
     decomposed = False
 
-    @contextlib.contextmanager
     def _parent(self, rel, make=False):
-        with super()._parent(rel, make) as (descriptor, name):
-            yield descriptor, self.as_here(descriptor, name)
+        descriptor, name = super()._parent(rel, make)
+        return descriptor, self.as_here(descriptor, name)
 
     def _step(self, descriptor, part, make):
         return super()._step(descriptor, self.as_here(descriptor, part), make)
