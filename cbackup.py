@@ -5305,18 +5305,20 @@ def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
 
 
 def nothing_but(paths: "Iterable[bytes]") -> bytes:
-    """Rules for `exclude from`: these paths and the directories above them, nothing else.  The first that matches decides."""
+    """Rules for `exclude from`, of which the first that matches decides: these paths and the
+    directories above them, nothing else."""
     rules = []
     for name in sorted(with_parents(paths)):
-        if re.search(rb"[*?[\r\n]", name):  # then a backslash makes plain what follows; there is no other way to write a line's end
+        # With a wildcard in it a backslash makes plain what follows; a line's end can only be any character.
+        if re.search(rb"[*?[\r\n]", name):
             name = re.sub(rb"[\r\n]", b"?", re.sub(rb"([*?[\\])", rb"\\\1", name))
         rules.append(b"+ /" + name + b"\n")
     return b"".join(rules) + b"- /**\n"
 
 
 def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes]]" = None) -> None:
-    """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of `connection`; with `only`,
-    nothing but these paths of it."""
+    """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of
+    `connection`; with `only`, nothing but these paths of it."""
     rsync = find_rsync()
     as_root = os.geteuid() == 0
     ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync] else socket.socketpair()
@@ -7561,8 +7563,9 @@ class Service:
         return root, None
 
     def _part_of_source(self, request: "Dict[str, Any]") -> "Tuple[str, Optional[List[bytes]]]":
-        """Of a source only files can be read that are in the catalog, and not left out by now: those that are asked for, or
-        for a client of level 1, which does not say, all that somebody has claimed or is to update."""
+        """Of a source only files can be read that are in the catalog, and not left out by now: those
+        that are asked for, or for a client of level 1, which does not say, all that somebody has
+        claimed or is to update."""
         row = self.books.changeable(request["source"])
         if self.home.outside(row["path"]):
             raise Refused("held", self.home.outside(row["path"]))
@@ -7573,14 +7576,15 @@ class Service:
             asked = self.books.on_their_way(row["id"], ON_THEIR_WAY + 1)
             if len(asked) > ON_THEIR_WAY:
                 if source.exclude or source.exclude_caches:
-                    raise Refused("unknown-op", "too many files are on their way: update cbackup on the machine that asks")
+                    raise Refused("unknown-op", "too many files are on their way: update cbackup on the "
+                                  "machine that asks")
                 return root, None
         left_out = LeftOut(source)
         return root, [path for path in asked if not left_out.has(path)]
 
 
 ON_THEIR_WAY = 20000
-"""Most files that a client is served which does not say which ones it wants: each is a rule that rsync compares with each."""
+"""Most files that a client is served which does not say what it wants: rsync compares each with each."""
 
 
 def _open_source(spec: Source) -> Tree:
@@ -9897,8 +9901,8 @@ class Restore:
     # -- what there should be --
 
     def find_holders(self, config: Config, dialer: Dialer) -> None:
-        """Ask the servers of all backups; those that do not answer are listed in `down`.  And the source's own server, which
-        catalogs it made."""
+        """Ask the servers of all backups; those that do not answer are listed in `down`.  And the
+        source's own server, which catalogs it made."""
         made: "Dict[int, int]" = {}
         own = config.sources.get(self.source)
         jobs: "List[Callable[[], None]]" = [
@@ -9930,28 +9934,32 @@ class Restore:
                         str(row[0]) for row in facts["catalogs"]), config.rate(spec, key="bwlimit")))
 
     def _ask_what_was_made(self, link: Link, made: "Dict[int, int]") -> None:
-        """Enter generation -> time of the catalogs that the source's own server made, where it answers."""
+        """Enter generation -> time of the catalogs that the source's own server made, if it answers."""
         try:
-            made.update((gen, int(when)) for gen, when in link.call("generations", source=self.source)["rows"])
+            rows = link.call("generations", source=self.source)["rows"]
+            made.update((gen, int(when)) for gen, when in rows)
         except (Unreachable, Refused) as error:
             log.info("%s", error)
         finally:
             link.done()
 
     def _leave_out_unknown(self, made: "Dict[int, int]", host: str) -> None:
-        """A catalog that is newer than all that the source's own server made does not count: its number was made up.  Where
-        that server does not answer, or made none of those that are there (its books are new), nobody knows better.
+        """A catalog that is newer than all that the source's own server made does not count: its
+        number was made up.  Where that server does not answer, or made none of those that are there
+        (its books are new), nobody knows better.
 
         made: of `_ask_what_was_made`, by the server on `host`.
         """
-        top = max((f.upto for holder in self.holders for f in holder.catalogs if made.get(f.upto) == f.time), default=None)
+        top = max((f.upto for holder in self.holders for f in holder.catalogs
+                   if made.get(f.upto) == f.time), default=None)
         for holder in self.holders if top is not None else ():
             wrong = [f for f in holder.catalogs if f.upto >= top and made.get(f.upto) != f.time]
             if wrong:
                 holder.catalogs = [f for f in holder.catalogs if f not in wrong]
-                log.warning("%s has a catalog of %s (%d, of %s) that the source's own server on %s did not make: not taken; if "
-                            "that server has lost what it knew of its last days, stop it, and run this again", holder.name,
-                            self.source, wrong[0].upto, format_time(wrong[0].time), host)
+                log.warning("%s has a catalog of %s (%d, of %s) that the source's own server on %s did "
+                            "not make: not taken; if that server has lost what it knew of its last days, "
+                            "stop it, and run this again", holder.name, self.source, wrong[0].upto,
+                            format_time(wrong[0].time), host)
 
     def open_plan(self, work: str) -> None:
         """Make the plan's database in the working directory, and load the newest catalog that can be had."""
