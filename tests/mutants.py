@@ -102,7 +102,10 @@ MUTANTS = [
     ("keep-halved", 'self.OLD + "AND since<? LIMIT 500", clock.now() - keep)',
      'self.OLD + "AND since<? LIMIT 500", clock.now() - keep / 2)', "keep", "test_times.KeepTest"),
     ("scrub-never", "now - self.config.scrub / 2,", "now - self.config.scrub * 100,", "scrub", "test_times.KeepTest"),
-    ("scrub-always", "now - self.config.scrub / 2,", "now,", "scrub", "test_times.KeepTest"),
+    ("scrub-always", "budget = total * max(0.0, now - last) / max(1.0, self.config.scrub)\n"
+     "        checked = self.verify(budget, now - self.config.scrub / 2,",
+     "budget = total\n        checked = self.verify(budget, now,", "scrub",
+     "test_times.KeepTest.test_every_copy_is_read_again_within_scrub"),
     ("mounts-walked-into", 'row["walk"] = info.st_dev == self.device', 'row["walk"] = True',
      "a scan stays on one file system", "test_held.MountTest"),
     ("mass-change-passes", "if known >= HELD_SHARE_OF and (gone + changed) * 2 > known:", "if False:",

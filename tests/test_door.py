@@ -130,7 +130,8 @@ class MemoryTest(DoorCase):
     def test_a_stranger_who_may_join_can_say_little_and_nothing_packed(self):
         self.assertRc(0, self.c.run("s", "invite"))
         bomb = base64.b64encode(zlib.compress(b'{"op":"join","x":[' + b"[]," * 20_000_000 + b"1]}", 9))
-        for message in (b'{"z":"%s"}\n' % bomb, b"x" * 5000 + b"\n", b'{"z":"%s"}\n' % base64.b64encode(zlib.compress(b"{}"))):
+        long = b'{"op":"join","secret":"%s"}\n' % (b"x" * 5000)
+        for message in (b'{"z":"%s"}\n' % bomb, long, b"x" * 5000 + b"\n", b'{"z":"%s"}\n' % base64.b64encode(zlib.compress(b"{}"))):
             far = context(self.pem)
             far = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             far.check_hostname, far.verify_mode = False, ssl.CERT_NONE
@@ -142,6 +143,7 @@ class MemoryTest(DoorCase):
                 channel.socket.sendall(message)
                 answer = channel.receive(10 * PATIENCE)
             self.assertFalse((answer or {}).get("ok"))
+            self.assertTrue(answer is None or len(message) < 4096, "who says too much is not answered")
         self.assertServes()
         self.assertSmall()
 
