@@ -342,7 +342,7 @@ MUTANTS = [
      "test_liars.CountingTest.test_another_directory_in_a_backups_place_is_refused_unless_it_is_adopted"),
     # catalogs and configuration
     ("catalog-cut-off", "    if not ended:\n        raise DamagedCatalog", "    if False:\n        raise DamagedCatalog",
-     "a damaged catalog is found", "test_catalog_files.DamagedTest"),
+     "a damaged catalog is found", "test_catalog_files.CatalogFilesTest"),
     ("catalogs-for-ever", "        if found not in needed:\n", "        if False:\n", "catalogs are kept for keep",
      "test_catalog_files.CatalogFilesTest"),
     ("half-of-the-lines", "and 2 * len(gone) > len(before)):", "and False):", "a configuration that removes most is held",

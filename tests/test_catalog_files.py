@@ -1,6 +1,7 @@
 """The catalogs that a backup keeps: files of news that make up lists, merged, pruned, and fetched again when they rot."""
 
 import errno
+import gzip
 import os
 import time
 import unittest
@@ -52,6 +53,17 @@ class CatalogFilesTest(Case):
         self.assertEqual(before, {at: self.sizes(at) for at in before})
         self.write(70, 71, 1070, self.row(b"new", 5))
         self.assertEqual(before[None], {name: size for name, size in self.sizes().items() if name != b"new"})
+
+    def test_one_that_lacks_lines_is_damaged_even_when_its_form_is_right(self):
+        self.write(0, 1, 1000, self.row(b"a", 1), self.row(b"b", 2))
+        path, = (os.path.join(self.kept, name) for name in os.listdir(self.kept))
+        with gzip.open(path) as file:
+            lines = file.readlines()
+        for left in (lines[:2], lines[:1] + lines[2:], lines[:0]):
+            with gzip.open(path, "wb") as file:
+                file.writelines(left)
+            with self.assertRaises(cbackup.DamagedCatalog):
+                list(cbackup.read_catalog(path))
 
     def test_what_no_kept_time_needs_is_deleted_and_nothing_else(self):
         now = int(time.time())
