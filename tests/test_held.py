@@ -3,6 +3,7 @@
 import os
 import shutil
 import unittest
+from unittest import mock
 
 import cbackup
 from tests.faults import lose_state, mount_or_skip, regular_files, tmpfs_or_skip, unmount
@@ -189,7 +190,7 @@ class ServerTest(Case):
     def lose(self, first, last):
         for number in range(first, last):
             os.unlink("%s/f%02d" % (self.root, number))
-        with self.assertLogs("cbackup", "WARNING"):
+        with mock.patch.object(cbackup.log, "warning"):
             self.service.scan("docs")
         return self.service.books.source_row("docs")["state"]
 
@@ -198,6 +199,27 @@ class ServerTest(Case):
         self.service.scan("docs", consent=True)
         self.assertEqual("ok", self.service.books.source_row("docs")["state"])
         self.assertEqual("held", self.lose(36, 56))
+
+    def test_more_than_half_of_many_and_all_of_few_are_held(self):
+        self.assertEqual("ok", self.lose(0, 24))
+        self.assertEqual("held", self.lose(24, 50))
+        self.service.scan("docs", consent=True)
+        self.assertEqual("ok", self.lose(50, 57))
+        self.assertEqual("held", self.lose(57, 60))
+
+    def test_what_is_mounted_below_a_source_is_not_walked_into(self):
+        make_tree(self.root, {"below/file": b"1"})
+        look = cbackup.Scan._look_at_root
+
+        def on_another_one(scan):
+            look(scan)
+            scan.device += 1        # so that all that is below the root is on another file system than it
+        with mock.patch.object(cbackup.Scan, "_look_at_root", on_another_one):
+            self.service.scan("docs")
+        found = self.service.books.rows("SELECT path FROM entries WHERE path LIKE 'below%' OR path=?", b"below/file")
+        self.assertNotIn((b"below/file",), found)
+        self.service.scan("docs")
+        self.assertTrue(self.service.books.rows("SELECT path FROM entries WHERE path=?", b"below/file"))
 
     def test_nothing_that_would_change_a_backup_is_answered(self):
         asked = {"todo": dict(kind=1, after=0), "claim": dict(free=1000, most_files=9, most_bytes=1000), "claims": {},

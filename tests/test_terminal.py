@@ -1,5 +1,6 @@
 """At a terminal: what a pass did, progress and errors apart, colours, help, guesses and completion."""
 
+import contextlib
 import io
 import os
 import pty
@@ -84,6 +85,12 @@ class ProgressTest(Case):
         with mock.patch.object(cbackup, "WAITING_AFTER", 0.1), mock.patch.object(cbackup.time, "monotonic", MONOTONIC):
             cbackup.in_parallel(slow, ["quick", "slow"], self.progress)
         self.assertEqual([], self.screen.lines())
+
+    def test_q_is_for_the_progress_of_the_whole_process(self):
+        with mock.patch.object(cbackup, "logging"), contextlib.redirect_stdout(io.StringIO()), \
+                mock.patch.object(cbackup.Progress, "quiet", False):
+            cbackup.run_arguments(["-q", "version"])
+            self.assertTrue(cbackup.Progress.quiet)
 
     def test_quiet_is_quiet(self):
         self.addCleanup(setattr, cbackup.Progress, "quiet", False)
