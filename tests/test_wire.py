@@ -115,6 +115,11 @@ class TableTest(unittest.TestCase):
             self.assertNotEqual("", cbackup.misfit({"more": False, "rows": [["ba", value, "f", 1, 1, None]]},
                                                    cbackup.OPERATIONS["find"].answer))
 
+    def test_words_for_people_become_ones_that_can_be_shown(self):
+        said = {"text": "\x1b[2J", "rows": [["a\rb"]]}
+        self.assertEqual("", cbackup.misfit(said, {"text": cbackup._is_said, "rows": [[cbackup._is_said]]}))
+        self.assertEqual({"text": "\\x1b[2J", "rows": [["a\\rb"]]}, said)
+
     def test_what_is_missing_from_an_older_peer_gets_its_default(self):
         answer = {"rows": []}
         self.assertEqual("", cbackup.misfit(answer, {"rows": [cbackup._is_count], "new": cbackup.May([], list)}))
