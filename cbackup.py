@@ -4642,9 +4642,13 @@ class Dialer:
     just now.  A handshake costs more than all that a pass with nothing to do has to say."""
 
     def __init__(self, home: Home) -> None:
-        self.context = tls_context(home, server_side=False)
         self._resting: "Dict[Any, Tuple[float, Channel, Dict[str, Any]]]" = {}
+        self.context = tls_context(home, server_side=False)
         self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        for _, channel, _ in self._resting.values():
+            channel.close()
 
     def rest(self, whose: Any, channel: Channel, hello: "Dict[str, Any]") -> None:
         """Keep a connection on which everything that was asked has been answered."""
@@ -6091,14 +6095,14 @@ class Vault:
                 log.info("%s: %s cannot be moved to %s: %s", self.name, shown(old), shown(new), reason_of(error))
                 failed.append((number, old))
         self.tree.sync([self.place_of(source, new) for _, _, new, _ in done])
+        for number, old in failed if last else ():  # before another file is entered under its old name
+            self._abandon_move(source, number, old)
         with self.write() as db:
             db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, old) for _, old, _, _ in done])
             for _, _, new, row in done:
                 if row:
                     self.hold(source, new, *row)
             db.executemany("DELETE FROM moving WHERE source=? AND old=? AND new=?", [(source, o, n) for _, o, n, _ in done])
-        for number, old in failed if last else ():
-            self._abandon_move(source, number, old)
         return [(cursor, self.held(source, new)[3]) for cursor, _, new, row in done if row], [old for _, old in failed]
 
     def _abandon_move(self, source: str, number: int, old: bytes) -> None:
@@ -6114,7 +6118,8 @@ class Vault:
                 db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, why, done) "
                            "VALUES(?,?,?,?,?,?,?,'found',1)", (source, old, stored, info.st_size) + (row or (0, None))
                            + (clock.now(),))
-            db.execute("DELETE FROM held WHERE source=? AND path=?", (source, old))
+            if self.tree.lstat(self.place_of(source, old)) is None:  # else an earlier process has put another one there
+                db.execute("DELETE FROM held WHERE source=? AND path=?", (source, old))
             db.execute("DELETE FROM moving WHERE id=?", (number,))
 
     def _between(self, number: int) -> bytes:
@@ -8673,10 +8678,10 @@ class Pass:
 
     def settle(self, standing: Standing, settled: "List[List[Any]]", unknown: "List[str]") -> None:
         done, failed = self.vault.settle_moves(standing.name, last=True)
-        self._done(standing, TODO_MOVE, settled + [[cursor, tag] for cursor, tag in done])
         unknown = unknown + [as_text(path) for path in failed]
-        for page in in_pages(unknown):
+        for page in in_pages(unknown):  # first: what is done may be called now as these were
             self.links[standing.host].call("forget", backup=self.name, source=standing.name, paths=page)
+        self._done(standing, TODO_MOVE, settled + [[cursor, tag] for cursor, tag in done])
         self.figures.add(moved_files=len(done))
 
     def touch(self, standing: Standing) -> None:

@@ -211,6 +211,20 @@ class ChangesTest(Case):
         self.assertEqual(["b1", "b2"], self.c.copies_on_disk("docs")["after"])
         self.assertFalse(os.path.lexists(self.c.kept_as("b1", "docs", "before")))
 
+    def test_of_two_that_are_swapped_one_is_missing(self):
+        """The other one goes to its new place, counts there, and the missing one is copied again."""
+        one, two = self.add(lost1=b"was one", lost2=b"was two")
+        os.unlink(self.c.kept_as("b1", "docs", "lost1"))
+        for old, new in ((one, one + ".tmp"), (two, one), (one + ".tmp", two)):
+            os.rename(old, new)
+        before = os.stat(self.c.kept_as("b1", "docs", "lost2")).st_ino
+        self.c.client("a")
+        self.c.settle()
+        self.assertEqual(before, os.stat(self.c.kept_as("b1", "docs", "lost1")).st_ino)
+        for backup in ("b1", "b2"):
+            self.assertEqual(b"was two", read_file(self.c.kept_as(backup, "docs", "lost1")))
+            self.assertEqual(b"was one", read_file(self.c.kept_as(backup, "docs", "lost2")))
+
     def test_swapped_files_are_swapped_in_the_backups(self):
         one, two = self.add(swap1=b"was one", swap2=b"was two")
         os.rename(one, one + ".tmp")
