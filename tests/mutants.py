@@ -116,7 +116,7 @@ MUTANTS = [
     ("attic-skipped", "self.tree.link(place, META_DIR + b\"/\" + row[0])", "pass",
      "what was there before goes to the attic", "test_vault.OldVersionsTest test_changes.OldVersionsTest"),
     ("delete-without-grant", "if not own and (grant is None or self.place_of(grant.source, grant.path) != rel):", "if False:",
-     "no copy is deleted without a grant", "test_vault test_house"),
+     "no copy is deleted without a grant", "test_vault.OldVersionsTest"),
     ("clock-wrong-ignored", "        if self.clock_wrong:\n            return\n", "", "a wrong clock costs no old version",
      "test_vault.WrongClockTest"),
     ("held-expires", "WHERE done=1 AND source NOT IN (SELECT source FROM temp.kept) ", "WHERE done=1 ",
@@ -261,6 +261,10 @@ MUTANTS = [
      "idle passes are one line", "test_looking_back.LogTest"),
     ("day-begins", "int(hour or 23), int(minute or 59)", "int(hour or 0), int(minute or 0)",
      "a day is its end", "test_restore_says.TimesTest"),
+    ("find-raises", 'if found["until"] is not None:\n        text +=', 'if found["unti"] is not None:\n        text +=',
+     "find is no traceback", "test_restore_says.FindTest"),
+    ("ls-without-gone", "if name and name not in names and any(r[5] for r in rows)),", "if False),",
+     "what is gone and has old versions is named", "test_looking_back.LsTest"),
     # what restore says
     # services, completion
     ("timer-forgets", "Persistent=true\n", "", "a pass missed in sleep is made up for", "test_service.InstallerTest"),

@@ -122,6 +122,13 @@ class OldVersionsTest(VaultCase):
         self.retire("docs", "a", "b", "c")
         self.retire("held", "x", "y")
 
+    def test_no_copy_is_deleted_without_a_grant_for_it(self):
+        self.hold("docs", "kept")
+        for grant in (None, cbackup.Grant("docs", b"other")):
+            with self.assertRaises(AssertionError):
+                self.vault.delete(b"docs/kept", grant)
+        self.assertTrue(os.path.exists(os.path.join(self.kept, "docs", "kept")))
+
     def test_those_of_a_held_source_do_not_expire(self):
         self.vault.keep_old(["held"], False)
         with self.later(365 * DAY):
