@@ -1584,6 +1584,8 @@ class Home:
         if not self.config_state():  # `state/` was lost while a server was running
             self.config()
         state = self.config_state()
+        if not state:
+            raise Refused("config", "%s cannot be read" % os.path.join(self.state_path, "config.json"))
         return dict({key: state[key] for key in ("version", "stamp", "sha256", "history")},
                     accepted=state.get("accepted", []), text=self._text_in_force(state))
 
@@ -1781,13 +1783,16 @@ class Home:
         """This machine's name: --host, else the file `host`, else the short host name."""
         if self._host:
             return self._host
+        path = os.path.join(self.path, "host")
         try:
-            with open(os.path.join(self.path, "host")) as stream:
+            with open(path) as stream:
                 name = stream.read().strip()
             if name:
                 return name
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             pass
+        except OSError as error:  # it is there, and says another name than the system's
+            raise CBackupError("%s: %s" % (path, reason_of(error)))
         return socket.gethostname().split(".")[0]
 
     def host(self, config: Config) -> str:

@@ -589,8 +589,11 @@ class DropTest(FaultCase):
     def counts(self):
         return [len(hosts) for hosts in holders(self.c, "docs").values()]
 
+    def setUp(self):
+        if "s" in self.c.servers:
+            self.c.kill("s")
+
     def test_1_without_the_server_nothing_is_deleted(self):
-        self.c.kill("s")
         for host in "abc":
             result = self.c.client(host)
             self.assertRc(1, result)
