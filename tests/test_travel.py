@@ -227,7 +227,8 @@ class OneTextTest(TravelCase):
         home = cbackup.Home(c.home("s"))
         wait_for(lambda: os.path.exists(home.state("server.lock")), 20, "no server")
         text = read_file(conf(c, "s")) + b"# while it started\n"
-        write_file(conf(c, "s"), text)
+        write_file(conf(c, "s") + ".new", text)     # as an editor does: the server must not meet half a file
+        os.rename(conf(c, "s") + ".new", conf(c, "s"))
         c._wait_ready("s")
         wait_for(lambda: home.config_state()["sha256"] == cbackup.sha256_of(text.decode()), TAKEN_OVER,
                  "the server never noticed")
