@@ -1942,7 +1942,9 @@ CREATE INDEX gone_path ON gone(source, path);
 CREATE TABLE graves(source INTEGER, path BLOB, gen INTEGER, PRIMARY KEY(source, path)) WITHOUT ROWID;
 CREATE INDEX graves_gen ON graves(source, gen);
 
-CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, PRIMARY KEY(source, gen)) WITHOUT ROWID;
+-- changed: 1 when something of the source did, 0 when there was only news of who has it.
+CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, changed INTEGER DEFAULT 1, PRIMARY KEY(source, gen))
+    WITHOUT ROWID;
 
 -- The last words of each backup.  heard: when, in seconds of this server's running time.  fruitless: passes that began with
 -- claims of an earlier one, since the last that brought a copy.
@@ -2017,6 +2019,7 @@ BOOKS_UPGRADES: "Dict[int, str]" = {1: """
 ALTER TABLE backups ADD COLUMN fruitless INTEGER DEFAULT 0;
 CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
 CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(source, path)) WITHOUT ROWID;
+ALTER TABLE generations ADD COLUMN changed INTEGER DEFAULT 1;
 ALTER TABLE entries ADD COLUMN doubt REAL;
 ALTER TABLE entries ADD COLUMN basis TEXT;
 ALTER TABLE entries ADD COLUMN other BLOB;
@@ -3040,6 +3043,7 @@ class Books:
         self.db.execute("DELETE FROM declines WHERE file=?", (number,))
         self._copies_are_old(number)
         self.regroup([number])
+        self.note_change(source["id"])
 
     def settle_others(self, source: "Dict[str, Any]", equal: int, consent: bool = False) -> None:
         """Decide about files that were found to have another content while size and times are the same: taken over one by
@@ -3247,7 +3251,10 @@ class Books:
                 db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone()
             if not changed:
                 return gen - 1
-            db.execute("INSERT OR REPLACE INTO generations VALUES(?,?,?)", (number, gen, clock.now()))
+            mark = "changed:%d" % number
+            db.execute("INSERT OR REPLACE INTO generations VALUES(?,?,?,?)",
+                       (number, gen, clock.now(), int(self.meta(mark) is not None)))
+            db.execute("DELETE FROM meta WHERE key=?", (mark,))
             db.execute("UPDATE sources SET gen=gen+1 WHERE id=?", (number,))
             return gen
 
@@ -3263,9 +3270,14 @@ class Books:
                 db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''", (least + 1, source))
                 db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
 
-    def generations(self, source: int) -> "List[Tuple[int, float]]":
-        """(generation, time) of the newest catalogs, the newest first."""
-        return self.rows("SELECT gen, time FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
+    def note_change(self, source: int) -> None:
+        """The next generation is one in which something of the source changed."""
+        self.set_meta("changed:%d" % source, 1)
+
+    def generations(self, source: int) -> "List[Tuple[int, float, int]]":
+        """(generation, time, whether something of the source changed) of the newest catalogs, the
+        newest first."""
+        return self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
 
     def generation_time(self, source: int, gen: int) -> float:
         row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
@@ -3637,7 +3649,7 @@ class Scan:
         if not self.consent:
             self._judge()
         changed = self._apply()
-        self._finish()
+        self._finish(changed)
         return changed
 
     def _look_at_root(self) -> None:
@@ -4005,13 +4017,15 @@ class Scan:
         else:
             books.change_entry(self.row, row["known"], row, row["how"])
 
-    def _finish(self) -> None:
+    def _finish(self, changed: bool) -> None:
         """The scan's own facts; what others than a scan had held stays held until they say otherwise, or with consent."""
         books, row = self.books, self.row
         facts: "Dict[str, Any]" = {
             "device": self.device, "fsid": self.fsid, "scanned": clock.now(), "special": self.special,
             "problems": json.dumps({"count": self.problem_count, "some": self.problems})}
         with books.write():
+            if changed:
+                books.note_change(row["id"])
             if self.consent:
                 books.set_meta("accepted:" + self.source.name, 1)  # these books need not ask again what backups report
                 books.settle_others(row, 0, consent=True)
@@ -4426,8 +4440,9 @@ OPERATIONS: "Dict[str, Operation]" = {
                              "config_version": _is_count, "config_held": May(Maybe(_is_said))}),
     "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
     "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
-    # Of level 2 on.  The newest catalogs that the source's own server made: generation and time, the newest first.
-    "generations": Operation({"source": _is_name}, {"rows": [(_is_count, _is_real)]}),
+    # Of level 2 on.  The newest catalogs that the source's own server made: generation, time, and whether something of the
+    # source had changed; the newest first.
+    "generations": Operation({"source": _is_name}, {"rows": [(_is_count, _is_real, _is_flag)]}),
     # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
     "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1),
                                prefix=May(_is_text, "")), {"rows": [_is_holding], "more": May(_is_flag)}),
@@ -7385,7 +7400,8 @@ class Service:
 
     @answers("generations")
     def op_generations(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        return {"rows": self.books.generations(self.books.source_row(request["source"])["id"])}
+        rows = self.books.generations(self.books.source_row(request["source"])["id"])
+        return {"rows": [[gen, when, bool(changed)] for gen, when, changed in rows]}
 
     # -- for status and restore --
 
@@ -9949,7 +9965,7 @@ class Restore:
         """Enter generation -> time of the catalogs that the source's own server made, if it answers."""
         try:
             rows = link.call("generations", source=self.source)["rows"]
-            made.update((gen, int(when)) for gen, when in rows)
+            made.update((gen, int(when)) for gen, when, _ in rows)
         except (Unreachable, Refused) as error:
             log.info("%s", error)
         finally:
@@ -13301,7 +13317,7 @@ def add_ls_parser(commands: Any) -> None:
     parser.add_argument("source", help="the source's name")
     parser.add_argument("path", nargs="?", metavar="PATH", default="", help="a directory or a file in it; default: its root")
     parser.add_argument("--at", metavar="TIME", help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
-    parser.add_argument("--times", action="store_true", help="the times of which there is a catalog, for --at")
+    parser.add_argument("--times", action="store_true", help="the times at which something changed, for --at")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
     parser.set_defaults(run=cmd_ls)
 
@@ -13329,10 +13345,23 @@ def check_source(name: str, config: Config) -> None:
 
 
 def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
-    """The times of all catalogs of a source that can be had, the newest first."""
+    """The times at which something of a source changed, of those of which a catalog can be had, the
+    newest first.  Where the source's server does not answer, also those with news of copies only."""
     restore = Restore(args.source, os.devnull, [], None, False, Progress(True))
-    restore.find_holders(config, Dialer(home))
-    times = sorted({file.time for holder in restore.holders for file in holder.catalogs}, reverse=True)
+    dialer = Dialer(home)
+    restore.find_holders(config, dialer)
+    changed: "Dict[int, bool]" = {}
+    if args.source in config.sources:
+        link = Link(config.sources[args.source].host, config, dialer)
+        with contextlib.suppress(Unreachable, Refused):
+            if link.peer_level() > 1:
+                changed = {gen: differs for gen, _, differs in link.call("generations", source=args.source)["rows"]}
+    times, before = [], 0
+    for upto, when in sorted({f.upto: f.time for holder in restore.holders for f in holder.catalogs}.items()):
+        known = [differs for gen, differs in changed.items() if before < gen <= upto]
+        if any(known) or not known:
+            times.insert(0, when)
+            before = upto
     if args.json:
         print(json.dumps({"source": args.source, "times": times}))
     else:

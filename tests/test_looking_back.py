@@ -53,6 +53,26 @@ class LsTest(Case):
         self.assertEqual(sorted(times, reverse=True), times)
         self.assertGreater(times[0] - times[-1], 3000)
 
+    def test_times_are_those_of_changes_and_not_of_copies(self):
+        c = self.cluster("s", "a", "b", replicas=2)
+        source = c.source("docs", "s", {"f": b"1"})
+        c.backup("ba", "a", "9M")
+        c.start()
+        c.passes("a")
+        c.advance(3600)
+        c.backup("bb", "b", "9M")
+        for _ in range(2):
+            c.passes("ba")      # a hears that b has a copy, too
+        self.assertLess(1, len(os.listdir(os.path.join(c.backups["ba"].path, ".cbackup", "catalog", "docs"))))
+
+        def times():
+            return c.run("a", "ls", "docs", "--times", "--json").json["times"]
+        self.assertEqual(1, len(times()))
+        c.advance(3600)
+        write_file(os.path.join(source, "f"), b"22")
+        c.settle()
+        self.assertEqual(2, len(times()))
+
     def test_a_single_file_and_paths_written_in_other_ways(self):
         for word in ("album/2.jpg", "/album//2.jpg", "album/deep/../2.jpg"):
             self.assertEqual([("2.jpg", 7, 2, 1)], [(e["name"], e["size"], e["copies"], e["older"])
