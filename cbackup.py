@@ -5066,6 +5066,12 @@ class Pull:
         self.code, self.wire, self.how, self.errors = code, 0, how, list(errors)
         self.parts: "set[bytes]" = set()
 
+    def add(self, other: "Pull") -> None:
+        """Another one came after it, for other files of the same kind."""
+        self.code, self.how, self.wire = other.code, other.how, self.wire + other.wire
+        self.errors += other.errors
+        self.parts |= other.parts
+
     @property
     def full_disk(self) -> str:
         """The line that says that the disk itself takes nothing more; "" when it does."""
@@ -5151,6 +5157,21 @@ def with_parents(paths: "Iterable[bytes]") -> "set[bytes]":
             names.add(path)
             path = path.rpartition(b"/")[0]
     return names
+
+
+LONG_PATH = 2500
+"""Bytes of a path from which on a file is fetched alone: of several with more than about 2,700 rsync 3.5 says that it has
+not asked for them, and ends."""
+
+
+def long_ones_apart(items: "Iterable[Any]", path_of: "Callable[[Any], bytes]") -> "Iterator[List[Any]]":
+    """All items whose paths are not too long, together, and each of the others."""
+    items = list(items)
+    short = [item for item in items if len(path_of(item)) < LONG_PATH]
+    if short:
+        yield short
+    if len(short) < len(items):
+        yield from ([item] for item in items if len(path_of(item)) >= LONG_PATH)
 
 
 def list_with_parents(paths: "Iterable[bytes]") -> bytes:
@@ -8350,6 +8371,15 @@ class Rsync:
               on_bytes: "Callable[[int], None]") -> Pull:
         find_rsync()
         vault.tree.make_directory(vault.incoming(standing.name))
+        result = Pull()
+        for some in long_ones_apart(files, lambda f: f.path):
+            result.add(self._fetch(link, standing, vault, some, always, on_bytes))
+            if result.how != "done":
+                break
+        return result
+
+    def _fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]", always: bool,
+               on_bytes: "Callable[[int], None]") -> Pull:
         connection = link.again().stream(of="source", name=standing.name, source=standing.name,
                                          paths=[as_text(f.path) for f in files])
         limit = self.config.rate(*[line for line in (standing.spec, vault.spec) if line], key="bwlimit")
@@ -9803,7 +9833,6 @@ class RemoteHolder:
     def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes, most: "Optional[int]" = None,
               on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
         os.makedirs(into, mode=0o700, exist_ok=True)
-        connection = self.link.again().stream(of=of, name=self.backup, source=source)
         limit = CATALOG_BYTES if most is None else EXCESS_BYTES + len(paths) * (2 * most + EXCESS_PER_FILE)
         came = 0
 
@@ -9814,7 +9843,13 @@ class RemoteHolder:
                 raise self.link.nonsense("it sends much more than it was asked for")
             on_bytes(count)
 
-        return pull(connection, paths, into, self.limit, on_bytes=counted, most=most)
+        result = Pull()
+        for some in long_ones_apart(paths, lambda path: path):
+            connection = self.link.again().stream(of=of, name=self.backup, source=source)
+            result.add(pull(connection, some, into, self.limit, on_bytes=counted, most=most))
+            if result.how != "done":
+                break
+        return result
 
 
 class DirectoryHolder:

@@ -133,6 +133,11 @@ class AttributesTest(Case):
         self.backed_up_and_restored("modes", {"%o" % mode: b"x" for mode in modes}, change)
         self.assertInBackups("modes", ["mode"])
 
+    def test_several_files_with_very_long_paths(self):
+        """Of which rsync 3.5 says that it has not asked for them when they come together."""
+        deep = "/".join(["d" * 200] * 14)
+        self.backed_up_and_restored("long", {"f": b"1", **{"%s/f%d" % (deep, n): b"%d" % n for n in range(3)}})
+
     def test_directories_that_cannot_be_written(self):
         def change(root):
             for name in ("closed/inner", "closed", "void"):
