@@ -52,7 +52,7 @@ class History:
         self.periods = 0
         self.rotten = set()         # backups whose copies may not be what they were
         self.added = {}             # BACKUP/PATH of files that were put there by hand: their bytes
-        self.secret = set()         # (source, path) of files that were edited in secret since all was quiet
+        self.secret = set()         # sources in which bytes changed and times did not, since all was quiet
         self.replaced = {}          # digests of files that had all their copies and were changed or deleted: when
         self.troubled = False       # old versions may have been lost in this period: a disk was full, or is a new one
         self.calls = self.before = None     # what makes calls fail; the Starter that there was
@@ -323,7 +323,7 @@ class History:
             with open(path, "r+b") as file:
                 file.write(data)
             os.utime(path, ns=(info.st_mtime_ns, info.st_mtime_ns))
-            self.secret.add((source.name, name))
+            self.secret.add(source.name)
             also = self.dice.choice(["", "", "renamed", "chmod", "linked"])
             if also == "renamed":
                 os.rename(path, path + "r")
@@ -350,6 +350,8 @@ class History:
             write_file(path, kept[name][1])
             os.utime(path, ns=(kept[name][0], kept[name][0]))
         self.count += 1
+        if release:
+            self.secret.add(source.name)
         self.note("installed again%s: %s" % (", the next release" if release else "", names))
 
     def replace_source_disk(self):
@@ -622,7 +624,7 @@ class History:
         """A file whose times are those of the source's has its bytes, unless these were changed in secret
         just now."""
         own = os.path.join(source.path, name)
-        if (source.name, name) not in self.secret and os.path.isfile(path) and os.path.isfile(own) and not os.path.islink(own):
+        if source.name not in self.secret and os.path.isfile(path) and os.path.isfile(own) and not os.path.islink(own):
             if os.stat(path).st_mtime_ns == os.stat(own).st_mtime_ns and digest_of(path) != digest_of(own):
                 self.fail("%s/%s was restored with other bytes" % (source.name, name))
 

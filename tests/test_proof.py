@@ -4,6 +4,7 @@ Each story makes bytes different in a way that size, time and often the inode do
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -362,6 +363,18 @@ class FreshTest(unittest.TestCase):
             with mock.patch.multiple(cbackup, is_fresh=lambda info: False, digest_descriptor=read_and_edit):
                 self.assertEqual(cbackup.read_own(tree, dict(facts, mtime=1), cbackup.Pace(None)), ("changed", None))
                 self.assertEqual(cbackup.read_own(tree, facts, cbackup.Pace(None)), ("changed", None))
+
+    def test_what_is_read_to_compare_a_copy_proves_only_when_its_times_are_old_enough(self):
+        with tempfile.TemporaryDirectory() as base, cbackup.Tree(base) as tree:
+            path = os.path.join(base, "f")
+            write_file(path, "one")
+            info = os.stat(path)
+            facts = {"size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns, "digest": None}
+            digest = hashlib.blake2b(b"one", digest_size=32).digest()
+            given = {"path": b"f", "size": 3, "digest": digest, "offsets": [], "samples": b""}
+            for fresh, own in ((True, None), (False, digest)):
+                with mock.patch.object(cbackup, "is_fresh", lambda info: fresh):
+                    self.assertEqual(cbackup.compare_own(tree, facts, given), ("ok", own))
 
     def test_where_times_are_whole_seconds_it_takes_longer(self):
         class Info:
