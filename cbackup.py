@@ -5034,12 +5034,18 @@ def find_rsync() -> str:
         if tuple(int(n) for n in match.groups()) < (2, 6, 9):
             raise UsageError("%s is version %s, cbackup needs 2.6.9 or newer: %s"
                              % (path, ".".join(match.groups()), install_hint("rsync")))
-        _RSYNC_CHECKED[path] = "openrsync" in text
+        is_open = "openrsync" in text
+        newer = tuple(int(n) for n in match.groups()) >= (3, 1, 0)
+        _RSYNC_CHECKED[path] = RsyncKind(is_open, newer and not is_open)
     return path
 
 
-_RSYNC_CHECKED: "Dict[str, bool]" = {}
-"""Path of an rsync that will do -> whether it is openrsync, as macOS 15 has it."""
+RsyncKind = namedtuple("RsyncKind", "is_open takes_rules")
+"""is_open: it is openrsync, as macOS 15 has it.  takes_rules: as a daemon it serves nothing but the paths that `exclude
+from` lets through; openrsync knows no such key, and before 3.1 nothing at all is served where the root is a symlink."""
+
+_RSYNC_CHECKED: "Dict[str, RsyncKind]" = {}
+"""Path of an rsync that will do -> of what kind it is."""
 
 
 def plain_directory() -> "tempfile.TemporaryDirectory[str]":
@@ -5228,7 +5234,7 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
     paths = list(paths)
     with contextlib.closing(connection):
         try:
-            odd = _RSYNC_CHECKED[find_rsync()] and any(path[:1] in b"#;" for path in paths)
+            odd = _RSYNC_CHECKED[find_rsync()].is_open and any(path[:1] in b"#;" for path in paths)
             with plain_directory() as scratch:
                 options += odd and filters_for(paths) or [
                     "--files-from=" + os.path.join(scratch, "list"), "--from0"]
@@ -5366,13 +5372,13 @@ def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes
     `connection`; with `only`, nothing but these paths of it."""
     rsync = find_rsync()
     as_root = os.geteuid() == 0
-    ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync] else socket.socketpair()
+    ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync].is_open else socket.socketpair()
     process = None
     with plain_directory() as scratch:
         # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
         tree, configuration, rules = (os.path.join(scratch, name) for name in ("t", "conf", "only"))
         os.symlink(root, tree)
-        limited = only is not None and not _RSYNC_CHECKED[rsync]
+        limited = only is not None and _RSYNC_CHECKED[rsync].takes_rules
         if limited:
             with open(rules, "wb") as raw:
                 raw.write(nothing_but(only or ()))
