@@ -9946,6 +9946,7 @@ class Restore:
         self._tests = [re.compile(fnmatch.translate(as_text(p))) for p in self.patterns]
         self.holders: "List[Any]" = []
         self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those that cannot be reached
+        self.differs: "Dict[int, bool]" = {}  # generation -> whether something of the source changed
         self.unmatched: "List[bytes]" = []
         self.only: "Optional[bytes]" = None  # for a listing: load nothing but this path and what is directly in it
         self.notes: "Dict[str, int]" = {}
@@ -10007,6 +10008,7 @@ class Restore:
         try:
             rows = link.call("generations", source=self.source)["rows"]
             made.update((gen, int(when)) for gen, when, _ in rows)
+            self.differs.update((gen, differs) for gen, _, differs in rows)
         except (Unreachable, Refused) as error:
             log.info("%s", error)
         finally:
@@ -13389,17 +13391,10 @@ def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
     """The times at which something of a source changed, of those of which a catalog can be had, the
     newest first.  Where the source's server does not answer, also those with news of copies only."""
     restore = Restore(args.source, os.devnull, [], None, False, Progress(True))
-    dialer = Dialer(home)
-    restore.find_holders(config, dialer)
-    changed: "Dict[int, bool]" = {}
-    if args.source in config.sources:
-        link = Link(config.sources[args.source].host, config, dialer)
-        with contextlib.suppress(Unreachable, Refused):
-            if link.peer_level() > 1:
-                changed = {gen: differs for gen, _, differs in link.call("generations", source=args.source)["rows"]}
+    restore.find_holders(config, Dialer(home))
     times, before = [], 0
     for upto, when in sorted({f.upto: f.time for holder in restore.holders for f in holder.catalogs}.items()):
-        known = [differs for gen, differs in changed.items() if before < gen <= upto]
+        known = [differs for gen, differs in restore.differs.items() if before < gen <= upto]
         if any(known) or not known:
             times.insert(0, when)
             before = upto

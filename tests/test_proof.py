@@ -341,21 +341,23 @@ class MassChange(ProofTest):
 class FreshTest(unittest.TestCase):
     """A file that has just been changed may be changed again without that its times show it."""
 
-    def test_a_file_is_read_as_a_proof_only_when_its_times_are_old_enough(self):
+    @contextlib.contextmanager
+    def file(self):
+        """(tree, path, what the books would say) of a file that was written just now."""
         with tempfile.TemporaryDirectory() as base, cbackup.Tree(base) as tree:
             path = os.path.join(base, "f")
             write_file(path, "one")
             info = os.stat(path)
-            facts = {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns}
+            yield tree, path, {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino,
+                               "ctime": info.st_ctime_ns, "digest": None}
+
+    def test_a_file_is_read_as_a_proof_only_when_its_times_are_old_enough(self):
+        with self.file() as (tree, path, facts):
             self.assertEqual(cbackup.read_own(tree, facts, cbackup.Pace(None)), ("fresh", None))
             wait_for(lambda: cbackup.read_own(tree, facts, cbackup.Pace(None))[0] == "read", 5, "always fresh")
 
     def test_a_file_that_is_another_before_or_after_the_reading_proves_nothing(self):
-        with tempfile.TemporaryDirectory() as base, cbackup.Tree(base) as tree:
-            path = os.path.join(base, "f")
-            write_file(path, "one")
-            info = os.stat(path)
-            facts = {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns}
+        with self.file() as (tree, path, facts):
 
             def read_and_edit(descriptor, pace):
                 write_file(path, "two")
@@ -365,11 +367,7 @@ class FreshTest(unittest.TestCase):
                 self.assertEqual(cbackup.read_own(tree, facts, cbackup.Pace(None)), ("changed", None))
 
     def test_what_is_read_to_compare_a_copy_proves_only_when_its_times_are_old_enough(self):
-        with tempfile.TemporaryDirectory() as base, cbackup.Tree(base) as tree:
-            path = os.path.join(base, "f")
-            write_file(path, "one")
-            info = os.stat(path)
-            facts = {"size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino, "ctime": info.st_ctime_ns, "digest": None}
+        with self.file() as (tree, _, facts):
             digest = hashlib.blake2b(b"one", digest_size=32).digest()
             given = {"path": b"f", "size": 3, "digest": digest, "offsets": [], "samples": b""}
             for fresh, own in ((True, None), (False, digest)):
