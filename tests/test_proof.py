@@ -220,6 +220,7 @@ class Lies(ProofTest):
                 "sys.exit(cbackup.main(sys.argv[1:]))\n")
         for _ in range(20):     # a sample may meet the byte: the copy is refused then, as it should be
             if not os.path.exists(staged):
+                os.makedirs(os.path.dirname(staged), exist_ok=True)     # a refused copy goes with its directory
                 shutil.copy2(os.path.join(self.source, "large"), staged)
                 hide_a_change(staged)
             result = Process([sys.executable, "-B", "-c", code, "--home", c.home(host), "client", "--json"],

@@ -38,6 +38,13 @@ def conflicts(cluster, host):
     return [read_file(os.path.join(home, name)) for name in sorted(os.listdir(home)) if ".conflict-" in name]
 
 
+def history(cluster, host):
+    """[the bytes of every version that a machine keeps], the newest last; what a server is just writing is none yet."""
+    kept = os.path.join(cluster.home(host), "state", "config-history")
+    names = os.listdir(kept) if os.path.isdir(kept) else []
+    return [read_file(os.path.join(kept, name)) for name in sorted(names) if name.endswith(".conf")]
+
+
 def wait_for_message(cluster, host, words):
     server = cluster.servers[host]
     wait_for(lambda: words in server.stderr, TAKEN_OVER,
@@ -124,10 +131,7 @@ class OneTextTest(TravelCase):
         text = self.edit(self.c, "t", "[hosts]", "# edited on t\n[hosts]")
         before = self.version(self.c, "a")
         # status on another machine tells that t's server has it: nobody runs a client on t.
-        wait_for(lambda: os.path.exists(os.path.join(self.c.home("t"), "state", "config-history")) and any(
-            read_file(os.path.join(self.c.home("t"), "state", "config-history", name)) == text
-            for name in os.listdir(os.path.join(self.c.home("t"), "state", "config-history"))),
-            TAKEN_OVER, "the server of t did not notice")
+        wait_for(lambda: text in history(self.c, "t"), TAKEN_OVER, "the server of t did not notice")
         self.carried("b")
         self.assertOneText(self.c, text, "stb")     # from t to s, which never talk to each other, in one pass of b
         self.carried("a")
@@ -147,8 +151,7 @@ class OneTextTest(TravelCase):
         self.edit(self.c, "a", "[hosts]", "# another\n[hosts]")
         exchange(self.c, "a")
         for host in "stab":
-            kept = os.path.join(self.c.home(host), "state", "config-history")
-            self.assertIn(old, [read_file(os.path.join(kept, name)) for name in os.listdir(kept)])
+            self.assertIn(old, history(self.c, host))
 
     def test_it_is_in_every_backup_and_a_disk_alone_is_enough_to_restore(self):
         text = self.edit(self.c, "a", "[hosts]", "# for the disk\n[hosts]")
@@ -276,8 +279,7 @@ class OneTextTest(TravelCase):
             c.passes("b")
             self.assertEqual(dict(right, a=rest), texts(c))
         # The way out that it names.
-        kept = os.path.join(c.home("a"), "state", "config-history")
-        write_file(conf(c, "a"), read_file(os.path.join(kept, sorted(os.listdir(kept))[-1])))
+        write_file(conf(c, "a"), history(c, "a")[-1])
         self.assertRc(0, c.run("a", "client"))
         self.assertEqual(right, texts(c))
 
