@@ -2500,8 +2500,16 @@ class Books:
         row = self.one("SELECT id FROM entries WHERE source=? AND path=? AND kind='d'", source, path)
         return row[0] if row else None
 
+    OPEN_GEN = "(SELECT gen FROM sources WHERE id=?)"
+    """The open catalog generation of a source, read where it is written: a row that a caller has read
+    before may be of one that was closed since, and what is written there no backup would hear."""
+
+    def _is_news(self, number: int) -> None:
+        """An entry belongs into the next generation: the catalog has its facts, and names its holders."""
+        self.db.execute("UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=?", (number,))
+
     def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
-        self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,?)", (source["id"], path, source["gen"]))
+        self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,%s)" % self.OPEN_GEN, (source["id"], path, source["id"]))
 
     def bury(self, source: "Dict[str, Any]", number: int, path: bytes, kind: str) -> None:
         """An entry that is no longer in the source: backups that hold it are to retire it."""
@@ -2523,10 +2531,10 @@ class Books:
             if row["kind"] == "f" else None
         number = db.execute(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, "
-            "version, blocked, gen, grp, rnd, xattrs) VALUES(%s)" % ",".join("?" * 20),
+            "version, blocked, gen, grp, rnd, xattrs) VALUES(%s)" % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 3),
             (known[0] if known else None, source["id"], parent, row["path"], row["kind"], row["size"], row["mtime"],
              row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"],
-             self._next_version() if row["kind"] == "f" else 0, row["blocked"], source["gen"],
+             self._next_version() if row["kind"] == "f" else 0, row["blocked"], source["id"],
              self._group_id(source["id"], "!" if row["blocked"] else "") if row["kind"] == "f" else None,
              self.random.getrandbits(40) if row["kind"] == "f" else None, row["xattrs"])).lastrowid
         if known:
@@ -2550,7 +2558,7 @@ class Books:
             self._doubt(source, number)
         if how == "silent":
             return
-        db.execute("UPDATE entries SET gen=? WHERE id=?", (source["gen"], number))
+        self._is_news(number)
         if row["kind"] != "f" or how == "attributes":
             return
         db.execute("DELETE FROM declines WHERE file=?", (number,))
@@ -2572,14 +2580,14 @@ class Books:
 
     def _doubt(self, source: "Dict[str, Any]", number: int) -> None:
         """From now on a digest is only presumed: the file is not, to the inode and ctime, the one that was read."""
-        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=? WHERE id=? AND digest IS NOT NULL",
-                        (clock.now(), source["gen"], number))
+        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=%s WHERE id=? AND digest IS NOT NULL"
+                        % self.OPEN_GEN, (clock.now(), source["id"], number))
 
     def lift(self, number: int) -> None:
         """First half of a move: free the entry's path, so that swaps and chains do not collide."""
         path = self.db.execute("SELECT path FROM entries WHERE id=?", (number,)).fetchone()[0]
-        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), todo=todo|? WHERE file=? AND state!='c'",
-                        (path, TODO_MOVE, number))
+        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), todo=todo|CASE state WHEN 'r' THEN 0 ELSE ? END "
+                        "WHERE file=? AND state!='c'", (path, TODO_MOVE, number))  # what is retired is not moved before
         self.db.execute("UPDATE entries SET path=? WHERE id=?", (b"\0%d" % number, number))
 
     def settle_move(self, source: "Dict[str, Any]", number: int, old: bytes, row: "Dict[str, Any]", parent: int) -> None:
@@ -2596,9 +2604,9 @@ class Books:
         if owner != (row["mode"], row["uid"], row["gid"]):
             db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
         db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, "
-                   "blocked=?, gen=?, xattrs=? WHERE id=?", (
+                   "blocked=?, gen=%s, xattrs=? WHERE id=?" % self.OPEN_GEN, (
                        row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"],
-                       row["nlink"], row["blocked"], source["gen"], row["xattrs"], number))
+                       row["nlink"], row["blocked"], source["id"], row["xattrs"], number))
         # Claims on the old path are void: rsync would not find it.
         db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
         db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?", (TODO_MOVE, number, row["path"]))
@@ -2883,7 +2891,7 @@ class Books:
                 group = Group(row[1:], self.host_of)
                 if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
-                    self._holders_changed(row[0])
+                    self._is_news(row[0])
                     self.regroup([row[0]])
                     granted.append(path)
         return granted
@@ -2982,8 +2990,8 @@ class Books:
                 if row[1] is None:
                     had = db.execute("SELECT 1 FROM copies WHERE file=? AND backup=? AND tag IS NOT NULL",
                                      (number, backup)).fetchone()
-                    db.execute("UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=? WHERE id=?",
-                               (digest, clock.now(), "r" if had else "c", source["gen"], number))
+                    db.execute("UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=?" % self.OPEN_GEN,
+                               (digest, clock.now(), "r" if had else "c", source["id"], number))
                 if not db.execute("UPDATE copies SET checked=? WHERE file=? AND backup=?",
                                   (version, number, backup)).rowcount:
                     db.execute("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
@@ -3022,8 +3030,8 @@ class Books:
             digest, doubt, basis = row[4:]
             if digest in (None, own):
                 if doubt is not None or digest is None:
-                    db.execute("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=? WHERE id=?",
-                               (own, source["gen"], facts["id"]))
+                    db.execute("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=%s WHERE id=?"
+                               % self.OPEN_GEN, (own, source["id"], facts["id"]))
                 return "proven"
             if doubt is None:
                 db.execute("UPDATE entries SET blocked=? WHERE id=?", (ROTTEN, facts["id"]))
@@ -3039,7 +3047,7 @@ class Books:
         """What was read is a file's content from now on.  Where another content had been read before it is a new version;
         else only its copies were wrong."""
         self.db.execute("UPDATE entries SET version=CASE basis WHEN 'p' THEN ? ELSE version END, digest=other, doubt=NULL, "
-                        "basis='p', other=NULL, gen=? WHERE id=?", (self._next_version(), source["gen"], number))
+                        "basis='p', other=NULL, gen=%s WHERE id=?" % self.OPEN_GEN, (self._next_version(), source["id"], number))
         self.db.execute("DELETE FROM declines WHERE file=?", (number,))
         self._copies_are_old(number)
         self.regroup([number])
@@ -3087,7 +3095,7 @@ class Books:
                 db.execute("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
                            "todo=0 WHERE file=? AND backup=?", (tag, row[3], row[4], row[0], backup))
                 db.execute("DELETE FROM declines WHERE file=? AND backup=?", (row[0], backup))
-                self._holders_changed(row[0])
+                self._is_news(row[0])
                 self.regroup([row[0]])
                 self._retire_outdated(row[0])
                 counted.append(path)
@@ -3103,10 +3111,6 @@ class Books:
                 "AND g.k>=s.replicas", number):
             self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'", (TODO_RETIRE, number))
 
-    def _holders_changed(self, number: int) -> None:
-        """The catalog names the holders of each file: the entry belongs into the next generation."""
-        self.db.execute("UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=?", (number,))
-
     def forget_copies(self, backup: int, source: int, paths: "List[bytes]") -> None:
         """`backup` says that it does not (or no longer) hold what the books say it has under these paths."""
         with self.write() as db:
@@ -3118,7 +3122,7 @@ class Books:
                         "WHERE g.source=? AND g.path=? AND c.path IS NULL", *(backup, source, path) * 3):
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
-                    self._holders_changed(number)
+                    self._is_news(number)
                     self.regroup([number])
 
     def _after_retire(self, number: int) -> None:
@@ -3246,7 +3250,8 @@ class Books:
     def close_generation(self, source: "Dict[str, Any]") -> int:
         """The newest complete catalog generation; what changed since the last one becomes a new one."""
         with self.write() as db:
-            number, gen = source["id"], source["gen"]
+            number = source["id"]
+            gen, = db.execute("SELECT gen FROM sources WHERE id=?", (number,)).fetchone()
             changed = db.execute("SELECT 1 FROM entries WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone() or \
                 db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone()
             if not changed:
@@ -3276,8 +3281,11 @@ class Books:
 
     def generations(self, source: int) -> "List[Tuple[int, float, int]]":
         """(generation, time, whether something of the source changed) of the newest catalogs, the
-        newest first."""
-        return self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
+        newest first; time 0 of one of which it is not known, as in `generation_time`."""
+        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
+        gen, = self.one("SELECT gen FROM sources WHERE id=?", source)
+        unknown = gen > 1 and (not rows or rows[0][0] < gen - 1)
+        return [(gen - 1, 0.0, 1)] + rows if unknown else rows
 
     def generation_time(self, source: int, gen: int) -> float:
         row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
@@ -6122,7 +6130,8 @@ class Vault:
 
     def settle_moves(self, source: str, last: bool) -> "Tuple[List[Tuple[int, int]], List[bytes]]":
         """Second half: to the new paths.  Returns ((cursor, new tag) of what is in place, old paths of what is not).
-        `last`: what cannot be put into its place goes to the attic; else it waits for the next time."""
+        `last`: what cannot be put into its place goes to the attic; else it waits for the next time, unless its old name
+        is needed."""
         done: "List[Tuple[int, bytes, bytes, Any]]" = []
         failed: "List[Tuple[int, bytes]]" = []
         for number, old, new, cursor in self.rows("SELECT id, old, new, cursor FROM moving WHERE source=? ORDER BY id", source):
@@ -6130,6 +6139,8 @@ class Vault:
             row = self.one("SELECT size, mtime, digest, checked FROM held WHERE source=? AND path=?", source, old)
             try:
                 if self.tree.lstat(between) is not None:
+                    if row is None:
+                        raise FileNotFoundError(errno.ENOENT, "it is no copy any more")
                     info = self._own_at(source, new)
                     if info is not None and stat.S_ISREG(info.st_mode):
                         self.set_aside(source, [new], "deleted")
@@ -6142,8 +6153,10 @@ class Vault:
                 log.info("%s: %s cannot be moved to %s: %s", self.name, shown(old), shown(new), reason_of(error))
                 failed.append((number, old))
         self.tree.sync([self.place_of(source, new) for _, _, new, _ in done])
-        for number, old in failed if last else ():  # before another file is entered under its old name
-            self._abandon_move(source, number, old)
+        taken = {new for _, _, new, _ in done}
+        for number, old in failed:  # before another file is entered under its old name
+            if last or old in taken:
+                self._abandon_move(source, number, old)
         with self.write() as db:
             db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, old) for _, old, _, _ in done])
             for _, _, new, row in done:

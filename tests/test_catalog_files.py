@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import os
 import time
 import unittest
@@ -106,6 +107,52 @@ class VanishingLinkTest(Case):
         upto = books.close_generation(row)
         return {cbackup.CatalogRow.from_json(cbackup.CatalogRow(path, kind, target=target).to_json()).path for
                 _, _, path, kind, _, _, _, _, _, _, target, *_ in books.catalog_entries(row["id"], 0, upto, (0, 0))[0]}
+
+
+class GenerationTest(Case):
+    """Every catalog that a server hands out has its own number and time, and all that is new is in a later one."""
+
+    def setUp(self):
+        base = self.directory()
+        self.top = os.path.join(base, "docs")
+        make_tree(self.top, {"f": b"1"})
+        self.source = cbackup.Source("docs", "s", self.top, 1)
+        self.books = cbackup.Books(os.path.join(base, "books.db"), "s")
+        self.addCleanup(self.books.close)
+        self.books.configure(cbackup.Config(text="", sources={"docs": self.source}))
+        cbackup.run_scan(self.books, self.source)
+
+    def news(self, since):
+        """(number of the newest catalog, paths that are new in it)"""
+        row = self.books.source_row("docs")
+        upto = self.books.close_generation(row)
+        return upto, {entry[2] for entry in self.books.catalog_entries(row["id"], since, upto, (0, 0))[0]}
+
+    def test_two_that_ask_at_once_get_the_same_one_and_no_number_is_left_out(self):
+        row = self.books.source_row("docs")
+        self.assertEqual([1, 1], [self.books.close_generation(row) for _ in range(2)])
+        self.assertEqual([1], [gen for gen, _, _ in self.books.generations(row["id"])])
+        make_tree(self.top, {"g": b"2"})
+        cbackup.run_scan(self.books, self.source)
+        upto, paths = self.news(1)
+        self.assertEqual((2, {b"", b"g"}), (upto, paths))
+        self.assertLess(0, self.books.generation_time(row["id"], upto))
+
+    def test_one_without_a_time_in_older_books_is_known_as_such(self):
+        row = self.books.source_row("docs")
+        with self.books.write() as db:
+            db.execute("UPDATE sources SET gen=5")
+            db.execute("UPDATE entries SET gen=2")
+        self.assertEqual(4, self.books.close_generation(row))
+        self.assertEqual([(4, 0.0, 1)], self.books.generations(row["id"]))
+        self.assertEqual(0.0, self.books.generation_time(row["id"], 4))
+
+    def test_a_digest_that_comes_when_a_catalog_was_just_closed_is_in_the_next_one(self):
+        row = self.books.source_row("docs")         # as a request has it, while another one closes the catalog
+        upto, _ = self.news(0)
+        facts = self.books.version_of(row["id"], b"f")
+        self.books.prove(row, facts, hashlib.sha256(b"1").digest())
+        self.assertEqual((upto + 1, {b"f"}), self.news(upto))
 
 
 class DamagedTest(Case):

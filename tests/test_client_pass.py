@@ -225,6 +225,24 @@ class ChangesTest(Case):
             self.assertEqual(b"was two", read_file(self.c.kept_as(backup, "docs", "lost1")))
             self.assertEqual(b"was one", read_file(self.c.kept_as(backup, "docs", "lost2")))
 
+    def test_an_outdated_copy_of_a_file_that_is_renamed_goes_to_the_attic_and_not_to_the_new_name(self):
+        c = self.cluster("s", "a", "b", replicas=1)
+        source = c.source("docs", "s", {"f": b"version 1"})
+        c.backup("ba", "a", "9M")
+        c.start()
+        c.settle()
+        c.backup("bb", "b", "9M")
+        write_file(os.path.join(source, "f"), b"version two")
+        self.assertRc(0, c.client("b"))
+        c.advance(4 * 3600)         # longer than a has to update its copy before others take the file
+        self.assertEqual(1, c.client("b").json["copied_files"])
+        os.rename(os.path.join(source, "f"), os.path.join(source, "g"))
+        self.assertRc(0, c.client("a"))
+        self.assertEqual([], [name for name in ("f", "g") if os.path.lexists(c.kept_as("ba", "docs", name))])
+        self.assertEqual([b"version 1"], [content for _, content in c.attic("ba", "docs")])
+        c.settle()
+        self.assertEqual({"g": ["bb"]}, c.copies_on_disk("docs"))
+
     def test_swapped_files_are_swapped_in_the_backups(self):
         one, two = self.add(swap1=b"was one", swap2=b"was two")
         os.rename(one, one + ".tmp")
