@@ -3275,6 +3275,19 @@ class Books:
                 db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''", (least + 1, source))
                 db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
 
+    def note_list(self, backup: int, source: int, newest: int) -> None:
+        """How far the list is that `backup` begins with.  When it has had a newer one it was put back as it was then: what
+        it holds under which name its sums tell, but not the modes and owners that changed since."""
+        mark = "list:%d:%d" % (backup, source)
+        known = self.meta(mark)
+        if known == newest:
+            return
+        with self.write() as db:
+            if known is not None and newest < known:
+                db.execute("UPDATE copies SET todo=todo|? WHERE backup=? AND state<>'c' AND file IN ("
+                           "SELECT id FROM entries WHERE source=? AND gen>=?)", (TODO_TOUCH, backup, source, newest))
+            self.set_meta(mark, newest)
+
     def note_change(self, source: int) -> None:
         """The next generation is one in which something of the source changed."""
         self.set_meta("changed:%d" % source, 1)
@@ -7160,6 +7173,7 @@ class Service:
             told = request["sums"].get(source)
             if isinstance(told, list) and len(told) == 1 and _is_count(told[0]) and told[0] < row["gen"] + GENERATION_JUMP:
                 books.raise_generation(row["id"], told[0])
+                books.note_list(number, row["id"], told[0])
                 row = books.source_row(source)
             sources[source] = self._standing(number, row)
         return {"books": books.id, "sources": sources}
@@ -8761,7 +8775,8 @@ class Pass:
         for page in self._pages(standing, TODO_TOUCH):
             for _, _, _, row in page:
                 f = Wanted.from_row(row)
-                if self.vault.held(standing.name, f.path):
+                have = self.vault.held(standing.name, f.path)
+                if have and have[:2] == (f.size, f.mtime):  # else it is an older version, and is updated
                     with contextlib.suppress(OSError):
                         self.vault.set_metadata(self.vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
             self._done(standing, TODO_TOUCH, [[row[0], None] for row in page])

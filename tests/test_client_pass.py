@@ -171,6 +171,17 @@ class ChangesTest(Case):
                  if content == b"old and dated"]
         self.assertIn((0o604, 1111111111222222222), [(stat.S_IMODE(info.st_mode), info.st_mtime_ns) for info in found])
 
+    def test_a_disk_that_is_put_back_as_it_was_gets_the_modes_of_today(self):
+        path, = self.add(moded=b"mode")
+        disk = self.c.backups["b1"].path
+        shutil.copytree(disk, disk + " old", symlinks=True)
+        os.chmod(path, 0o640)
+        self.c.settle()
+        shutil.rmtree(disk)
+        os.rename(disk + " old", disk)
+        self.assertRc(0, self.c.client("a"))
+        self.assertEqual(0o640, stat.S_IMODE(os.stat(self.c.kept_as("b1", "docs", "moded")).st_mode))
+
     def test_a_file_is_replaced_and_never_written_in_place(self):
         old, new = some_bytes(500000, "old"), some_bytes(500000, "old")[:-10] + b"0123456789"
         path, = self.add(inplace=old)
