@@ -38,7 +38,7 @@ MUTANTS = [
     ("grant-of-what-is-presumed", "AND e.path=? AND e.doubt IS NULL AND e.digest IS NOT NULL", "AND e.path=?",
      "what is presumed grants nothing", "test_proof.Grants"),
     ("grant-not-recorded", 'db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))\n'
-     '                    self._holders_changed(row[0])', 'self._holders_changed(row[0])',
+     '                    self._is_news(row[0])', 'self._is_news(row[0])',
      "a grant is recorded before it is answered", "test_liars.DroppingTest"),
     ("samples-not-compared", 'digest_samples(descriptor, given["offsets"]) != given["samples"]', "False",
      "the samples of a large copy are compared", "test_liars.CountingTest"),
@@ -346,6 +346,21 @@ MUTANTS = [
      "test_joining"),
     ("attributes-changes-missed", '            row["how"] = "attributes"\n', '            return None\n',
      "a change of attributes alone is seen", "test_xattrs.RoundTripTest.test_a_change_of_attributes_alone_is_seen_and_copies_nothing"),
+    ("client-exits-0", "return EXIT_INCOMPLETE if total.trouble else EXIT_DONE", "return EXIT_DONE",
+     "a client that could not do everything exits 1", "test_looking_back.LogTest.test_a_host_that_is_down_is_in_the_log"),
+    ("restore-exits-0", "return EXIT_DONE if complete else EXIT_INCOMPLETE", "return EXIT_DONE",
+     "an incomplete restore exits 1",
+     "test_restore.PathsTest.test_a_path_that_is_not_in_the_source_is_named_and_the_others_are_restored"),
+    ("crowd-without-end", "if not strangers or len(strangers) < most:", "if True:", "strangers have so much room and no more",
+     "test_door.CrowdTest.test_when_the_room_is_full_the_oldest_goes_at_once"),
+    ("ls-counts-any-version", "for r in held if (r[2], r[3]) == (size, mtime)}", "for r in held}",
+     "ls counts copies of the version that it shows",
+     "test_looking_back.LsTest.test_a_backup_that_still_has_an_older_version_has_no_copy"),
+    ("unproven-not-counted", '(unproven, "of them not proven yet', '(0, "of them not proven yet',
+     "restore says how much of what it brought back is not proven",
+     "test_restore_says.WhereToTest.test_what_is_not_proven_is_counted_and_named"),
+    ("no-chroot", 'chroot="yes" if as_root else "no"', 'chroot="no"', "as root rsync is locked into the tree",
+     "test_hostile.HostileRsyncTest.test_as_root_rsync_is_locked_into_the_tree"),
 ]
 
 
@@ -388,6 +403,7 @@ class Trial:
         if left <= 0:
             return "no time", ""
         with tempfile.TemporaryDirectory(prefix="cbackup-mutant-") as base:
+            os.chmod(base, 0o711)       # some tests run it as another user
             copied(base, text)
             process = subprocess.Popen(
                 [sys.executable, "-B", "-m", "unittest", "-f", *names], cwd=base, start_new_session=True,

@@ -113,6 +113,18 @@ class CrowdTest(DoorCase):
         # The connections that were silent for the longest made room, and their owners notice.
         self.assertIsNone(members[0].receive(10 * PATIENCE))
 
+    def test_when_the_room_is_full_the_oldest_goes_at_once(self):
+        for _ in range(5):      # where the machine is too slow for it, silence alone ends it
+            first, begun = self.connect(), time.monotonic()
+            for _ in range(cbackup.ROOM):
+                self.connect()
+            first.settimeout(20 * PATIENCE)
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(b"", first.recv(1))
+            if time.monotonic() - begun < cbackup.STRANGER_SILENCE / 2:
+                return
+        self.fail("it stayed until its time was over")
+
     def test_who_says_nothing_is_turned_away_soon(self):
         begun = time.monotonic()
         silent, greeting = self.connect(), self.connect()

@@ -4,6 +4,7 @@ a source, and in a backup, and nothing else; and it changes nothing.
 Every rsync on PATH plays the client once; the serving side is the one that the program finds.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -17,7 +18,7 @@ import threading
 import unittest
 
 import cbackup
-from tests.harness import Case, Process, make_tree, quick_program, read_file, tree, write_file
+from tests.harness import PATIENCE, Case, Process, make_tree, quick_program, read_file, tree, write_file
 from tests.members import between, one_pass
 
 
@@ -136,6 +137,25 @@ class HostileRsyncTest(Case):
         for program, of in itertools.product(rsyncs(), self.PLACES):
             brought, said = self.rsync(program, ["-r"], of=of)
             self.assertEqual({"1", "2"}, set(brought.decode().replace(cbackup.CACHE_SIGNATURE.decode(), "")), said)
+
+    @unittest.skipUnless(os.geteuid() == 0 and os.path.isdir("/proc/self/root"), "only root sees where others are locked in")
+    def test_as_root_rsync_is_locked_into_the_tree(self):
+        for of, tree_of in (("source", self.source), ("backup", self.c.kept_as("ba", "docs"))):
+            fields = {"paths": self.PATHS} if of == "source" else {}
+            connection = self.links[of].again().stream(of=of, name=self.PLACES[of], source="docs", **fields)
+            self.addCleanup(connection.close)
+            connection.settimeout(20 * PATIENCE)
+            connection.sendall(b"@RSYNCD: 31.0\nm\n")
+            said = b""
+            while b"@RSYNCD: OK\n" not in said:
+                more = connection.recv(1000)
+                self.assertTrue(more, said)
+                said += more
+            roots = set()
+            for number in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError):      # it has ended meanwhile
+                    roots.add(os.readlink("/proc/%s/root" % number))
+            (self.assertNotIn if self.USER else self.assertIn)(os.path.realpath(tree_of), roots)
 
     def test_what_is_left_out_or_in_no_catalog_is_not_served_whoever_names_it(self):
         for path in ("m/left/", "m/left/secret", "m/dir/x.tmp", "m/cache/secret", "m/new", "m/outdir/secret", "m/../secret"):

@@ -23,6 +23,8 @@ class LsTest(Case):
         c.advance(3600)
         write_file(os.path.join(cls.source, "album/2.jpg"), "another")
         os.unlink(os.path.join(cls.source, "album/1.jpg"))
+        c.passes("a")
+        cls.halfway = c.run("b", "ls", "docs", "album/2.jpg", "--json").json
         c.settle()
 
     def ls(self, *words, rc=0, host="b"):
@@ -44,6 +46,9 @@ class LsTest(Case):
         self.assertEqual(("symlink", "1.jpg", None), tuple(found["link"][key] for key in ("kind", "target", "copies")))
         self.assertAlmostEqual(os.stat(self.source + "/album/2.jpg").st_mtime, found["2.jpg"]["mtime"], 3)
         self.assertEqual(["1.jpg"], self.ls("album")["gone"])
+
+    def test_a_backup_that_still_has_an_older_version_has_no_copy(self):
+        self.assertEqual([(7, 1)], [(entry["size"], entry["copies"]) for entry in self.halfway["entries"]])
 
     def test_what_it_had_then(self):
         found = self.entries("album", "--at", "30m")

@@ -1,6 +1,8 @@
 """What restore and find say, before and after: from whom and when, where to, whether there is room,
 what brings it back."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -66,6 +68,11 @@ class WhereToTest(SaysCase):
         for path in (b"x", b"y"):
             restore._set_state(path, 1)
         self.assertEqual((1, [b"x"]), (restore.unproven_count(), list(restore.unproven())))
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), self.assertLogs("cbackup", "INFO") as named:
+            cbackup.report_restore(restore, True, False)
+        self.assertIn("; 1 of them not proven yet at that time (-v names them)\n", said.getvalue())
+        self.assertEqual(["x"], [record.getMessage().split(":")[0] for record in named.records])
         restore.db.close()
 
 
