@@ -5057,13 +5057,13 @@ def find_rsync() -> str:
                              % (path, ".".join(match.groups()), install_hint("rsync")))
         is_open = "openrsync" in text
         newer = tuple(int(n) for n in match.groups()) >= (3, 1, 0)
-        _RSYNC_CHECKED[path] = RsyncKind(is_open, newer and not is_open)
+        _RSYNC_CHECKED[path] = RsyncKind(is_open, not newer)
     return path
 
 
-RsyncKind = namedtuple("RsyncKind", "is_open takes_rules")
-"""is_open: it is openrsync, as macOS 15 has it.  takes_rules: as a daemon it serves nothing but the paths that `exclude
-from` lets through; openrsync knows no such key, and before 3.1 nothing at all is served where the root is a symlink."""
+RsyncKind = namedtuple("RsyncKind", "is_open is_old")
+"""is_open: it is openrsync, as macOS 15 has it: a client may take back what its configuration rules out.  is_old: before 3.1,
+which looks for the rules of `./path` where the root is asked for as `.`."""
 
 _RSYNC_CHECKED: "Dict[str, RsyncKind]" = {}
 """Path of an rsync that will do -> of what kind it is."""
@@ -5376,33 +5376,34 @@ def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
     return ours, theirs
 
 
-def nothing_but(paths: "Iterable[bytes]") -> bytes:
+def nothing_but(paths: "Iterable[bytes]", also_dotted: bool = False) -> bytes:
     """Rules for `exclude from`, of which the first that matches decides: these paths and the
-    directories above them, nothing else."""
-    rules = []
+    directories above them, nothing else; `also_dotted`: under ./, too."""
+    rules = [b"+ /.\n"] if also_dotted else []
     for name in sorted(with_parents(paths)):
         # With a wildcard in it a backslash makes plain what follows; a line's end can only be any character.
         if re.search(rb"[*?[\r\n]", name):
             name = re.sub(rb"[\r\n]", b"?", re.sub(rb"([*?[\\])", rb"\\\1", name))
-        rules.append(b"+ /" + name + b"\n")
+        rules.append(b"+ /" + name + b"\n" + (b"+ /./" + name + b"\n" if also_dotted else b""))
     return b"".join(rules) + b"- /**\n"
 
 
 def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes]]" = None) -> None:
     """Serve the tree `root`, read-only, to the rsync of an authenticated peer at the other end of
-    `connection`; with `only`, nothing but these paths of it."""
+    `connection`; with `only`, nothing but these paths of it, except by openrsync."""
     rsync = find_rsync()
+    kind = _RSYNC_CHECKED[rsync]
     as_root = os.geteuid() == 0
-    ours, theirs = loopback_pair() if _RSYNC_CHECKED[rsync].is_open else socket.socketpair()
+    ours, theirs = loopback_pair() if kind.is_open else socket.socketpair()
     process = None
     with plain_directory() as scratch:
         # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
         tree, configuration, rules = (os.path.join(scratch, name) for name in ("t", "conf", "only"))
         os.symlink(root, tree)
-        limited = only is not None and _RSYNC_CHECKED[rsync].takes_rules
+        limited = only is not None and not kind.is_open
         if limited:
             with open(rules, "wb") as raw:
-                raw.write(nothing_but(only or ()))
+                raw.write(nothing_but(only or (), kind.is_old))
         with open(configuration, "w") as stream:
             stream.write(RSYNC_DAEMON_CONFIG.format(
                 chroot="yes" if as_root else "no", path=tree, owner="uid = 0\ngid = 0\n" if as_root else "",
