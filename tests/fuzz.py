@@ -135,7 +135,8 @@ class Fuzz:
     def patch(self, tls):
         """Commands run in this process, as those of the harness do in theirs."""
         enter = self.patches.enter_context
-        enter(mock.patch.dict(os.environ, CBACKUP_TEST="1", CBACKUP_TEST_CLOCK=self.c.path("clock")))
+        enter(mock.patch.dict(os.environ, CBACKUP_TEST="1", CBACKUP_TEST_CLOCK=self.c.path("clock"),
+                              CBACKUP_TEST_IDLE="5"))      # seconds that a stream without a byte is waited for
         enter(mock.patch.object(cbackup, "Channel", type("Channel", (Listening,), {"fuzz": self})))
         if not tls:
             enter(plain.taken_out())
@@ -182,7 +183,7 @@ class Fuzz:
         except (OSError, cbackup.ProtocolError) as error:
             raise AssertionError("not answered (%s): %r" % (error, line[:2000]))
         assert isinstance(answer, dict) and ("ok" in answer or isinstance(answer.get("error"), str)), (line[:2000], answer)
-        if answer.get("error") == "protocol":
+        if answer.get("error") == "protocol" or "ok" in answer and b"rsync" in line:    # what follows is no message
             channel.close()
             self.channels[number] = None
         return answer
@@ -266,7 +267,7 @@ class Fuzz:
         found = []
 
         def note(request, answer):
-            if request and request["op"] not in ("rsync", "new_config"):
+            if request and request["op"] != "new_config":
                 found.append(request)
             return json.dumps(answer).encode()
 

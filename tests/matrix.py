@@ -1,17 +1,20 @@
 """Which rsyncs and which Pythons work together: `python3 -m tests.matrix [--rsync PATH ...] [--python PATH ...]`.
 
 For each pair a small cluster is made, its server with the one, its client with the other: a tree with odd names is backed up,
-changed, backed up again, restored and compared. Without arguments those are tried that are found here: the rsync in PATH and
+changed, backed up again, restored and compared; what the source's line leaves out is asked for, and does not come. Without arguments those are tried that are found here: the rsync in PATH and
 python3.8 and newer. The rows of the tables are the servers, the columns the clients; the exit status is 1 when a pair failed.
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import cbackup
 from tests.harness import DIRECTORY, Cluster, Link, Process, differences, make_tree, program, some_bytes
 
 FILES = {"plain": b"1", "large": some_bytes(700000, 1), "empty": b"", "void": DIRECTORY, "d/e f/g": b"2", "new\nline": b"3",
@@ -67,13 +70,16 @@ def try_pair(server, client):
     """"" when a cluster does everything; else what went wrong, in one line. server, client: (python, directory with rsync)."""
     with MixedCluster({"s": server, "a": client}) as cluster:
         try:
-            source = cluster.source("docs", "s", FILES)
+            source = cluster.source("docs", "s", FILES, exclude=["/left"])
             cluster.backup("b1", "a", "10M")
             cluster.start()
             cluster.settle()
             make_tree(source, CHANGED)
             os.unlink(os.path.join(source, "d/x:y"))
             cluster.settle()
+            served = served_to_a_member(cluster, source)
+            if served != ["plain"] and not (server[1] and is_openrsync(server[1])):
+                return "served: %r" % served
             missing = [name for name, there in cluster.copies_on_disk("docs").items() if there != ["b1"]]
             if missing:
                 return "no copy of %r" % missing[:3]
@@ -89,6 +95,23 @@ def try_pair(server, client):
             text = " ".join(str(error).split())
             return text if len(text) <= 400 else text[:100] + " ... " + text[-300:]    # its last words say why
     return ""
+
+
+def served_to_a_member(cluster, source):
+    """What comes of a file of the source and of one that its line leaves out, when a member asks for both."""
+    make_tree(source, {"left/secret": b"the secret"})
+    home, to = cbackup.Home(cluster.home("a")), cluster.path("asked for")
+    os.mkdir(to)
+    with contextlib.closing(cbackup.Link("s", home.config(), cbackup.Dialer(home))) as link:
+        connection = link.stream(of="source", name="docs", source="docs", paths=["plain", "left/secret"])
+        cbackup.pull(connection, [b"plain", b"left/secret"], os.fsencode(to))
+    found = sorted(name for name in ("plain", "left/secret") if os.path.exists(os.path.join(to, name)))
+    shutil.rmtree(os.path.join(source, "left"))
+    return found
+
+
+def is_openrsync(folder):
+    return version_of_rsync(os.path.join(folder, "rsync")) == "openrsync"
 
 
 def directory_for(rsync, scratch, number):

@@ -133,6 +133,14 @@ class OwnFailureTest(RsyncCase):
         self.check("\x7fELF no program\n", ["cannot be run", "rsync"], code=2)
 
 
+class RulesTest(unittest.TestCase):
+    """What a server's rsync is told to serve, and nothing else."""
+
+    def test_an_old_rsync_finds_a_path_also_where_it_looks_for_it_below_a_dot(self):
+        self.assertEqual(b"+ /d\n+ /d/g\n- /**\n", cbackup.nothing_but([b"d/g"]))
+        self.assertEqual(b"+ /.\n+ /d\n+ /./d\n+ /d/g\n+ /./d/g\n- /**\n", cbackup.nothing_but([b"d/g"], also_dotted=True))
+
+
 class HowItEndedTest(unittest.TestCase):
     """Whose fault it was that an rsync ended, from what the relay saw, its exit status and its words."""
 
