@@ -14,6 +14,8 @@ import unittest
 import cbackup
 from tests.harness import CLIENT_KEYS, TOP
 
+HOUR, DAY = 3600, 86400
+
 FILLED_IN = {"KIND": "systemd", "SHELL": "bash", "COMMAND": "status", "NAME": "pi", "SOURCE": "photos", "PATH": "2026/11",
              "FILE": "page.html", "TIME": "3d", "PATTERN": "*.jpg", "HOST": "mini", "TOKEN": "x" * 60, "ADDR:PORT": "127.0.0.1:5080",
              "DIR": "/tmp", "[:PORT]": ":5005"}
@@ -148,6 +150,49 @@ class ReadmeTest(unittest.TestCase):
             lines = "" if value == "no limit" else "%s = %s" % (key, value)
             self.assertEqual(getattr(cbackup.parse_config(whole % lines), key), getattr(with_none, key), key)
         self.assertEqual(set(cbackup.CLUSTER_KEYS), {row[0].strip("`") for row in rows})
+
+    def test_the_limits_and_defaults_in_the_text_are_those_of_the_program(self):
+        config = cbackup.parse_config("[cluster]\n[hosts]\n[sources]\n[backups]\n")
+        text = " ".join(self.prose.split())
+        for sentence, value in (
+                ("`replicas = %d` means two hosts besides the file's own", config.replicas),
+                ("stays %d days (`keep`)", config.keep / DAY),
+                ("the others wait %d days, `lost_after`", config.lost_after / DAY),
+                ("something has been wrong for %s day (`alert_after`)", config.alert_after / DAY),
+                ("and then once %s day while it lasts", cbackup.ALERT_AGAIN / DAY),
+                ("It has %s minute.", cbackup.ALERT_SECONDS / 60),
+                ("tries it again after %sn hour", cbackup.ALERT_RETRY / HOUR),
+                ("one TCP port, %d unless configured otherwise", config.port),
+                ("cannot listen on port %d: ...", config.port),
+                ("by default on `127.0.0.1:%d`", cbackup.WEB_PORT),
+                ("`web --listen 0.0.0.0:%d` shows it", cbackup.WEB_PORT),
+                ("a token that is good once and for %sn hour", cbackup.INVITATION_SECONDS / HOUR),
+                ("a token that works once and for %s hour", cbackup.INVITATION_SECONDS / HOUR),
+                ("or older than %sn hour`", cbackup.INVITATION_SECONDS / HOUR),
+                ("%s wrong tries end it for the address", cbackup.INVITATION_TRIES),
+                ("%s wrong tokens close it for the address", cbackup.INVITATION_TRIES),
+                ("has more than %d seconds", cbackup.STRANGER_TIME),
+                ("more than half of its files (of at least %d)", cbackup.HELD_SHARE_OF),
+                ("more than half of at least %d of either", cbackup.HELD_LINES),
+                ("it is more than %d minutes away from the servers'", cbackup.CLOCK_SLACK / 60),
+                ("at most %d KiB for each file", cbackup.XATTRS_LIMIT / 1024)):
+            with self.subTest(sentence):
+                forms = [str(int(value))] if "%d" in sentence else {1: ["a", "one"], 5: ["five"]}[value]
+                self.assertEqual(value, int(value))
+                self.assertTrue([form for form in forms if sentence.replace("%d", "%s") % form in text])
+
+    def test_the_units_mean_what_is_said(self):
+        means = {row[0]: row[1] for row in self.rows_of("Configuration") if len(row) == 3}
+        sizes, durations = means["sizes and rates"], means["durations"]
+        self.assertEqual([100, 512 << 20, 3 << 39], [cbackup.parse_size(word) for word in re.findall(r"`([^`]+)`", sizes)])
+        self.assertEqual([90, 15 * 60, 6 * HOUR, 30 * DAY, 14 * DAY],
+                         [cbackup.parse_duration(word) for word in re.findall(r"`([^`]+)`", durations)])
+
+    def test_the_client_starts_as_often_as_is_said(self):
+        self.assertIn("the client every quarter of an hour", self.text)
+        units = "".join(cbackup.CLIENT_UNITS.values())
+        for text in ("OnCalendar=*:0/15\n", "<integer>%d</integer>" % (15 * 60)):
+            self.assertIn(text, units)
 
     def test_the_keys_of_sources_and_backups_are_those_of_the_program(self):
         for heading, known in (("`[sources]`", cbackup.SOURCE_KEYS), ("`[backups]`", cbackup.BACKUP_KEYS)):
