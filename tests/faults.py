@@ -200,7 +200,10 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self):
+        """Cuts its connections; then the port refuses others."""
         self._stop.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)       # or the accept() at work takes one more
         self._listener.close()
         self._holder.close()
 
