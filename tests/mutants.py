@@ -361,6 +361,15 @@ MUTANTS = [
      "test_restore_says.WhereToTest.test_what_is_not_proven_is_counted_and_named"),
     ("no-chroot", 'chroot="yes" if as_root else "no"', 'chroot="no"', "as root rsync is locked into the tree",
      "test_hostile.HostileRsyncTest.test_as_root_rsync_is_locked_into_the_tree"),
+    ("catalog-of-another-time", 'gen, = db.execute("SELECT gen FROM sources WHERE id=?", (number,)).fetchone()',
+     'gen = source["gen"]', "who asks for a catalog just after another gets the same one",
+     "test_catalog_files.GenerationTest.test_two_that_ask_at_once_get_the_same_one_and_no_number_is_left_out"),
+    ("news-in-an-old-catalog", 'OPEN_GEN = "(SELECT gen FROM sources WHERE id=?)"',
+     'OPEN_GEN = "(SELECT gen-1 FROM sources WHERE id=?)"', "what is new is in the next catalog",
+     "test_catalog_files.GenerationTest.test_a_digest_that_comes_when_a_catalog_was_just_closed_is_in_the_next_one"),
+    ("old-disk-is-as-today", "if known is not None and newest < known:", "if False:",
+     "a disk that was put back as it was gets the modes of today",
+     "test_client_pass.ChangesTest.test_a_disk_that_is_put_back_as_it_was_gets_the_modes_of_today"),
 ]
 
 
