@@ -10070,7 +10070,7 @@ class Restore:
                 os.unlink(plan + suffix)
         self.db = sqlite3.connect(plan, isolation_level=None, check_same_thread=False)
         self.db.execute("PRAGMA synchronous=OFF")
-        self.db.execute("PRAGMA journal_mode=MEMORY")
+        self.db.execute("PRAGMA journal_mode=TRUNCATE")  # in memory it would grow with the number of files
         self.db.executescript(PLAN_SCHEMA)
         self.done = open_database(os.path.join(work, "done.db"), DONE_SCHEMA, 1, "DELETE")
         self.done.execute("PRAGMA synchronous=OFF")
