@@ -2563,7 +2563,8 @@ class Books:
             return
         db.execute("DELETE FROM declines WHERE file=?", (number,))
         if how == "metadata":
-            db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
+            # Also what is only claimed: it is on its way with the mode that it had before.
+            db.execute("UPDATE copies SET todo=todo|? WHERE file=?", (TODO_TOUCH, number))
         else:
             db.execute("UPDATE entries SET version=?, digest=NULL, doubt=NULL, basis=NULL, other=NULL WHERE id=?",
                        (self._next_version(), number))
@@ -3093,7 +3094,7 @@ class Books:
                 if not row or row[1] != version or row[2] != version:
                     continue
                 db.execute("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
-                           "todo=0 WHERE file=? AND backup=?", (tag, row[3], row[4], row[0], backup))
+                           "todo=todo&? WHERE file=? AND backup=?", (tag, row[3], row[4], TODO_TOUCH, row[0], backup))
                 db.execute("DELETE FROM declines WHERE file=? AND backup=?", (row[0], backup))
                 self._is_news(row[0])
                 self.regroup([row[0]])
