@@ -218,8 +218,9 @@ class Lies(ProofTest):
         code = ("import sys, cbackup\n"
                 "cbackup.Rsync.fetch = lambda *a, **k: cbackup.Pull()\n"
                 "sys.exit(cbackup.main(sys.argv[1:]))\n")
-        for _ in range(20):     # a sample may meet the byte: the copy is refused then, as it should be
+        for _ in range(20):     # a sample may meet the byte: the copy is refused then for a day, as it should be
             if not os.path.exists(staged):
+                c.advance(25 * 3600)
                 os.makedirs(os.path.dirname(staged), exist_ok=True)     # a refused copy goes with its directory
                 shutil.copy2(os.path.join(self.source, "large"), staged)
                 hide_a_change(staged)
