@@ -121,7 +121,7 @@ class CrowdTest(DoorCase):
             first.settimeout(20 * PATIENCE)
             with contextlib.suppress(ConnectionError):
                 self.assertEqual(b"", first.recv(1))
-            if time.monotonic() - begun < cbackup.STRANGER_SILENCE / 2:
+            if time.monotonic() - begun < cbackup.STRANGER_SILENCE - 0.5:
                 return
         self.fail("it stayed until its time was over")
 
