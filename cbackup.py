@@ -5063,8 +5063,8 @@ def find_rsync() -> str:
 
 
 RsyncKind = namedtuple("RsyncKind", "is_open is_old")
-"""is_open: it is openrsync, as macOS 15 has it: a client may take back what its configuration rules out.  is_old: before 3.1,
-which looks for the rules of `./path` where the root is asked for as `.`."""
+"""is_open: it is openrsync, as macOS 15 has it: by its source, a client may take back what its configuration rules out.
+is_old: before 3.1, which looks for the rules of `./path` where the root is asked for as `.`."""
 
 _RSYNC_CHECKED: "Dict[str, RsyncKind]" = {}
 """Path of an rsync that will do -> of what kind it is."""
@@ -5192,14 +5192,18 @@ LONG_PATH = 2500
 not asked for them, and ends."""
 
 
-def long_ones_apart(items: "Iterable[Any]", path_of: "Callable[[Any], bytes]") -> "Iterator[List[Any]]":
-    """All items whose paths are not too long, together, and each of the others."""
-    items = list(items)
+def pull_apart(items: "Iterable[Any]", path_of: "Callable[[Any], bytes]",
+               fetch: "Callable[[List[Any]], Pull]") -> Pull:
+    """Fetch all items whose paths are not too long together, and each of the others by itself, until
+    one is not brought to its end."""
+    items, result = list(items), Pull()
     short = [item for item in items if len(path_of(item)) < LONG_PATH]
-    if short:
-        yield short
-    if len(short) < len(items):
-        yield from ([item] for item in items if len(path_of(item)) >= LONG_PATH)
+    long_ones = [[item] for item in items if len(path_of(item)) >= LONG_PATH]
+    for some in ([short] if short else []) + long_ones:
+        result.add(fetch(some))
+        if result.how != "done":
+            break
+    return result
 
 
 def list_with_parents(paths: "Iterable[bytes]") -> bytes:
@@ -8406,12 +8410,8 @@ class Rsync:
               on_bytes: "Callable[[int], None]") -> Pull:
         find_rsync()
         vault.tree.make_directory(vault.incoming(standing.name))
-        result = Pull()
-        for some in long_ones_apart(files, lambda f: f.path):
-            result.add(self._fetch(link, standing, vault, some, always, on_bytes))
-            if result.how != "done":
-                break
-        return result
+        return pull_apart(files, lambda f: f.path,
+                          lambda some: self._fetch(link, standing, vault, some, always, on_bytes))
 
     def _fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]", always: bool,
                on_bytes: "Callable[[int], None]") -> Pull:
@@ -9879,13 +9879,9 @@ class RemoteHolder:
                 raise self.link.nonsense("it sends much more than it was asked for")
             on_bytes(count)
 
-        result = Pull()
-        for some in long_ones_apart(paths, lambda path: path):
-            connection = self.link.again().stream(of=of, name=self.backup, source=source)
-            result.add(pull(connection, some, into, self.limit, on_bytes=counted, most=most))
-            if result.how != "done":
-                break
-        return result
+        return pull_apart(paths, lambda path: path, lambda some: pull(
+            self.link.again().stream(of=of, name=self.backup, source=source), some, into, self.limit,
+            on_bytes=counted, most=most))
 
 
 class DirectoryHolder:

@@ -1,7 +1,8 @@
 """Which rsyncs and which Pythons work together: `python3 -m tests.matrix [--rsync PATH ...] [--python PATH ...]`.
 
 For each pair a small cluster is made, its server with the one, its client with the other: a tree with odd names is backed up,
-changed, backed up again, restored and compared; what the source's line leaves out is asked for, and does not come. Without arguments those are tried that are found here: the rsync in PATH and
+changed, backed up again, restored and compared; what the source's line leaves out is asked for, and does not come (with
+openrsync serving that is not looked at). Without arguments those are tried that are found here: the rsync in PATH and
 python3.8 and newer. The rows of the tables are the servers, the columns the clients; the exit status is 1 when a pair failed.
 """
 

@@ -84,16 +84,23 @@ class CatalogFilesTest(Case):
         self.assertEqual({b"whole": 1}, self.sizes())
 
 
+def books_of(case, files):
+    """(directory, its Source, the books of its server), not looked at yet."""
+    base = case.directory()
+    top = os.path.join(base, "docs")
+    make_tree(top, files)
+    source = cbackup.Source("docs", "s", top, 1)
+    books = cbackup.Books(os.path.join(base, "books.db"), "s")
+    case.addCleanup(books.close)
+    books.configure(cbackup.Config(text="", sources={"docs": source}))
+    return top, source, books
+
+
 class VanishingLinkTest(Case):
     """A symlink that is gone, or cannot be read, at the moment when it is looked at, stops nothing and is looked at again."""
 
     def test_a_symlink_that_could_not_be_read_is_in_no_list_until_it_can_be(self):
-        base = self.directory()
-        make_tree(os.path.join(base, "docs"), {"f": b"1", "link": Link("f")})
-        source = cbackup.Source("docs", "s", os.path.join(base, "docs"), 1)
-        books = cbackup.Books(os.path.join(base, "books.db"), "s")
-        self.addCleanup(books.close)
-        books.configure(cbackup.Config(text="", sources={"docs": source}))
+        _, source, books = books_of(self, {"f": b"1", "link": Link("f")})
         with unittest.mock.patch("os.readlink", side_effect=OSError(errno.EIO, "it cannot be read")):
             cbackup.run_scan(books, source)
         self.assertEqual({b"", b"f"}, self.listed(books))
@@ -113,13 +120,7 @@ class GenerationTest(Case):
     """Every catalog that a server hands out has its own number and time, and all that is new is in a later one."""
 
     def setUp(self):
-        base = self.directory()
-        self.top = os.path.join(base, "docs")
-        make_tree(self.top, {"f": b"1"})
-        self.source = cbackup.Source("docs", "s", self.top, 1)
-        self.books = cbackup.Books(os.path.join(base, "books.db"), "s")
-        self.addCleanup(self.books.close)
-        self.books.configure(cbackup.Config(text="", sources={"docs": self.source}))
+        self.top, self.source, self.books = books_of(self, {"f": b"1"})
         cbackup.run_scan(self.books, self.source)
 
     def news(self, since):

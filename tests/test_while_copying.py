@@ -51,7 +51,8 @@ def become(kind):
 
 
 MUTATIONS = {"changed": change, "secretly": change_secretly, "replaced": replace, "grown": grow, "shrunk": shrink,
-             "chmodded": lambda path: os.chmod(path, 0o751), "vanished": os.unlink, "directory": become("directory"), "symlink": become(Link("nowhere"))}
+             "chmodded": lambda path: os.chmod(path, 0o751), "vanished": os.unlink, "directory": become("directory"),
+             "symlink": become(Link("nowhere"))}
 
 
 class WhileCopyingCase(Case):
