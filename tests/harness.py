@@ -33,7 +33,8 @@ import tempfile
 import time
 import unittest
 
-from tests.starter import PROGRAM, TOP, confine
+from tests import PROGRAM, TOP
+from tests.starter import confine
 
 PATIENCE = float(os.environ.get("CBACKUP_TEST_PATIENCE", "1"))
 
