@@ -353,7 +353,7 @@ def cluster_pem():
 def new_cluster_pem():
     """The bytes of a cluster.pem that no other cluster has."""
     with tempfile.TemporaryDirectory(prefix="cbackup-test-init-") as base:
-        result = Process(program("--home", os.path.join(base, "home"), "init"), plain_environment(base), base).wait(30)
+        result = Process(quick_program("--home", os.path.join(base, "home"), "init"), plain_environment(base), base).wait(30)
         if result.rc != 0:
             raise AssertionError("init failed: %s" % result)
         with open(os.path.join(base, "home", "cluster.pem"), "rb") as file:

@@ -42,12 +42,12 @@ class Home:
 class UsageTest(Case):
     """Wrong usage: exit code 2 and one line that names what was wrong. Help: exit code 0, on standard output."""
 
-    def run_program(self, *arguments, **more):
+    def run_program(self, *arguments, start=quick_program):
         base = self.directory()
-        return Process(program(*arguments), plain_environment(base, **more), base).wait(30)
+        return Process(start(*arguments), plain_environment(base), base).wait(30)
 
     def test_help_goes_to_standard_output_and_names_every_command(self):
-        result = self.run_program("--help")
+        result = self.run_program("--help", start=program)      # as a user does
         self.assertRc(0, result)
         self.assertEqual("", result.stderr)
         for command in ("init", "server", "client", "status", "restore", "demo"):
@@ -150,7 +150,7 @@ class InitTest(Case):
                 base + "/variable/home/cluster.pem": []}
         expected = set()
         for path, arguments in made.items():
-            self.assertRc(0, Process(program(*arguments, "init"), env, base).wait(30))
+            self.assertRc(0, Process(quick_program(*arguments, "init"), env, base).wait(30))
             expected.add(path)
             self.assertEqual(expected, {os.path.join(base, name) for name in tree(base) if "cluster.pem" in name})
 
