@@ -846,12 +846,14 @@ class Tree:
     def _parent(self, rel: bytes, make: bool = False) -> "Tuple[int, bytes]":
         """(descriptor of the parent directory, last name).  With `make`, missing parents are made.
         The descriptor is this thread's for the operation that it asks for, and is not closed by it."""
-        above, _, name = check_relative(rel).rpartition(b"/")
-        if not above:
-            return self._root, name
+        above, _, name = rel.rpartition(b"/")
         known = self._parents()
-        descriptor = known.pop(above, -1)
-        if descriptor < 0:
+        if above in known and name not in (b"", b".", b"..") and b"\0" not in name:
+            descriptor = known.pop(above)
+        else:
+            check_relative(rel)
+            if not above:
+                return self._root, name
             descriptor = self._walk(above, make)
             if len(known) >= self._REMEMBERED:
                 os.close(known.pop(next(iter(known))))
@@ -2033,6 +2035,10 @@ UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL) WHERE di
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
 
+AMONG = 1, 20, 500
+"""How many items one query of Books.rows_among asks for: an old SQLite takes 999."""
+
+
 def open_database(path: str, schema: str, version: int, journal: str,
                   upgrades: "Optional[Dict[int, str]]" = None) -> "sqlite3.Connection":
     """A database of ours, made when absent, brought to the present layout when it is older.  One that SQLite calls damaged
@@ -2229,6 +2235,17 @@ class Books:
         with self.lock:
             return self.db.execute(sql, values).fetchone()
 
+    def rows_among(self, sql: str, items: "Iterable[Any]", *values: Any) -> "List[Tuple[Any, ...]]":
+        """The rows of an SQL query that has AMONG where it asks for one of many `items`, as its last
+        parameter behind `values`: some hundred items a query, which costs far less than one each."""
+        found: "List[Tuple[Any, ...]]" = []
+        for some in in_batches(items):
+            width = next(width for width in AMONG if width >= len(some))  # few texts: SQLite keeps them prepared
+            marks = "IN (%s)" % ",".join("?" * width)
+            some += [some[-1]] * (width - len(some))
+            found += self.rows(sql.replace("AMONG", marks), *values, *some)
+        return found
+
     def meta(self, key: str) -> Any:
         row = self.one("SELECT value FROM meta WHERE key=?", key)
         return row[0] if row else None
@@ -2350,19 +2367,25 @@ class Books:
 
     def regroup(self, files: "Iterable[int]") -> None:
         """Put files into the group that their rows in `copies` ask for.  Call after every change of `copies`."""
-        db = self.db
-        for number in files:
-            entry = db.execute("SELECT source, grp, blocked FROM entries WHERE id=? AND kind='f'", (number,)).fetchone()
-            if not entry:
-                continue
-            words = []
-            for backup, state in db.execute("SELECT backup, state FROM copies WHERE file=? ORDER BY backup", (number,)):
-                _, counts, leaving = self._backup_facts(backup)
-                if counts and (state == "k" or state in ("c", "s") and not leaving):
-                    words.append("%d%s" % (backup, "-" if state != "k" else "~" if leaving else "+"))
-            group = self._group_id(entry[0], ("!" if entry[2] else "") + ",".join(words))
-            if group != entry[1]:
-                db.execute("UPDATE entries SET grp=? WHERE id=?", (group, number))
+        moved: "List[Tuple[int, int]]" = []
+        for some in in_batches(files):
+            rows = self.rows_among("SELECT e.id, e.source, e.grp, e.blocked, c.backup, c.state FROM entries e LEFT JOIN copies c "
+                                   "ON c.file=e.id WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
+            for (number, source, grp, blocked), copies in itertools.groupby(rows, key=lambda row: row[:4]):
+                group = self._group_id(source, ("!" if blocked else "") + ",".join(
+                    filter(None, [self._word(backup, state) for *_, backup, state in copies])))
+                if group != grp:
+                    moved.append((group, number))
+        self.db.executemany("UPDATE entries SET grp=? WHERE id=?", moved)
+
+    def _word(self, backup: "Optional[int]", state: str) -> str:
+        """What a group's key says of a copy; "" of one that does not count."""
+        if backup is None:
+            return ""
+        _, counts, leaving = self._backup_facts(backup)
+        if not counts or not (state == "k" or state in ("c", "s") and not leaving):
+            return ""
+        return "%d%s" % (backup, "-" if state != "k" else "~" if leaving else "+")
 
     def regroup_backup(self, backup: int) -> None:
         """After a backup began or ceased to count, or moved to another host.  Long for a full backup."""
@@ -2504,9 +2527,11 @@ class Books:
     """The open catalog generation of a source, read where it is written: a row that a caller has read
     before may be of one that was closed since, and what is written there no backup would hear."""
 
-    def _is_news(self, number: int) -> None:
-        """An entry belongs into the next generation: the catalog has its facts, and names its holders."""
-        self.db.execute("UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=?", (number,))
+    def _are_news(self, numbers: "Iterable[int]") -> None:
+        """Entries that belong into the next generation: the catalog has their facts, and names their holders."""
+        self.db.executemany(
+            "UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=? AND "
+            "gen<>(SELECT gen FROM sources WHERE id=entries.source)", [(number,) for number in numbers])
 
     def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,%s)" % self.OPEN_GEN, (source["id"], path, source["id"]))
@@ -2558,7 +2583,7 @@ class Books:
             self._doubt(source, number)
         if how == "silent":
             return
-        self._is_news(number)
+        self._are_news([number])
         if row["kind"] != "f" or how == "attributes":
             return
         db.execute("DELETE FROM declines WHERE file=?", (number,))
@@ -2748,33 +2773,34 @@ class Books:
         taken, size = [], 0
         with self.write() as db:
             while len(taken) < max_files and size < max_bytes:
-                before = len(taken)
+                some: "List[int]" = []
                 for number, each in self.candidates(backup, source["id"], source["replicas"], free - size,
                                                     (max_files - len(taken), max_bytes - size)):
-                    if len(taken) >= max_files or taken and size + each > max_bytes:
+                    if len(taken) + len(some) >= max_files or (taken or some) and size + each > max_bytes:
                         break
                     if each <= free - size:
-                        taken.append(number)
+                        some.append(number)
                         size += each
-                        self._insert_claim(number, backup, source["id"])
-                if len(taken) == before or size + 1 > max_bytes:
+                self._insert_claims(some, backup, source["id"])
+                taken += some
+                if not some or size + 1 > max_bytes:
                     break
             wanted = self._wanted(taken)
             rows = first_page(wanted)
-            for row in wanted[len(rows):]:
-                self._end_claims(backup, [row[0]])
+            self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
             db.execute("UPDATE backups SET free=free-? WHERE id=?", (sum(row[2] for row in rows), backup))
             return [row[1:] for row in rows]
 
-    def _insert_claim(self, number: int, backup: int, source: int) -> None:
-        self.db.execute("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
-                        "ON CONFLICT(file, backup) DO UPDATE SET state='s', expires=excluded.expires",
-                        (number, backup, source, self.up() + CLAIM_LEASE))
-        self.regroup([number])
+    def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
+        until = self.up() + CLAIM_LEASE
+        self.db.executemany("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
+                            "ON CONFLICT(file, backup) DO UPDATE SET state='s', expires=excluded.expires",
+                            [(number, backup, source, until) for number in numbers])
+        self.regroup(numbers)
 
     def _wanted(self, numbers: "Iterable[int]") -> "List[Tuple[Any, ...]]":
-        rows = [self.one("SELECT e.id, %s FROM entries e WHERE e.id=?" % self.WANTED, number) for number in numbers]
-        return sorted((row for row in rows if row), key=lambda row: row[1])
+        return sorted(self.rows_among("SELECT e.id, %s FROM entries e WHERE e.id AMONG" % self.WANTED, numbers),
+                      key=lambda row: row[1])
 
     def claim_paths(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]", relieved: "Optional[int]",
                     ) -> "List[Tuple[Any, ...]]":
@@ -2795,7 +2821,7 @@ class Books:
                     allowed = group.n == source["replicas"] and group.members.get(relieved) is True \
                         and (host not in group.hosts or same_host)
                 if allowed and not group.blocked:
-                    self._insert_claim(row[0], backup, source["id"])
+                    self._insert_claims([row[0]], backup, source["id"])
                     taken.append(row[0])
         return [row[1:] for row in self._wanted(taken)]
 
@@ -2812,8 +2838,8 @@ class Books:
             self._end_claims(backup, files)
 
     def _end_claims(self, backup: int, files: "List[int]") -> None:
-        for number in files:
-            self.db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (number, backup))
+        self.db.executemany("DELETE FROM copies WHERE file=? AND backup=? AND state='c'",
+                            [(number, backup) for number in files])
         self.regroup(files)
 
     def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
@@ -2892,7 +2918,7 @@ class Books:
                 group = Group(row[1:], self.host_of)
                 if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
-                    self._is_news(row[0])
+                    self._are_news([row[0]])
                     self.regroup([row[0]])
                     granted.append(path)
         return granted
@@ -2971,35 +2997,46 @@ class Books:
 
     def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
         """Facts of a file's present version, for a confirmation; None when there is no such file."""
-        row = self.one("SELECT %s FROM entries WHERE source=? AND path=? AND kind='f'" % ", ".join(self.FACTS), source, path)
-        return dict(zip(self.FACTS, row)) if row else None
+        return self.versions_of(source, [path]).get(path)
+
+    def versions_of(self, source: int, paths: "Iterable[bytes]") -> "Dict[bytes, Dict[str, Any]]":
+        """The same of many files, by their paths."""
+        rows = self.rows_among("SELECT path, %s FROM entries WHERE source=? AND kind='f' AND path AMONG"
+                               % ", ".join(self.FACTS), paths, source)
+        return {row[0]: dict(zip(self.FACTS, row[1:])) for row in rows}
+
+    def files_of(self, source: int, paths: "Iterable[bytes]") -> "set[bytes]":
+        """Those of `paths` that are files of a source."""
+        return {row[0] for row in self.rows_among(
+            "SELECT path FROM entries WHERE source=? AND kind='f' AND path AMONG", paths, source)}
 
     def facts_of(self, number: int) -> "Optional[Dict[str, Any]]":
-        """The same by the file's number."""
+        """What `version_of` says, by the file's number."""
         row = self.one("SELECT %s FROM entries WHERE id=? AND kind='f'" % ", ".join(self.FACTS), number)
         return dict(zip(self.FACTS, row)) if row else None
 
     def record_check(self, backup: int, source: "Dict[str, Any]", results: "List[Tuple[int, int, bytes]]") -> "List[int]":
         """Note that `backup` has the right contents of (file id, version, digest), as far as samples tell; the first digest
         of a version is presumed until our own file was read.  Returns the ids for which the version is still the same."""
-        noted = []
         with self.write() as db:
-            for number, version, digest in results:
-                row = db.execute("SELECT version, digest FROM entries WHERE id=?", (number,)).fetchone()
-                if not row or row[0] != version or row[1] not in (None, digest):
-                    continue
-                if row[1] is None:
-                    had = db.execute("SELECT 1 FROM copies WHERE file=? AND backup=? AND tag IS NOT NULL",
-                                     (number, backup)).fetchone()
-                    db.execute("UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=?" % self.OPEN_GEN,
-                               (digest, clock.now(), "r" if had else "c", source["id"], number))
-                if not db.execute("UPDATE copies SET checked=? WHERE file=? AND backup=?",
-                                  (version, number, backup)).rowcount:
-                    db.execute("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
-                               (number, backup, source["id"], version, self.up() + CLAIM_LEASE))
-                    self.regroup([number])
-                noted.append(number)
-        return noted
+            numbers = [number for number, _, _ in results]
+            known = {row[0]: row[1:] for row in self.rows_among(
+                "SELECT id, version, digest FROM entries WHERE id AMONG", numbers)}
+            tags = dict(self.rows_among("SELECT file, tag FROM copies WHERE backup=? AND file AMONG", numbers, backup))
+            noted = [(number, version, digest) for number, version, digest in results
+                     if number in known and known[number][0] == version and known[number][1] in (None, digest)]
+            db.executemany(
+                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=? AND digest IS NULL"
+                % self.OPEN_GEN, [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"], number)
+                                  for number, _, digest in noted if known[number][1] is None])
+            db.executemany("UPDATE copies SET checked=? WHERE file=? AND backup=?",
+                           [(version, number, backup) for number, version, _ in noted])
+            new = {number: version for number, version, _ in noted if number not in tags}
+            db.executemany("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
+                           [(number, backup, source["id"], version, self.up() + CLAIM_LEASE)
+                            for number, version in new.items()])
+            self.regroup(new)
+        return [number for number, _, _ in noted]
 
     # -- proof: what our own files have in them --
 
@@ -3023,26 +3060,42 @@ class Books:
         not what its copies have, and whether that is a change or a mass change is for `settle_others` to say.  `sure`: some
         copy has this content, so it is no mass change.
         """
+        return self.prove_all(source, [(facts, own, sure)])[0]
+
+    def prove_all(self, source: "Dict[str, Any]", read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
+        """The same for many files at once: (facts, digest, sure)."""
         with self.write() as db:
-            row = db.execute("SELECT size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE id=? AND kind='f'",
-                             (facts["id"],)).fetchone()
-            if not row or row[:4] != tuple(facts[key] for key in ("size", "mtime", "ino", "ctime")):
-                return "changed"
-            digest, doubt, basis = row[4:]
-            if digest in (None, own):
-                if doubt is not None or digest is None:
-                    db.execute("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=%s WHERE id=?"
-                               % self.OPEN_GEN, (own, source["id"], facts["id"]))
-                return "proven"
-            if doubt is None:
-                db.execute("UPDATE entries SET blocked=? WHERE id=?", (ROTTEN, facts["id"]))
-                self.regroup([facts["id"]])
-                return "rotten"
-            db.execute("UPDATE entries SET other=? WHERE id=?", (own, facts["id"]))
-            if basis != "c" and not sure:
-                return "other"
-            self._take_other(source, facts["id"])
-            return "copies"
+            known = {row[0]: row[1:] for row in self.rows_among(
+                "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE kind='f' AND id AMONG",
+                [facts["id"] for facts, _, _ in read])}
+            verdicts, news = [], []
+            for facts, own, sure in read:
+                row = known.get(facts["id"])
+                if not row or row[:4] != (facts["size"], facts["mtime"], facts["ino"], facts["ctime"]):
+                    verdicts.append("changed")
+                elif row[4] in (None, own):
+                    verdicts.append("proven")
+                    if row[5] is not None or row[4] is None:
+                        news.append((own, source["id"], facts["id"]))
+                else:
+                    verdicts.append(self._disprove(source, facts["id"], own, *row[5:], sure))
+                    del known[facts["id"]]  # it is another version now: who names it twice is told so
+            db.executemany("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=%s WHERE id=?"
+                           % self.OPEN_GEN, news)
+            return verdicts
+
+    def _disprove(self, source: "Dict[str, Any]", number: int, own: bytes, doubt: "Optional[float]", basis: "Optional[str]",
+                  sure: bool) -> str:
+        """A file has another content than its digest says: what that means, see `prove`."""
+        if doubt is None:
+            self.db.execute("UPDATE entries SET blocked=? WHERE id=?", (ROTTEN, number))
+            self.regroup([number])
+            return "rotten"
+        self.db.execute("UPDATE entries SET other=? WHERE id=?", (own, number))
+        if basis != "c" and not sure:
+            return "other"
+        self._take_other(source, number)
+        return "copies"
 
     def _take_other(self, source: "Dict[str, Any]", number: int) -> None:
         """What was read is a file's content from now on.  Where another content had been read before it is a new version;
@@ -3085,24 +3138,24 @@ class Books:
     def count_copies(self, backup: int, source: int, rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         """The second step of a confirmation: (path, version, tag) are durable at their place in `backup`.
         Returns the paths that count from now on; the others are of a version that is no longer known."""
-        counted = []
         with self.write() as db:
-            for path, version, tag in rows:
-                row = self.one("SELECT e.id, e.version, c.checked, e.size, e.mtime FROM entries e JOIN copies c "
-                               "ON c.file=e.id WHERE e.source=? AND e.path=? AND c.backup=? AND e.kind='f'",
-                               source, path, backup)
-                if not row or row[1] != version or row[2] != version:
-                    continue
-                db.execute("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
-                           "todo=todo&? WHERE file=? AND backup=?", (tag, row[3], row[4], TODO_TOUCH, row[0], backup))
-                db.execute("DELETE FROM declines WHERE file=? AND backup=?", (row[0], backup))
-                self._is_news(row[0])
-                self.regroup([row[0]])
-                self._retire_outdated(row[0])
-                counted.append(path)
+            known = {row[0]: row[1:] for row in self.rows_among(
+                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime FROM entries e CROSS JOIN copies c ON c.file=e.id "
+                "AND c.backup=? WHERE e.source=? AND e.kind='f' AND e.path AMONG", [row[0] for row in rows], backup, source)}
+            counted = [(path, tag) + known[path] for path, version, tag in rows
+                       if path in known and known[path][1] == known[path][2] == version]
+            db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
+                           "todo=todo&? WHERE file=? AND backup=?",
+                           [(tag, size, mtime, TODO_TOUCH, number, backup) for _, tag, number, _, _, size, mtime in counted])
+            numbers = [row[2] for row in counted]
+            db.executemany("DELETE FROM declines WHERE file=? AND backup=?", [(number, backup) for number in numbers])
+            self._are_news(numbers)
+            self.regroup(numbers)
+            for (number,) in self.rows_among("SELECT DISTINCT file FROM copies WHERE state='o' AND file AMONG", numbers):
+                self._retire_outdated(number)
             if counted:
                 db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
-        return counted
+        return [row[0] for row in counted]
 
     def _retire_outdated(self, number: int) -> None:
         """Older versions for which nobody waits any more go to the attic when enough other hosts have the present one: their
@@ -3123,7 +3176,7 @@ class Books:
                         "WHERE g.source=? AND g.path=? AND c.path IS NULL", *(backup, source, path) * 3):
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
-                    self._is_news(number)
+                    self._are_news([number])
                     self.regroup([number])
 
     def _after_retire(self, number: int) -> None:
@@ -3625,13 +3678,19 @@ class LeftOut:
             return stream.read(len(CACHE_SIGNATURE)) == CACHE_SIGNATURE
         return False
 
-    def has(self, path: bytes) -> bool:
-        """Whether a file is left out: itself, or with a directory above it."""
-        parts = path.split(b"/")
-        above = [b"/".join(parts[:count]) for count in range(1, len(parts))]
-        return self.entry(path, False) or any(
-            self.entry(directory, True)
-            or self.is_cache(directory) and path != directory + b"/" + CACHE_TAG for directory in above)
+    def those_in(self, paths: "Iterable[bytes]") -> "Iterator[bytes]":
+        """Those of many files, the best sorted, that are not left out: neither themselves, nor with a directory above them."""
+        above, out, caches = b"", False, []
+        for path in paths:
+            directory = path.rpartition(b"/")[0]
+            if directory != above:
+                above = directory
+                parts = above.split(b"/") if above else []
+                above_it = [b"/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+                out = any(self.entry(one, True) for one in above_it)
+                caches = [one + b"/" + CACHE_TAG for one in above_it if self.is_cache(one)]
+            if not out and not self.entry(path, False) and all(path == tag for tag in caches):
+                yield path
 
 
 class Scan:
@@ -3941,7 +4000,7 @@ class Scan:
             page = self.books.rows(
                 "SELECT id, path FROM lost l WHERE kind='f' AND replaced=0 AND id>? AND NOT EXISTS("
                 "SELECT 1 FROM moves m WHERE m.lost=l.id) ORDER BY id LIMIT ?", after, APPLY_CHUNK)
-            count += sum(1 for _, path in page if self.left_out.has(path))
+            count += len(page) - sum(1 for _ in self.left_out.those_in(path for _, path in page))
             if len(page) < APPLY_CHUNK:
                 return count
             after = page[-1][0]
@@ -4225,11 +4284,11 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return type(value) is int and 0 <= value < 1 << 62  # type: a bool is an int, too
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 62) < value < 1 << 62
+    return type(value) is int and -(1 << 62) < value < 1 << 62
 
 
 def _is_real(value: Any) -> bool:
@@ -4274,7 +4333,8 @@ def _is_said(value: Any) -> bool:
 
 
 def _is_hex(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 128 and bool(re.match(r"(?:[0-9a-f]{2})*\Z", value))
+    return isinstance(value, str) and len(value) <= 128 and len(value) % 2 == 0 \
+        and not value.strip("0123456789abcdef")
 
 
 def _is_mode(value: Any) -> bool:
@@ -4332,8 +4392,8 @@ def misfit(value: Any, shape: Any) -> str:
         of, most = (shape.of, shape.most) if isinstance(shape, Every) else (shape[0], LIST_LIMIT)
         if not isinstance(value, (list, tuple)) or len(value) > most:
             return " is no list, or one that is too long"
-        plain = isinstance(of, tuple) and all(callable(test) and test is not _is_said for test in of)
-        parts = ((number, each, of) for number, each in enumerate(value) if not plain or not _fits(each, of))
+        fits = _row_test(of)
+        parts = ((number, each, of) for number, each in enumerate(value) if not fits(each))
     elif isinstance(shape, tuple):
         if not isinstance(value, (list, tuple)) or len(value) != len(shape):
             return " is no list of %d" % len(shape)
@@ -4349,14 +4409,31 @@ def misfit(value: Any, shape: Any) -> str:
     return ""
 
 
-def _fits(row: Any, tests: "Tuple[Callable[[Any], bool], ...]") -> bool:
-    """Whether it is a row of such values: what most of what is said is made of, so in the shortest way."""
-    if not isinstance(row, (list, tuple)) or len(row) != len(tests):
-        return False
-    for test, value in zip(tests, row):
-        if not test(value):
+def _row_test(of: Any) -> "Callable[[Any], bool]":
+    """A test for what most of what is said is made of, in the shortest way: one value, or a row of values and lists of
+    values.  Where it fails, and for all other shapes, `misfit` says what is wrong."""
+    if of is _is_said:  # which `misfit` makes fit
+        return lambda value: False
+    if callable(of):
+        return of
+    if isinstance(of, Every):
+        return _list_test(_row_test(of.of), of.most)
+    if not isinstance(of, tuple):
+        return lambda value: False
+    tests = [_row_test(test) for test in of]
+
+    def fits(row: Any) -> bool:
+        if not isinstance(row, (list, tuple)) or len(row) != len(tests):
             return False
-    return True
+        for test, value in zip(tests, row):
+            if not test(value):
+                return False
+        return True
+    return fits
+
+
+def _list_test(test: "Callable[[Any], bool]", most: int) -> "Callable[[Any], bool]":
+    return lambda values: isinstance(values, (list, tuple)) and len(values) <= most and all(map(test, values))
 
 
 def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
@@ -7335,21 +7412,20 @@ class Service:
         that is their proof."""
         words: "List[Tuple[str, Dict[str, Any]]]" = []
         proofs = []
+        known = self.books.versions_of(source["id"], [one["path"] for one in given])
         with _open_source(self.config.sources[source["name"]]) as tree:
             for one in given:
-                facts = self.books.version_of(source["id"], one["path"])
+                facts = known.get(one["path"])
                 if facts is None or facts["version"] != one["version"] or facts["blocked"] == "unreadable":
                     words.append(("changed", {}))
                     continue
                 word, own = compare_own(tree, facts, one)
                 if own is not None:
-                    proofs.append((len(words), own))
+                    proofs.append((len(words), (facts, own, word == "ok")))
                 words.append((word, facts))
         with self.books.write():
             row = self.books.source_row(source["name"])
-            for at, own in proofs:
-                word, facts = words[at]
-                verdict = self.books.prove(row, facts, own, sure=word == "ok")
+            for (at, (facts, _, _)), verdict in zip(proofs, self.books.prove_all(row, [one for _, one in proofs])):
                 self.say_of_proof(source["name"], facts["path"], verdict)
                 if verdict in ("changed", "rotten"):
                     words[at] = verdict, facts
@@ -7419,8 +7495,7 @@ class Service:
 
     def _prove_first(self, source: "Dict[str, Any]", paths: "List[bytes]") -> None:
         """What may be deleted elsewhere is to be a fact: read those files now, as far as that goes quickly."""
-        facts = [self.books.version_of(source["id"], path) for path in paths]
-        doubtful = [one["id"] for one in facts if one and one["doubt"] is not None]
+        doubtful = [one["id"] for one in self.books.versions_of(source["id"], paths).values() if one["doubt"] is not None]
         if doubtful:
             self.reader.first(doubtful, LOOK_WAIT)
 
@@ -7659,7 +7734,9 @@ class Service:
             raise Refused("held", self.home.outside(row["path"]))
         root, source = os.path.realpath(row["path"]), self.config.sources[request["source"]]
         if "paths" in request:
-            asked = [path for path in _paths_of(request) if self.books.version_of(row["id"], path)]
+            paths = _paths_of(request)
+            there = self.books.files_of(row["id"], paths)
+            asked = [path for path in paths if path in there]
         else:
             asked = self.books.on_their_way(row["id"], ON_THEIR_WAY + 1)
             if len(asked) > ON_THEIR_WAY:
@@ -7668,7 +7745,7 @@ class Service:
                                   "machine that asks")
                 return root, None
         left_out = LeftOut(source)
-        return root, [path for path in asked if not left_out.has(path)]
+        return root, list(left_out.those_in(asked))
 
 
 ON_THEIR_WAY = 20000
