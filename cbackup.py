@@ -800,6 +800,7 @@ class Tree:
     _REMEMBERED = 16
     """More than any one operation uses: what it has been given stays open until it is over."""
 
+    _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
     """What open(2) says, on one system or another, of a parent that is missing, a file or a symlink."""
@@ -901,12 +902,17 @@ class Tree:
 
     def open(self, rel: bytes) -> int:
         """A descriptor for reading a regular file.  Raises OSError, also for anything that is not one."""
+        return self.open_file(rel)[0]
+
+    def open_file(self, rel: bytes) -> "Tuple[int, os.stat_result]":
+        """The same, and the file's stat."""
         descriptor, name = self._parent(rel)
-        found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
-        if not stat.S_ISREG(os.fstat(found).st_mode):
+        found = os.open(name, self._FILE, dir_fd=descriptor)
+        info = os.fstat(found)
+        if not stat.S_ISREG(info.st_mode):
             os.close(found)
             raise OSError(errno.EINVAL, "not a regular file")
-        return found
+        return found, info
 
     def digest(self, rel: bytes, pace: "Optional[Pace]" = None) -> "Tuple[bytes, int]":
         """(digest, bytes) of a regular file.  Raises OSError."""
@@ -2036,7 +2042,7 @@ UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL) WHERE di
 
 
 AMONG = 1, 20, 500
-"""How many items one query of Books.rows_among asks for: an old SQLite takes 999."""
+"""How many items one query of Store.rows_among asks for: an old SQLite takes 999."""
 
 
 def open_database(path: str, schema: str, version: int, journal: str,
@@ -2134,6 +2140,68 @@ def set_database_aside(path: str, why: str) -> None:
             os.rename(path + suffix, aside + suffix)
 
 
+class Store:
+    """One SQLite database with a lock: what the server's books and a backup's database have in common.
+
+    One connection, guarded by `lock`.  Whoever inherits from it opens `db` (see open_database) and keeps its SQL there.
+    """
+
+    db: "sqlite3.Connection"
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._writing = False
+
+    @contextlib.contextmanager
+    def write(self) -> "Iterator[sqlite3.Connection]":
+        """One transaction; nested uses join the outer one.  Committed durably before it returns."""
+        with self.lock:
+            if self._writing:
+                yield self.db
+                return
+            try:
+                self.db.execute("BEGIN IMMEDIATE")
+                self._writing = True
+                yield self.db
+                self.db.execute("COMMIT")
+            except BaseException:
+                self._rolled_back()
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+            finally:
+                self._writing = False
+
+    def _rolled_back(self) -> None:
+        """What was remembered of a transaction that comes to nothing is to be forgotten."""
+
+    def rows(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchall()
+
+    def one(self, sql: str, *values: Any) -> "Optional[Tuple[Any, ...]]":
+        with self.lock:
+            return self.db.execute(sql, values).fetchone()
+
+    def rows_among(self, sql: str, items: "Iterable[Any]", *values: Any) -> "List[Tuple[Any, ...]]":
+        """The rows of an SQL query that has AMONG where it asks for one of many `items`, as its last
+        parameter behind `values`: some hundred items a query, which costs far less than one each."""
+        found: "List[Tuple[Any, ...]]" = []
+        for some in in_batches(items):
+            width = next(width for width in AMONG if width >= len(some))  # few texts: SQLite keeps them prepared
+            some += [some[-1]] * (width - len(some))
+            found += self.rows(sql.replace("AMONG", "IN (%s)" % ",".join("?" * width)), *values, *some)
+        return found
+
+    def meta(self, key: str) -> Any:
+        row = self.one("SELECT value FROM meta WHERE key=?", key)
+        return row[0] if row else None
+
+    def set_meta(self, key: str, value: Any) -> None:
+        with self.write() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
+
+
 class Group:
     """What is known of one row of `groups`.
 
@@ -2157,16 +2225,16 @@ class Group:
         return len({host_of(b) for b, copy in self.members.items() if copy and b != backup and b not in self.leaving})
 
 
-class Books:
+class Books(Store):
     """Everything that the server of one host knows, in one SQLite database.
 
-    One connection, guarded by `lock`: every method is short, except those that say otherwise.  Methods that
+    Every method is short, except those that say otherwise.  Methods that
     change something open a transaction of their own, or join the caller's (`with books.write():`).
     """
 
     def __init__(self, path: str, host: str) -> None:
+        super().__init__()
         self.path, self.host = path, host
-        self.lock = threading.RLock()
         self.random = random.Random()
         try:
             self._open()
@@ -2179,7 +2247,6 @@ class Books:
 
     def _open(self) -> None:
         self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL", BOOKS_UPGRADES)
-        self._depth = 0
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
         self._hosts: "Dict[int, Tuple[str, bool, bool]]" = {}
         self._shapes: "Dict[int, Group]" = {}
@@ -2204,55 +2271,11 @@ class Books:
             self.save_up()
             self.db.close()
 
-    # -- transactions, meta, time --
+    # -- time --
 
-    @contextlib.contextmanager
-    def write(self) -> "Iterator[sqlite3.Connection]":
-        """One transaction; nested uses join the outer one.  Committed durably before it returns."""
-        with self.lock:
-            if self._depth:
-                yield self.db
-                return
-            try:
-                self.db.execute("BEGIN IMMEDIATE")
-                self._depth = 1
-                yield self.db
-                self.db.execute("COMMIT")
-            except BaseException:
-                self._group_ids.clear()
-                self._forget_shapes()
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                raise
-            finally:
-                self._depth = 0
-
-    def rows(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
-        with self.lock:
-            return self.db.execute(sql, values).fetchall()
-
-    def one(self, sql: str, *values: Any) -> "Optional[Tuple[Any, ...]]":
-        with self.lock:
-            return self.db.execute(sql, values).fetchone()
-
-    def rows_among(self, sql: str, items: "Iterable[Any]", *values: Any) -> "List[Tuple[Any, ...]]":
-        """The rows of an SQL query that has AMONG where it asks for one of many `items`, as its last
-        parameter behind `values`: some hundred items a query, which costs far less than one each."""
-        found: "List[Tuple[Any, ...]]" = []
-        for some in in_batches(items):
-            width = next(width for width in AMONG if width >= len(some))  # few texts: SQLite keeps them prepared
-            marks = "IN (%s)" % ",".join("?" * width)
-            some += [some[-1]] * (width - len(some))
-            found += self.rows(sql.replace("AMONG", marks), *values, *some)
-        return found
-
-    def meta(self, key: str) -> Any:
-        row = self.one("SELECT value FROM meta WHERE key=?", key)
-        return row[0] if row else None
-
-    def set_meta(self, key: str, value: Any) -> None:
-        with self.write() as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
+    def _rolled_back(self) -> None:
+        self._group_ids.clear()
+        self._forget_shapes()
 
     def up(self) -> float:
         """Seconds that servers with these books have run: what leases and absence are measured in, so that
@@ -4159,11 +4182,11 @@ def compare_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]") ->
     file will tell.  It is not slowed down: the bytes are those that were just sent, or few.
     """
     try:
-        descriptor = tree.open(given["path"])
+        descriptor, info = tree.open_file(given["path"])
     except OSError as error:
         return _why_unopened(error), None
     try:
-        if not _is_version(os.fstat(descriptor), facts):
+        if not _is_version(info, facts):
             return "changed", None
         own, known = None, facts["digest"]
         if facts["size"] <= WHOLE_BELOW:
@@ -4189,11 +4212,10 @@ def read_own(tree: Tree, facts: "Dict[str, Any]", pace: Pace) -> "Tuple[str, Opt
     """Read one of our own files in full: ("read", its digest), or why not: "changed" (it is not, or no longer, what the
     books know), "fresh" (it was changed just now, and might be again without that its times show it), "unreadable"."""
     try:
-        descriptor = tree.open(facts["path"])
+        descriptor, info = tree.open_file(facts["path"])
     except OSError as error:
         return _why_unopened(error), None
     try:
-        info = os.fstat(descriptor)
         if not _is_version(info, facts):
             return "changed", None
         if is_fresh(info):
@@ -5529,6 +5551,7 @@ CREATE TABLE attic(
     since REAL, why TEXT, done INTEGER DEFAULT 0);
 CREATE INDEX attic_since ON attic(since);
 CREATE INDEX attic_path ON attic(source, path);
+CREATE INDEX attic_under_way ON attic(source, path) WHERE done=0;
 
 -- Renames under way; ino tells after a crash how far each came.
 CREATE TABLE moving(id INTEGER PRIMARY KEY, source TEXT, old BLOB, new BLOB, ino INTEGER, cursor INTEGER);
@@ -5552,6 +5575,7 @@ CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes
 
 
 VAULT_UPGRADES: "Dict[int, str]" = {1: """
+CREATE INDEX attic_under_way ON attic(source, path) WHERE done=0;
 """}
 """Layout -> the SQL that makes the next layout of a backup's database of it."""
 
@@ -5603,7 +5627,7 @@ DATABASE_ROOM = 64 << 20
 is full to the last byte cannot even be told what to delete."""
 
 
-class Vault:
+class Vault(Store):
     """One backup: the only code that writes or deletes below its directory.
 
     Paths given to methods are those of the source; `place_of` says where they lie.  Methods that change the
@@ -5619,8 +5643,7 @@ class Vault:
         self.spec, self.name = spec, spec.name
         self.path = os.fsencode(spec.path)
         self.meta_path = os.path.join(spec.path, META_DIR.decode())
-        self.lock = threading.RLock()
-        self._depth = 0
+        super().__init__()
         identity = self._identify(cluster, expected, adopt, foreign)
         self.identity: str = identity["id"]
         self.tree = Tree(self.path, own_links=True)
@@ -5694,43 +5717,6 @@ class Vault:
             except OSError:
                 raise Busy("%s: another client is at work in %s" % (self.name, self.spec.path))
             yield
-
-    # -- database --
-
-    @contextlib.contextmanager
-    def write(self) -> "Iterator[sqlite3.Connection]":
-        """One durable transaction; nested uses join the outer one."""
-        with self.lock:
-            if self._depth:
-                yield self.db
-                return
-            try:
-                self.db.execute("BEGIN IMMEDIATE")
-                self._depth = 1
-                yield self.db
-                self.db.execute("COMMIT")
-            except BaseException:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                raise
-            finally:
-                self._depth = 0
-
-    def rows(self, sql: str, *values: Any) -> "List[Tuple[Any, ...]]":
-        with self.lock:
-            return self.db.execute(sql, values).fetchall()
-
-    def one(self, sql: str, *values: Any) -> "Optional[Tuple[Any, ...]]":
-        with self.lock:
-            return self.db.execute(sql, values).fetchone()
-
-    def meta(self, key: str) -> Any:
-        row = self.one("SELECT value FROM meta WHERE key=?", key)
-        return row[0] if row else None
-
-    def set_meta(self, key: str, value: Any) -> None:
-        with self.write() as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
 
     # -- room --
 
@@ -5968,11 +5954,10 @@ class Vault:
     def expect(self, source: str, books: str, files: "List[Wanted]") -> None:
         """Write down claims before anything is copied."""
         with self.write() as db:
-            for f in files:
-                db.execute("DELETE FROM coming WHERE source=? AND path=?", (source, f.path))
-                db.execute("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, books) "
+            db.executemany("DELETE FROM coming WHERE source=? AND path=?", [(source, f.path) for f in files])
+            db.executemany("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, books) "
                            "VALUES(?,?,?,?,?,?,?,?,?)",
-                           (source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version, books))
+                           [(source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version, books) for f in files])
 
     def give_up(self, source: str, paths: "Iterable[bytes]", keep_parts: bool = False) -> None:
         """Forget files that were on their way, and what arrived of them."""
@@ -6013,8 +5998,9 @@ class Vault:
     def plan_places(self, source: str, rows: "List[Tuple[bytes, bytes]]") -> None:
         """(path, digest) were confirmed: write down that they go to their places, and old versions to the attic."""
         with self.write() as db:
-            for path, digest in rows:
-                db.execute("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?", (digest, source, path))
+            db.executemany("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?",
+                           [(digest, source, path) for path, digest in rows])
+            for path, _ in rows:
                 info = self._own_at(source, path)
                 if info is None or not stat.S_ISREG(info.st_mode):
                     continue
@@ -6024,22 +6010,29 @@ class Vault:
                            (source, path, self.attic_name(source, path), info.st_size, mtime, old, clock.now(),
                             "changed" if row else "found"))
 
-    def put_in_place(self, source: str, path: bytes) -> None:
-        """Rename a confirmed file from `incoming` to its place; may be done twice.  Raises OSError."""
+    def planned(self, source: str) -> "Dict[bytes, Tuple[Any, ...]]":
+        """What `plan_places` wrote down and nobody has ended: path -> (mode, uid, gid, mtime, name in the attic for what
+        is at the place, or None)."""
+        old = dict(self.rows("SELECT path, stored FROM attic WHERE source=? AND done=0", source))
+        return {row[0]: row[1:] + (old.get(row[0]),) for row in self.rows(
+            "SELECT path, mode, uid, gid, mtime FROM coming WHERE source=? AND stage=1", source)}
+
+    def put_in_place(self, source: str, path: bytes, plan: "Tuple[Any, ...]") -> None:
+        """Rename a confirmed file from `incoming` to its place; may be done twice.  `plan`: see `planned`.  Raises OSError."""
         staged, place = self.incoming(source, path), self.place_of(source, path)
-        if self.tree.lstat(staged) is None:
+        info = self.tree.lstat(staged)
+        if info is None:
             return
-        mode, uid, gid, mtime = self.one("SELECT mode, uid, gid, mtime FROM coming WHERE source=? AND path=?", source, path)
+        mode, uid, gid, mtime, stored = plan
         self.clear_the_way(place)
-        row = self.one("SELECT stored FROM attic WHERE source=? AND path=? AND done=0", source, path)
-        if row and self.tree.lstat(META_DIR + b"/" + row[0]) is None:
+        if stored and self.tree.lstat(META_DIR + b"/" + stored) is None:
             try:
-                self.tree.link(place, META_DIR + b"/" + row[0])
+                self.tree.link(place, META_DIR + b"/" + stored)
             except OSError:
                 with contextlib.suppress(FileNotFoundError):  # a file system without links: a moment without the file
-                    self.tree.rename(place, META_DIR + b"/" + row[0])
+                    self.tree.rename(place, META_DIR + b"/" + stored)
             test_point("linked")
-        self.set_metadata(staged, mode, uid, gid, mtime)
+        self.set_metadata(staged, mode, uid, gid, mtime, info)
         self.tree.rename(staged, place)
 
     def clear_the_way(self, place: bytes) -> None:
@@ -6132,17 +6125,21 @@ class Vault:
         self._fold_all()
         return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source, fold_key(path)) is not None
 
-    def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int) -> None:
-        """Mode, times and, as root, owner, where they are others.  What the file system cannot do is no error: the catalog
-        has it, and with it what a copy never has: a program here is not to run as somebody else."""
-        info, mode = self.tree.lstat(rel), mode & 0o777
+    def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int,
+                     info: "Optional[os.stat_result]" = None) -> None:
+        """Mode, times and, as root, owner, where they are others; `info`: its stat, when it was asked for just now.  What the
+        file system cannot do is no error: the catalog has it, and with it what a copy never has: a program here is not to run
+        as somebody else."""
+        info, mode = info or self.tree.lstat(rel), mode & 0o777
         if os.geteuid() != 0:
             mode |= 0o400  # we must be able to read it back
         elif info is None or (info.st_uid, info.st_gid) != (uid, gid):
             with contextlib.suppress(OSError):
                 self.tree.chown(rel, uid, gid)
-        with contextlib.suppress(OSError):
-            self.tree.chmod(rel, mode)
+            info = info and self.tree.lstat(rel)  # a new owner may have cost it some of its mode
+        if info is None or stat.S_IMODE(info.st_mode) != mode:
+            with contextlib.suppress(OSError):
+                self.tree.chmod(rel, mode)
         if info is None or info.st_mtime_ns != mtime:
             with contextlib.suppress(OSError):
                 self.tree.set_mtime(rel, mtime)
@@ -6150,11 +6147,9 @@ class Vault:
     def sync_places(self, source: str, paths: "Iterable[bytes]") -> None:
         """Make durable that files are at their places, and the versions before them in the attic.  Where that fails they are
         not what was confirmed any more, whatever is still read of them now: `recover` is to set them aside."""
-        paths, names = list(paths), []
-        for path in paths:
-            names.append(self.place_of(source, path))
-            names += [META_DIR + b"/" + stored for (stored,) in self.rows(
-                "SELECT stored FROM attic WHERE source=? AND path=? AND done=0", source, path)]
+        paths = list(paths)
+        names = [self.place_of(source, path) for path in paths] + [META_DIR + b"/" + stored for (stored,) in self.rows_among(
+            "SELECT stored FROM attic WHERE done=0 AND source=? AND path AMONG", paths, source)]
         try:
             self.tree.sync(names)
         except OSError:
@@ -6165,20 +6160,25 @@ class Vault:
 
     def arrived(self, source: str, paths: "Iterable[bytes]") -> None:
         """Files are at their places and counted by the server: they are copies now."""
-        now = clock.now()
+        paths, now = list(paths), clock.now()
         with self.write() as db:
-            for path in paths:
-                row = self.one("SELECT size, mtime, digest FROM coming WHERE source=? AND path=?", source, path)
-                if row:
-                    self.hold(source, path, row[0], row[1], row[2], now)
-                db.execute("DELETE FROM coming WHERE source=? AND path=?", (source, path))
-                db.execute("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0", (source, path))
+            self.hold_all(source, [row + (now,) for row in self.rows_among(
+                "SELECT path, size, mtime, digest FROM coming WHERE source=? AND path AMONG", paths, source)])
+            keys = [(source, path) for path in paths]
+            db.executemany("DELETE FROM coming WHERE source=? AND path=?", keys)
+            db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0", keys)
 
     def hold(self, source: str, path: bytes, size: int, mtime: int, digest: bytes, checked: float) -> None:
+        self.hold_all(source, [(path, size, mtime, digest, checked)])
+
+    def hold_all(self, source: str, rows: "Iterable[Tuple[bytes, int, int, bytes, float]]") -> None:
+        """Enter copies: (path, size, mtime, digest, when it was read)."""
+        rows = list(rows)
         with self.write() as db:
-            db.execute("DELETE FROM held WHERE source=? AND path=?", (source, path))
-            db.execute("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
-                       (source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked))
+            db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, row[0]) for row in rows])
+            db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
+                           [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked)
+                            for path, size, mtime, digest, checked in rows])
 
     def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
         """(size, mtime, digest, tag) of a copy; None when we have none."""
@@ -6255,9 +6255,7 @@ class Vault:
                 self._abandon_move(source, number, old)
         with self.write() as db:
             db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, old) for _, old, _, _ in done])
-            for _, _, new, row in done:
-                if row:
-                    self.hold(source, new, *row)
+            self.hold_all(source, [(new,) + row for _, _, new, row in done if row])
             db.executemany("DELETE FROM moving WHERE source=? AND old=? AND new=?", [(source, o, n) for _, o, n, _ in done])
         return [(cursor, self.held(source, new)[3]) for cursor, _, new, row in done if row], [old for _, old in failed]
 
@@ -6293,19 +6291,23 @@ class Vault:
         for (source,) in self.rows("SELECT DISTINCT source FROM moving"):
             self.lift_moves(source)
             self.settle_moves(source, last=False)
-        for source, path in self.rows("SELECT source, path FROM coming WHERE stage=1 ORDER BY source, path"):
-            try:
-                if self._still_whole(source, path):
-                    self.put_in_place(source, path)
-                else:
-                    self.give_up(source, [path])
-            except OSError as error:
-                log.warning("%s: %s: %s", self.name, shown(path), reason_of(error))
-                self.give_up(source, [path])
+        for (source,) in self.rows("SELECT DISTINCT source FROM coming WHERE stage=1"):
+            for path, plan in sorted(self.planned(source).items()):
+                self._end_placing(source, path, plan)
         self._finish_attic()
         for (source,) in self.rows("SELECT DISTINCT source FROM coming WHERE stage=0"):
             keep_parts(self.tree, self.incoming(source), lambda path: self.one(
                 "SELECT 1 FROM coming WHERE source=? AND path=?", source, path) is not None)
+
+    def _end_placing(self, source: str, path: bytes, plan: "Tuple[Any, ...]") -> None:
+        """Put a file in its place that was confirmed and may be there already; give it up when that cannot be."""
+        try:
+            if self._still_whole(source, path):
+                self.put_in_place(source, path, plan)
+                return
+        except OSError as error:
+            log.warning("%s: %s: %s", self.name, shown(path), reason_of(error))
+        self.give_up(source, [path])
 
     def _still_whole(self, source: str, path: bytes) -> bool:
         """Whether what was confirmed is still what lies here: when the power failed before it was durable, its bytes may be
@@ -6407,9 +6409,7 @@ class Vault:
             finally:
                 os.close(descriptor)
             found.append((self._named_with(path, digest), size, info.st_mtime_ns, digest))
-        with self.write():
-            for path, size, mtime, digest in found:
-                self.hold(source, path, size, mtime, digest, clock.now())
+        self.hold_all(source, [row + (clock.now(),) for row in found])
         return len(found)
 
     # -- catalogs, configuration, skeleton --
@@ -6432,7 +6432,7 @@ class Vault:
                     for row in read_catalog(os.path.join(directory, found.name))))
             header = {"catalog": 1, "source": source, "books": books, "since": chain[0].upto, "upto": chain[-1].upto,
                       "time": chain[-1].time}
-            write_catalog(directory, header, (CatalogRow.from_json(json.loads(line)) for (line,) in self.db.execute(
+            write_catalog(directory, header, (json.loads(line) for (line,) in self.db.execute(
                 "SELECT line FROM merged ORDER BY path")))
             self.db.execute("DELETE FROM merged")
 
@@ -6446,8 +6446,8 @@ class Vault:
         atomic_write(path, data)
 
     def apply_skeleton(self, source: str, rows: "Iterable[CatalogRow]") -> "Iterator[Tuple[bytes, OSError]]":
-        """Bring directories and symlinks in line with catalog news, so that `cp` alone gives the whole tree.  Yields (path,
-        error) of those that cannot be here.
+        """Bring directories and symlinks in line with catalog news (rows of `no_file`), so that `cp` alone gives the whole
+        tree.  Yields (path, error) of those that cannot be here.
 
         Takes only removals of empty directories and symlinks upon itself; files are copies and have their own rules.
         """
@@ -6456,7 +6456,7 @@ class Vault:
             place = self.place_of(source, row.path) if row.path else source.encode()
             info = self.tree.lstat(place)
             kind = stat.S_IFMT(info.st_mode) if info else 0
-            other = self.anothers(place) if row.kind != "f" else None
+            other = self.anothers(place)
             if other is not None:  # the directories of two names become one; of two symlinks one is laid
                 if row.kind == "l":
                     yield row.path, OSError(errno.EEXIST, "it " + difference(other, row.path))
@@ -6571,11 +6571,12 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         if len(row) == 1:
             return cls(path)
         _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row[:12]
-        if kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
-                or not _are_numbers(size, mtime, mode, uid, gid, link or 0) \
-                or size < 0 or not 0 <= mode <= 0o7777 or not 0 <= min(uid, gid) <= max(uid, gid) < 1 << 32 \
+        numbers = type(size) is type(mtime) is type(mode) is type(uid) is type(gid) is type(link or 0) is int
+        if not numbers or kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
+                or not 0 <= size < 1 << 63 or not -1 << 63 <= mtime < 1 << 63 or not 0 <= mode <= 0o7777 \
+                or not 0 <= uid < 1 << 32 or not 0 <= gid < 1 << 32 or not -1 << 63 <= (link or 0) < 1 << 63 \
                 or extra is not None and not isinstance(extra, str) \
-                or not isinstance(holders, list) or not all(isinstance(name, str) for name in holders):
+                or not isinstance(holders, list) or not all([isinstance(name, str) for name in holders]):
             raise ProtocolError("a catalog row with wrong values for %s" % shown(path))
         digest = target = None
         if kind == "f" and extra is not None:
@@ -6589,36 +6590,36 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
             target = as_raw(extra or "")
             if not target or b"\0" in target:
                 raise ProtocolError("a catalog row with a wrong symlink for %s" % shown(path))
-        # A name that no machine can have is as good as none: there is the number.
-        user, group = (name if _ACCOUNT.match(name) else "" for name in (user, group))
         if len(row) == 13:
             more = row[12] if isinstance(row[12], dict) else {"proven": row[12]}
         more = more or {}
-        return cls(path, kind, size, mtime, mode, uid, gid, user, group, link, target, digest,
-                   tuple(name for name in holders if _NAME.match(name)), more.get("proven") is None,
+        return cls(path, kind, size, mtime, mode, uid, gid, _account(user), _account(group), link, target, digest,
+                   _names(tuple(holders)), more.get("proven") is None,
                    _checked_xattrs(more.get("xattrs"), path), more.get("readable") is None)
 
 
-def _are_numbers(*values: Any) -> bool:
-    for value in values:
-        if type(value) is not int or not -1 << 63 <= value < 1 << 63:
-            return False
-    return True
+@functools.lru_cache(maxsize=256)
+def _account(name: str) -> str:
+    """A name that no machine can have is as good as none: there is the number."""
+    return name if re.match(r"[^\0\ud800-\udfff]{1,255}\Z", name) else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _names(names: "Tuple[str, ...]") -> "Tuple[str, ...]":
+    return tuple(name for name in names if _NAME.match(name))
 
 
 def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str]]]":
     """Extended attributes from a peer or a disk.  Raises ProtocolError for what no file can have."""
     try:
-        if value is None or sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True))
-                                for name, text in value.items()) <= 2 * XATTRS_LIMIT \
-                and all(re.match(r"[^\0]{1,255}\Z", name) for name in value):
+        if value is None:
+            return None
+        size = sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True)) for name, text in value.items())
+        if size <= 2 * XATTRS_LIMIT and all(re.match(r"[^\0]{1,255}\Z", name) for name in value):
             return value
     except (AttributeError, TypeError, ValueError):
         pass
     raise ProtocolError("a catalog row with wrong attributes for %s" % shown(path))
-
-
-_ACCOUNT = re.compile(r"[^\0\ud800-\udfff]{1,255}\Z")
 
 
 class CatalogFile(namedtuple("CatalogFile", "name since upto time")):
@@ -6682,15 +6683,17 @@ def catalog_chains(files: "List[CatalogFile]", at: "Optional[float]" = None) -> 
         chain = catalog_chain(files, at)
 
 
-def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[CatalogRow]") -> "Optional[CatalogFile]":
-    """Write one catalog file, durably; `header` has source, books and since; `upto` and `time` may be filled in
-    while `rows` is consumed.  Returns None, and leaves nothing, when there was no row."""
+def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[List[Any]]") -> "Optional[CatalogFile]":
+    """Write one catalog file, durably, of rows as CatalogRow.to_wire gives them; `header` has source, books and since; `upto`
+    and `time` may be filled in while `rows` is consumed.  Returns None, and leaves nothing, when there was no row."""
     temporary, count = os.path.join(directory, "new"), 0
+    line_of = json.JSONEncoder(separators=(",", ":")).encode
     with open(temporary, "wb") as raw:
-        with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="", mtime=0) as stream:
+        with io.BufferedWriter(gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="", mtime=0),  # type: ignore
+                               READ_BLOCK) as stream:
             for row in rows:
-                for value in ([row.more()] if row.more() else []) + [row.to_json()]:
-                    stream.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
+                for value in (row[12], row[:12]) if len(row) > 12 else (row,):
+                    stream.write(line_of(value).encode() + b"\n")
                 count += 1
             stream.write(json.dumps(dict(header, end=count)).encode() + b"\n")
         raw.flush()
@@ -6751,6 +6754,14 @@ class DirectoriesAnd:
         match = self._LINE.match(line)
         return match is None or match.group(2) is not None \
             or self._test(as_raw(json.loads(match.group(1))))
+
+
+def no_file(line: bytes) -> bool:
+    """The same for the lines that are of no file: directories, symlinks, and what is no longer there."""
+    return not _FILE_LINE.match(line)
+
+
+_FILE_LINE = re.compile(rb'\["[^"\\]*(?:\\.[^"\\]*)*","f",')
 
 
 def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
@@ -8963,11 +8974,11 @@ class Pass:
         digest is read from the file unless given.  None when it is no regular file of that size.  Raises OSError when it is
         one and cannot be read."""
         try:
-            descriptor = self.vault.tree.open(rel)
+            descriptor, info = self.vault.tree.open_file(rel)
         except OSError:
             return None
         try:
-            if os.fstat(descriptor).st_size != f.size:
+            if info.st_size != f.size:
                 return None
             offsets = choose_samples(f.size)
             if digest is None or not offsets:
@@ -9164,10 +9175,10 @@ class Pass:
         vault, source = self.vault, standing.name
         vault.plan_places(source, [(f.path, digests[f.path]) for f in good])
         test_point("confirmed")
-        placed = []
+        placed, planned = [], vault.planned(source)
         for f in good:
             try:
-                vault.put_in_place(source, f.path)
+                vault.put_in_place(source, f.path, planned[f.path])
                 placed.append(f)
             except OSError as error:
                 if error.errno in DISK_ERRORS:
@@ -9458,7 +9469,7 @@ class Pass:
         chain = [f for f in catalog_chain(catalogs_in(directory)) if f.upto > done]
         failed: "Dict[str, List[bytes]]" = {}
         for found in chain:
-            rows = read_catalog(os.path.join(directory, found.name))
+            rows = read_catalog(os.path.join(directory, found.name), no_file)
             for path, error in self.vault.apply_skeleton(name, rows):
                 failed.setdefault(reason_of(error), []).append(path)
         for reason, paths in failed.items():
@@ -9470,8 +9481,8 @@ class Pass:
         if chain:
             self.vault.set_meta("skeleton:" + name, chain[-1].upto)
 
-    def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[CatalogRow]":
-        """Rows of everything since header["since"], in rounds until the server has nothing newer."""
+    def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[List[Any]]":
+        """Rows, checked, of everything since header["since"], in rounds until the server has nothing newer."""
         link, since = self.own if standing.host == self.host else self.links[standing.host], header["since"]
         rows = 0
         for _ in range(ROUNDS_LIMIT):
@@ -9485,7 +9496,8 @@ class Pass:
                 if upto <= since:
                     return
                 for row in page["rows"]:
-                    yield CatalogRow.from_json(row)
+                    checked = CatalogRow.from_json(row)
+                    yield row if len(row) <= 12 else checked.to_wire(LEVEL)
                 entries, cursor = cursor[0] >= 0, page["cursor"]
                 if not entries and page["rows"]:
                     after = page["rows"][-1][0]

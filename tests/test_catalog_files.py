@@ -23,7 +23,7 @@ class CatalogFilesTest(Case):
 
     def write(self, since, upto, when, *rows):
         header = {"catalog": 1, "source": "docs", "books": "b", "since": since, "upto": upto, "time": when}
-        cbackup.write_catalog(self.kept, header, rows)
+        cbackup.write_catalog(self.kept, header, [row.to_wire(cbackup.LEVEL) for row in rows])
 
     def row(self, name, size):
         return cbackup.CatalogRow(name, "f", size=size, mode=0o644)

@@ -176,7 +176,7 @@ class StandInTest(Case):
         write_file(os.path.join(vault.meta_path, "incoming", "docs", name), data)
         vault.plan_places("docs", [(path, digest.digest())])
         try:
-            vault.put_in_place("docs", path)
+            vault.put_in_place("docs", path, vault.planned("docs")[path])
         except OSError as error:
             vault.give_up("docs", [path])
             vault._finish_attic()

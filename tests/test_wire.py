@@ -409,7 +409,8 @@ class ForgedCatalogTest(Case):
         header = {"catalog": 1, "source": "docs", "books": "00", "since": 0, "upto": newest.upto + ahead, "time": newest.time + 5 - older}
         rows = [cbackup.CatalogRow(b"", "d", mode=0o755), cbackup.CatalogRow(b"f", "f", size=1, digest=hashlib.blake2b(
             b"1", digest_size=32).digest())]
-        path = os.path.join(self.catalogs, cbackup.write_catalog(self.catalogs, header, rows).name)
+        path = os.path.join(self.catalogs, cbackup.write_catalog(
+            self.catalogs, header, [row.to_wire(cbackup.LEVEL) for row in rows]).name)
         self.addCleanup(os.unlink, path)
         return path
 
