@@ -745,18 +745,19 @@ def new_digest() -> Any:
     return hashlib.blake2b(digest_size=32)
 
 
-def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None) -> "Tuple[bytes, int]":
-    """(digest, bytes read) of an open file from its start."""
+def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None, size: int = -1) -> "Tuple[bytes, int]":
+    """(digest, bytes read) of an open file from its start.  With `size`, what its stat says, its end is not looked for: the
+    caller compares the stat once more, or cares for the first `size` bytes only."""
     digest, total = new_digest(), 0
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    while True:
-        block = os.read(descriptor, READ_BLOCK)
+    while total != size:
+        block = os.pread(descriptor, READ_BLOCK if size < 0 else min(READ_BLOCK, size - total), total)
         if not block:
-            return digest.digest(), total
+            break
         digest.update(block)
         total += len(block)
         if pace:
             pace.spent(len(block))
+    return digest.digest(), total
 
 
 def list_xattrs(place: "int | str | bytes", follow: bool = True) -> "List[str]":
@@ -2285,11 +2286,12 @@ class Books(Store):
     def save_up(self) -> None:
         self.set_meta("up", self.up())
 
-    def _next_version(self) -> int:
+    def _next_version(self, count: int = 1) -> int:
+        """The first of `count` numbers that no version has had."""
         row = self.db.execute("SELECT value FROM meta WHERE key='version'").fetchone()
-        version = (row[0] if row else 0) + 1
-        self.db.execute("INSERT OR REPLACE INTO meta VALUES('version',?)", (version,))
-        return version
+        last = row[0] if row else 0
+        self.db.execute("INSERT OR REPLACE INTO meta VALUES('version',?)", (last + count,))
+        return last + 1
 
     # -- configuration --
 
@@ -2571,26 +2573,28 @@ class Books(Store):
                           (TODO_RETIRE, path, number)).rowcount:
                 db.execute("INSERT INTO gone VALUES(?,?,?)", (number, source["id"], path))
 
-    def add_entry(self, source: "Dict[str, Any]", row: "Dict[str, Any]", parent: int) -> int:
-        """A new path.  A file that lies in backups under this path, and was retired, is taken up again."""
-        db = self.db
-        db.execute("DELETE FROM graves WHERE source=? AND path=?", (source["id"], row["path"]))
-        known = db.execute("SELECT id FROM gone WHERE source=? AND path=?", (source["id"], row["path"])).fetchone() \
-            if row["kind"] == "f" else None
-        number = db.execute(
+    def add_entries(self, source: "Dict[str, Any]", rows: "List[Tuple[Dict[str, Any], int]]") -> None:
+        """New paths: (row, number of the directory).  A file that lies in backups under this path, and was retired, is taken
+        up again."""
+        db, number = self.db, source["id"]
+        db.executemany("DELETE FROM graves WHERE source=? AND path=?", [(number, row["path"]) for row, _ in rows])
+        known = dict(self.rows_among("SELECT path, id FROM gone WHERE source=? AND path AMONG",
+                                     [row["path"] for row, _ in rows if row["kind"] == "f"], number))
+        groups = {blocked: self._group_id(number, "!" if blocked else "")
+                  for blocked in {bool(row["blocked"]) for row, _ in rows if row["kind"] == "f"}}
+        versions, draw = itertools.count(self._next_version(len(rows))), self.random.getrandbits
+        db.executemany(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, "
             "version, blocked, gen, grp, rnd, xattrs) VALUES(%s)" % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 3),
-            (known[0] if known else None, source["id"], parent, row["path"], row["kind"], row["size"], row["mtime"],
-             row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"],
-             self._next_version() if row["kind"] == "f" else 0, row["blocked"], source["id"],
-             self._group_id(source["id"], "!" if row["blocked"] else "") if row["kind"] == "f" else None,
-             self.random.getrandbits(40) if row["kind"] == "f" else None, row["xattrs"])).lastrowid
-        if known:
-            db.execute("DELETE FROM gone WHERE id=?", known)
+            [(known.get(row["path"]) if row["kind"] == "f" else None, number, parent, row["path"], row["kind"], row["size"],
+              row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"])
+             + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])], draw(40)) if row["kind"] == "f"
+                else (0, row["blocked"], number, None, None)) + (row["xattrs"],) for row, parent in rows])
+        for path, file in known.items():
+            db.execute("DELETE FROM gone WHERE id=?", (file,))
             db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN NULL ELSE path END "
-                       "WHERE file=?", (TODO_UPDATE, self.up() + STALE_LEASE, row["path"], number))
-            self.regroup([number])
-        return number
+                       "WHERE file=?", (TODO_UPDATE, self.up() + STALE_LEASE, path, file))
+        self.regroup(known.values())
 
     def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]", how: str) -> None:
         """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or
@@ -4082,8 +4086,8 @@ class Scan:
             moved = books.rows("SELECT m.lost, m.path, l.path FROM moves m JOIN lost l ON l.id=m.lost")
             for number, _, _ in moved:
                 books.lift(number)
-            for row in self._rows("kind='d' AND how='new'"):
-                books.add_entry(self.row, row, self._parent_id(row))
+            for row in self._rows("kind='d' AND how='new'"):  # one by one: what is in it wants its number
+                books.add_entries(self.row, [(row, self._parent_id(row))])
                 different = True
             self._parent_known = (None, 0)
             for number, path, old in moved:
@@ -4098,28 +4102,26 @@ class Scan:
         condition = "NOT (kind='d' AND how='new') AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.path=found.path)"
         rows, different, more = self._rows(condition), False, True
         while more:
-            more = False
+            more, new = False, []
             with self.books.write():
                 self.row = self.books.source_row(self.source.name)
                 for count, row in enumerate(rows, 1):
                     different = different or row["how"] != "silent"
-                    self._apply_row(row)
+                    if self._is_new(row):
+                        new.append((row, self._parent_id(row)))
+                    else:
+                        self.books.change_entry(self.row, row["known"], row,
+                                                "content" if row["how"] == "replaced" else row["how"])
                     if count >= APPLY_CHUNK:
                         more = True
                         break
+                self.books.add_entries(self.row, new)
         return different
 
-    def _apply_row(self, row: "Dict[str, Any]") -> None:
-        books = self.books
-        if row["how"] == "new":
-            books.add_entry(self.row, row, self._parent_id(row))
-        elif row["how"] == "replaced":
-            if books.one("SELECT 1 FROM moves WHERE lost=?", row["known"]):
-                books.add_entry(self.row, row, self._parent_id(row))
-            else:
-                books.change_entry(self.row, row["known"], row, "content")
-        else:
-            books.change_entry(self.row, row["known"], row, row["how"])
+    def _is_new(self, row: "Dict[str, Any]") -> bool:
+        """Whether a path needs an entry: also when that which it had goes elsewhere with a file that was moved."""
+        return row["how"] == "new" or row["how"] == "replaced" and self.books.one(
+            "SELECT 1 FROM moves WHERE lost=?", row["known"]) is not None
 
     def _finish(self, changed: bool) -> None:
         """The scan's own facts; what others than a scan had held stays held until they say otherwise, or with consent."""
@@ -4190,7 +4192,7 @@ def compare_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]") ->
             return "changed", None
         own, known = None, facts["digest"]
         if facts["size"] <= WHOLE_BELOW:
-            own = digest_descriptor(descriptor)[0]
+            own = digest_descriptor(descriptor, size=info.st_size)[0]
             verdict = "ok" if own == given["digest"] else "bad"
         elif not given["offsets"]:
             verdict = "ok" if given["digest"] == known else "unproven"
@@ -4220,7 +4222,7 @@ def read_own(tree: Tree, facts: "Dict[str, Any]", pace: Pace) -> "Tuple[str, Opt
             return "changed", None
         if is_fresh(info):
             return "fresh", None
-        own = digest_descriptor(descriptor, pace)[0]
+        own = digest_descriptor(descriptor, pace, info.st_size)[0]
         return ("read", own) if _is_version(os.fstat(descriptor), facts) else ("changed", None)
     except OSError:
         return "unreadable", None
@@ -8982,7 +8984,7 @@ class Pass:
                 return None
             offsets = choose_samples(f.size)
             if digest is None or not offsets:
-                digest = digest_descriptor(descriptor)[0]
+                digest = digest_descriptor(descriptor, size=f.size)[0]
             return [as_text(f.path), f.version, digest.hex(), offsets,
                     digest_samples(descriptor, offsets).hex() if offsets else ""]
         finally:

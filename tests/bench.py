@@ -53,11 +53,10 @@ class ClaimBench:
         self.books.db.execute("PRAGMA synchronous=OFF")
         row = self.books.source_row("s")
         with self.books.write():
-            for number, size in enumerate(sizes):
-                path = b"directory %03d/file %06d.jpg" % (number // 1000, number)
-                self.books.add_entry(row, {"path": path, "kind": "f", "size": size, "mtime": 1, "mode": 0o644, "uid": 0,
-                                           "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None,
-                                           "xattrs": None}, 0)
+            self.books.add_entries(row, [({
+                "path": b"directory %03d/file %06d.jpg" % (number // 1000, number), "kind": "f", "size": size, "mtime": 1,
+                "mode": 0o644, "uid": 0, "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None,
+                "xattrs": None}, 0) for number, size in enumerate(sizes)])
         self.books.finish_scan("s", scanned=1.0)
         self.coming = dict.fromkeys(self.backups, ())
         for name in self.backups:

@@ -314,10 +314,10 @@ class TrialWorld(World):
         books, row = self.books_of(source)
         paths = [b"f%06d" % next(self.serial) for _ in sizes]
         with books.write():
-            for path, size in zip(paths, sizes):
-                books.add_entry(row, {"path": path, "kind": "f", "size": int(size), "mtime": 1, "mode": 0o644, "uid": 0,
-                                      "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None,
-                                      "xattrs": None}, 0)
+            books.add_entries(row, [({
+                "path": path, "kind": "f", "size": int(size), "mtime": 1, "mode": 0o644, "uid": 0, "gid": 0, "ino": 1,
+                "ctime": 1, "nlink": 1, "target": None, "blocked": None, "xattrs": None}, 0)
+                for path, size in zip(paths, sizes)])
         books.finish_scan(source, scanned=self.clock.time)
         return paths
 

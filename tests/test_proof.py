@@ -361,7 +361,7 @@ class FreshTest(unittest.TestCase):
     def test_a_file_that_is_another_before_or_after_the_reading_proves_nothing(self):
         with self.file() as (tree, path, facts):
 
-            def read_and_edit(descriptor, pace):
+            def read_and_edit(descriptor, pace, size):
                 write_file(path, "two")
                 return b"digest", 3
             with mock.patch.multiple(cbackup, is_fresh=lambda info: False, digest_descriptor=read_and_edit):
