@@ -5485,8 +5485,9 @@ def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
 def nothing_but(paths: "Iterable[bytes]", also_dotted: bool = False) -> bytes:
     """Rules for `exclude from`, of which the first that matches decides: these paths and the
     directories above them, nothing else; `also_dotted`: under ./, too."""
-    rules = [b"+ /.\n"] if also_dotted else []
-    for name in sorted(with_parents(paths)):
+    rules, paths = [b"+ /.\n"] if also_dotted else [], set(paths)
+    above = with_parents(paths) - paths  # first: rsync goes through the rules for each of them, and for each file in it
+    for name in sorted(above) + sorted(paths):
         # With a wildcard in it a backslash makes plain what follows; a line's end can only be any character.
         if re.search(rb"[*?[\r\n]", name):
             name = re.sub(rb"[\r\n]", b"?", re.sub(rb"([*?[\\])", rb"\\\1", name))
