@@ -5998,13 +5998,17 @@ class Vault(Store):
             with contextlib.suppress(OSError):
                 self.tree.link(self.place_of(source, path), staged)
 
-    def plan_places(self, source: str, rows: "List[Tuple[bytes, bytes]]") -> None:
-        """(path, digest) were confirmed: write down that they go to their places, and old versions to the attic."""
+    def plan_places(self, source: str, rows: "List[Tuple[bytes, bytes]]") -> "set[bytes]":
+        """(path, digest) were confirmed: write down that they go to their places, and old versions to the attic.  Returns
+        the paths at whose places there is nothing."""
+        bare: "set[bytes]" = set()
         with self.write() as db:
             db.executemany("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?",
                            [(digest, source, path) for path, digest in rows])
             for path, _ in rows:
                 info = self._own_at(source, path)
+                if info is None and not self.folds:
+                    bare.add(path)
                 if info is None or not stat.S_ISREG(info.st_mode):
                     continue
                 row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, path)
@@ -6012,6 +6016,7 @@ class Vault(Store):
                 db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, why) VALUES(?,?,?,?,?,?,?,?)",
                            (source, path, self.attic_name(source, path), info.st_size, mtime, old, clock.now(),
                             "changed" if row else "found"))
+        return bare
 
     def planned(self, source: str) -> "Dict[bytes, Tuple[Any, ...]]":
         """What `plan_places` wrote down and nobody has ended: path -> (mode, uid, gid, mtime, name in the attic for what
@@ -6020,14 +6025,17 @@ class Vault(Store):
         return {row[0]: row[1:] + (old.get(row[0]),) for row in self.rows(
             "SELECT path, mode, uid, gid, mtime FROM coming WHERE source=? AND stage=1", source)}
 
-    def put_in_place(self, source: str, path: bytes, plan: "Tuple[Any, ...]") -> None:
-        """Rename a confirmed file from `incoming` to its place; may be done twice.  `plan`: see `planned`.  Raises OSError."""
+    def put_in_place(self, source: str, path: bytes, plan: "Tuple[Any, ...]", bare: bool = False,
+                     info: "Optional[os.stat_result]" = None) -> None:
+        """Rename a confirmed file from `incoming` to its place; may be done twice.  `plan`: see `planned`; `bare`: there is
+        nothing at its place; `info`: its stat, when it was looked at before.  Raises OSError."""
         staged, place = self.incoming(source, path), self.place_of(source, path)
-        info = self.tree.lstat(staged)
+        info = info or self.tree.lstat(staged)
         if info is None:
             return
         mode, uid, gid, mtime, stored = plan
-        self.clear_the_way(place)
+        if not bare:
+            self.clear_the_way(place)
         if stored and self.tree.lstat(META_DIR + b"/" + stored) is None:
             try:
                 self.tree.link(place, META_DIR + b"/" + stored)
@@ -8946,7 +8954,7 @@ class Pass:
             for f in batch:
                 held, row = vault.held(standing.name, f.path), None
                 try:
-                    row = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else None
+                    row, _ = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else (None, None)
                 except OSError as error:
                     log.info("%s: %s: %s", self.name, shown(f.path), reason_of(error))
                 if row is None:
@@ -8972,22 +8980,23 @@ class Pass:
             self.figures.acted()
         return wrong
 
-    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None) -> "Optional[List[Any]]":
-        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest]; the
+    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None,
+                  ) -> "Tuple[Optional[List[Any]], Optional[os.stat_result]]":
+        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest], and its stat; the
         digest is read from the file unless given.  None when it is no regular file of that size.  Raises OSError when it is
         one and cannot be read."""
         try:
             descriptor, info = self.vault.tree.open_file(rel)
         except OSError:
-            return None
+            return None, None
         try:
             if info.st_size != f.size:
-                return None
+                return None, None
             offsets = choose_samples(f.size)
             if digest is None or not offsets:
                 digest = digest_descriptor(descriptor, size=f.size)[0]
             return [as_text(f.path), f.version, digest.hex(), offsets,
-                    digest_samples(descriptor, offsets).hex() if offsets else ""]
+                    digest_samples(descriptor, offsets).hex() if offsets else ""], info
         finally:
             os.close(descriptor)
 
@@ -9103,19 +9112,19 @@ class Pass:
                 self.figures.complain("%s: %s: %s: %s" % (self.name, standing.name, shown(f.path), why))
 
     def _look_at_batch(self, standing: Standing, files: "List[Wanted]", outcome: Pull) -> "Tuple[Any, ...]":
-        """What came of a batch: evidence, the files that it is of, those that are not here, and (file, why) of those that are
-        and cannot be read."""
+        """What came of a batch: evidence, (file, stat) that it is of, the files that are not here, and (file, why) of those
+        that are and cannot be read."""
         rows: "List[List[Any]]" = []
         arrived, missed, refused = [], [], []
         for f in files:
             try:
-                row = self._evidence(self.vault.incoming(standing.name, f.path), f)
+                row, info = self._evidence(self.vault.incoming(standing.name, f.path), f)
             except OSError as error:
                 refused.append((f, "cannot be read back from %s: %s" % (self.vault.spec.path, reason_of(error))))
                 continue
             if row is not None:
                 rows.append(row)
-                arrived.append(f)
+                arrived.append((f, info))
             elif outcome.how == "done" and not outcome.full_disk:
                 missed.append(f)
         return rows, arrived, missed, refused
@@ -9127,19 +9136,18 @@ class Pass:
         blamed = [f for f in missed if outcome.blames(f.path)] or missed
         refused += [(f, self._why_missing(standing, f, outcome)) for f in blamed]
         test_point("digested")
-        good, digests = [], {}
+        good = []
         if rows:
             verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
-            for f, verdict, row in zip(arrived, verdicts, rows):
+            for (f, info), verdict, row in zip(arrived, verdicts, rows):
                 if verdict == "ok":
-                    good.append(f)
-                    digests[f.path] = bytes.fromhex(row[2])
+                    good.append((f, bytes.fromhex(row[2]), info))
                 elif verdict == "unproven":
                     self.waiting.add((standing.name, f.path))
                     self.figures.acted()
                 else:
                     refused.append((f, self.VERDICTS.get(verdict, verdict)))
-        self._place(standing, link, good, digests, refused, updating)
+        self._place(standing, link, good, refused, updating)
         changed = [(f, why) for f, why in refused if why == "changed"]
         failed = [(f, why) for f, why in refused if why != "changed"]
         if changed:
@@ -9154,7 +9162,8 @@ class Pass:
             self.figures.complain("%s: %s is full or cannot be written: %s" % (
                 self.name, self.vault.spec.path, outcome.full_disk[:160]))
         elif outcome.how == "own":
-            self.give_back(standing, link, [f for f in files if f not in arrived])
+            here = {f.path for f, _ in arrived}
+            self.give_back(standing, link, [f for f in files if f.path not in here])
             raise outcome.own_failure()
         elif outcome.how != "done":
             raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
@@ -9173,23 +9182,27 @@ class Pass:
         another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
         return "changed" if another or not outcome.errors else why
 
-    def _place(self, standing: Standing, link: Any, good: "List[Wanted]", digests: "Dict[bytes, bytes]",
+    def _place(self, standing: Standing, link: Any, good: "List[Tuple[Wanted, bytes, os.stat_result]]",
                refused: "List[Tuple[Wanted, str]]", updating: bool) -> None:
+        """Put (file, digest, stat) that were confirmed into their places and have them counted; to `refused` goes what cannot
+        be there."""
         vault, source = self.vault, standing.name
-        vault.plan_places(source, [(f.path, digests[f.path]) for f in good])
+        bare = vault.plan_places(source, [(f.path, digest) for f, digest, _ in good])
         test_point("confirmed")
-        placed, planned = [], vault.planned(source)
-        for f in good:
+        placed, digests, planned = [], [], vault.planned(source)
+        for f, digest, info in good:
             try:
-                vault.put_in_place(source, f.path, planned[f.path])
+                vault.put_in_place(source, f.path, planned[f.path], f.path in bare, info)
                 placed.append(f)
+                digests.append(digest)
             except OSError as error:
                 if error.errno in DISK_ERRORS:
                     raise
                 refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
         vault.sync_places(source, [f.path for f in placed])
         test_point("in-place")
-        self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digests[f.path])) for f in placed])
+        self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digest))
+                                        for f, digest in zip(placed, digests)])
         if updating:
             self.figures.add(updated_files=len(placed))
         else:

@@ -59,7 +59,7 @@ class DiskErrorsTest(Case):
     def assertFailed(self, call):
         """Calls have failed: else nothing was tried."""
         failed = self.calls.failed()
-        self.assertTrue([line for line in failed if line.startswith(call + " ")], failed)
+        self.assertTrue([line for line in failed if line.startswith((call + " ", "p%s " % call))], failed)
 
     def copies(self):
         """{how many copies: files}, as the server counts them."""
