@@ -4385,9 +4385,14 @@ def _is_text_or_number(value: Any) -> bool:
 
 
 def _is_holding(value: Any) -> bool:
-    if isinstance(value, list) and len(value) == 6:
-        return _is_count(value[0]) and not misfit(value[1:], (_is_path, _is_path, _is_count, _is_number, Maybe(_is_hex)))
-    return not misfit(value, (_is_path, _is_count, _is_number, Maybe(_is_hex)))
+    """Of a copy (path, size, mtime, digest or null), or of an old version, with its number in front
+    and the name in the attic behind the path."""
+    if not isinstance(value, (list, tuple)) or len(value) not in (4, 6):
+        return False
+    path, size, mtime, digest = value[-4:]
+    return _is_path(path) and _is_count(size) and _is_number(mtime) \
+        and (digest is None or _is_hex(digest)) \
+        and (len(value) == 4 or _is_count(value[0]) and _is_path(value[1]))
 
 
 def _is_anything(value: Any) -> bool:
@@ -6789,7 +6794,7 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
                 if wanted is not None and not wanted(line):
                     count, more = count + 1, None
                     continue
-                value = json.loads(line)
+                value = json.loads(line.decode())
                 if isinstance(value, dict):
                     ended, more = value.get("end") == count, value
                     continue
@@ -9812,46 +9817,101 @@ class Client:
 
 
 # ==== 14. Restore =====================================================================================
+#
+# Holders (who can be reached, and their catalogs) -> Plan (what is wanted, and who has it) -> Target
+# (what is there already) -> Schedule (who fetches what next) -> Target (checked, renamed into place,
+# linked) -> Restore puts them together, and says what became of it.
 
 PLAN_SCHEMA = """
--- What is to be restored.  state: 0 open | 1 in place | 2 being fetched | 3 a hard link to another path
+-- What is to be restored.  state: 0 open | 1 in place | 3 a hard link to another path
 --                                | 4 in the way: another file is there | 5 missing
--- asked: not only a directory above what is asked for.  rank: how many holders have it.
+-- asked: not only a directory above what is asked for.
 CREATE TABLE want(
-    path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, user TEXT,
-    grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT, state INTEGER DEFAULT 0, asked INTEGER DEFAULT 1,
-    proven INTEGER DEFAULT 1, xattrs TEXT, readable INTEGER DEFAULT 1, rank INTEGER DEFAULT 0, note TEXT) WITHOUT ROWID;
-CREATE INDEX want_open ON want(rank, path) WHERE kind='f' AND state=0;
+    path BLOB PRIMARY KEY, kind TEXT, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER,
+    gid INTEGER, user TEXT, grp TEXT, link INTEGER, target BLOB, digest BLOB, holders TEXT,
+    proven INTEGER DEFAULT 1, xattrs TEXT, readable INTEGER DEFAULT 1, state INTEGER DEFAULT 0,
+    asked INTEGER DEFAULT 1, note TEXT) WITHOUT ROWID;
 CREATE INDEX want_link ON want(link, path) WHERE link IS NOT NULL;
 
--- Who has the wanted version, and where: place is empty for the file's own path, else its name in the attic, or with a `/`
--- before it another path, where it was or is called so.  doubt: only the size says that it is this version.
+-- Who has the wanted version, and where: place is empty for the file's own path, else its name in
+-- the attic, or with a `/` before it another path, where it was or is called so.  doubt: only the
+-- size says that it is this version.
 CREATE TABLE have(
-    path BLOB, holder INTEGER, place BLOB, doubt INTEGER, PRIMARY KEY(path, holder, doubt, place)) WITHOUT ROWID;
+    path BLOB, holder INTEGER, place BLOB, doubt INTEGER,
+    PRIMARY KEY(path, holder, doubt, place)) WITHOUT ROWID;
+
+-- What the holders have, as it comes in.
+CREATE TABLE came(holder INTEGER, path BLOB, place BLOB, size INTEGER, mtime INTEGER, digest BLOB);
 
 -- What else the holders have, which may be a wanted file under another name.
-CREATE TABLE other(path BLOB, holder INTEGER, place BLOB, size INTEGER, mtime INTEGER, digest BLOB);
+CREATE TABLE other(
+    path BLOB, holder INTEGER, place BLOB, size INTEGER, mtime INTEGER, digest BLOB);
 CREATE INDEX other_path ON other(path);
 CREATE INDEX other_digest ON other(digest);
 CREATE INDEX other_size ON other(size, mtime);
+
+-- What nobody is fetching yet.  turn: twice the number of its holders, 1 more for a small file.
+CREATE TABLE queue(turn INTEGER, path BLOB, PRIMARY KEY(turn, path)) WITHOUT ROWID;
 """
 
 METADATA = "mode, uid, gid, user, grp, mtime, xattrs"
-"""The columns of `want` that `Restore._set_metadata` takes."""
+"""The columns of `want` that say what a path is to look like, in the order that `Metadata` takes."""
+
+HAS = "EXISTS(SELECT 1 FROM have h WHERE h.path=want.path)"
+"""Whether somebody has a wanted file."""
+
+SAME_VERSION = """(CASE WHEN c.digest IS NOT NULL AND w.digest IS NOT NULL THEN c.digest=w.digest
+    ELSE c.size=w.size AND (c.digest IS NULL OR c.mtime=w.mtime) END)"""
+"""Whether what came (c) may be what is wanted (w)."""
+
+TO_QUEUE = """INSERT OR REPLACE INTO queue
+    SELECT 2 * COUNT(DISTINCT h.holder) + (w.size<=%d), w.path FROM have h CROSS JOIN want w
+    ON w.path=h.path WHERE w.kind='f' AND w.state=0 %%s GROUP BY h.path""" % PLAIN_BELOW
+
+LISTS = {
+    "all": ("kind, size, mtime, target, holders", "1"),
+    "files": ("size, mtime", "kind='f'"),
+    "files and their versions": ("digest, size, mtime", "kind='f'"),
+    "files and their states": ("size, state, " + HAS, "kind='f'"),
+    "files that somebody has": ("size, link", "kind='f' AND " + HAS),
+    "open files": ("size, digest, " + METADATA, "kind='f' AND state=0"),
+    "open files of nobody": ("size", "kind='f' AND state=0 AND NOT " + HAS),
+    "open files and who has them": (
+        "size, (SELECT group_concat(DISTINCT holder) FROM have h WHERE h.path=want.path)",
+        "kind='f' AND state=0 AND " + HAS),
+    "open links": ("link, digest", "kind='f' AND link IS NOT NULL AND state IN (0, 3)"),
+    "symlinks": ("target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"),
+    "directories": ("asked", "kind='d' AND path<>x''"),
+    "directories to make": ("state", "kind='d' AND asked=1 AND path<>x'' AND state<>4"),
+    "directories, the deepest first": (
+        "asked, " + METADATA, "kind='d' AND state<>4", "deepest first"),
+    "missing or refused": ("state, note, holders", "state IN (4, 5) AND asked=1"),
+    "missing": ("state", "state=5 AND asked=1"),
+    "refused": ("state", "state=4 AND asked=1"),
+    "unproven": ("state", "kind='f' AND state=1 AND proven=0"),
+    "unreadable": ("state", "kind='f' AND readable=0 AND asked=1"),
+}
+"""What of `want` a plan lists: (columns beside the path, condition)."""
 
 XATTRS_OF_USERS = ("user.", "system.posix_acl_")
 """How the names of extended attributes begin that anybody may set on his files; those that a
 restore takes away where the catalog has none."""
 
 DONE_SCHEMA = """
-CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB) WITHOUT ROWID;
+CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB)
+    WITHOUT ROWID;
 """
-"""What earlier runs put into place: kept while the restore is not over, so that nothing is read or fetched twice."""
-
 
 BATCH_SECONDS, FIRST_BATCH = 5.0, 8 << 20
-"""A holder gets at most as much at once as it delivers in this time; before its rate is known, FIRST_BATCH bytes.  And at
-most half of its share of what is left, so that all end at about the same time."""
+"""A holder gets at most as much at once as it delivers in this time; before its rate is known,
+FIRST_BATCH bytes.  And at most half of its share of what is left, so that all end at about the same
+time."""
+
+LEAST_SECONDS = 1.0
+"""But not less than it delivers in this time: each batch is two processes and a connection."""
+
+FILES_AT_ONCE = 4000
+"""Most files of one batch."""
 
 FEW_FILES = 50000
 """Of so many files that are asked for, and the rest not, what they look like is kept in memory."""
@@ -9867,6 +9927,10 @@ INHERIT_FROM = 1 << 20
 
 FAILURES = 3
 """Batches in a row of which nothing came, until a holder is given up."""
+
+if TYPE_CHECKING:
+    Holding = Tuple[bytes, bytes, int, int, Optional[bytes]]
+    """(path, place, size, mtime, digest) of what a holder has; place: see PLAN_SCHEMA."""
 
 
 _TIME = re.compile(r"(\d{4})-(\d\d?)-(\d\d?)(?:[ T](\d\d?):(\d\d)(?::(\d\d)(?:\.\d*)?)?)?"
@@ -9913,69 +9977,78 @@ def format_time(seconds: float) -> str:
 class RemoteHolder:
     """A backup on a host whose server is up."""
 
-    def __init__(self, link: Link, backup: str, catalogs: "List[CatalogFile]", limit: "Optional[int]") -> None:
+    def __init__(self, link: Link, backup: str, catalogs: "List[CatalogFile]",
+                 limit: "Optional[int]") -> None:
         self.link, self.backup, self.catalogs, self.limit = link, backup, catalogs, limit
         self.name = "%s on %s" % (backup, link.host)
         self.key = backup
 
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
         """Local paths of catalog files, fetched into `scratch`."""
-        outcome = self._pull("catalog", source, [f.name.encode() for f in files], os.fsencode(scratch))
+        outcome = self._pull("catalog", source, [f.name.encode() for f in files],
+                             os.fsencode(scratch))
         if outcome.how == "own":
             raise outcome.own_failure()
         return [os.path.join(scratch, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool, prefix: bytes = b"",
-                 ) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
-        """(path, name in the attic or empty, size, mtime, digest if known) of copies, and with
-        `old` of older versions: of paths that begin with `prefix`, and from servers that do not
-        know that field, of all."""
-        narrow = {"prefix": as_text(prefix)} if prefix and self.link.peer_level() > 1 else {}
-        after: Any = ""
-        rounds = Rounds(self.link.host, "copies")
-        while True:
-            answer = self.link.call("holdings", backup=self.backup, source=source, after=after, **narrow)
-            rows = answer["rows"]
+    def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Holding]":
+        """Copies, and with `old` older versions: of paths that begin with `prefix`, and from
+        servers that do not know that field, of all.  (path, place: see PLAN_SCHEMA, size, mtime,
+        digest if known)."""
+        narrow: "Dict[str, Any]" = {}
+        if prefix and self.link.peer_level() > 1:
+            narrow["prefix"] = as_text(prefix)
+        for rows in self._pages("copies", "", source, narrow):
             for path, size, mtime, digest in rows:
-                yield check_relative(as_raw(path)), b"", size, mtime, bytes.fromhex(digest) if digest else None
-            if not rows or not answer.get("more", len(rows) == PAGE):
-                break
-            after = rows[-1][0]
-            rounds.page(len(rows), as_raw(after))
-        after, rounds = 0, Rounds(self.link.host, "old versions")
-        while old:
-            answer = self.link.call("holdings", backup=self.backup, source=source, after=after, kind=2, **narrow)
-            rows = answer["rows"]
+                yield as_raw(path), b"", size, mtime, bytes.fromhex(digest) if digest else None
+        for rows in self._pages("old versions", 0, source, dict(narrow, kind=2)) if old else ():
             for _, path, stored, size, mtime, digest in rows:
-                yield (check_relative(as_raw(path)), check_relative(as_raw(stored)), size, mtime,
+                yield (as_raw(path), as_raw(stored), size, mtime,
                        bytes.fromhex(digest) if digest else None)
+
+    def _pages(self, what: str, after: Any, source: str, fields: "Dict[str, Any]",
+               ) -> "Iterator[List[Any]]":
+        """The pages of a listing; the channel has checked their paths."""
+        rounds, columns = Rounds(self.link.host, what), 6 if "kind" in fields else 4
+        while True:
+            answer = self.link.call("holdings", backup=self.backup, source=source, after=after,
+                                    **fields)
+            rows = answer["rows"]
+            if any(len(row) != columns for row in rows):
+                raise self.link.nonsense("the answer to holdings has rows of the other kind")
+            yield rows
             if not rows or not answer.get("more", len(rows) == PAGE):
-                break
+                return
             after = rows[-1][0]
-            rounds.page(len(rows), after)
+            rounds.page(len(rows), as_raw(after) if columns == 4 else after)
 
     def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
               on_bytes: "Callable[[int], None]") -> Pull:
-        """Bring (path, place, see PLAN_SCHEMA) to `into`/path; nothing that has grown beyond `most` bytes."""
+        """Bring (path, place, see PLAN_SCHEMA) to `into`/path; nothing that has grown beyond
+        `most` bytes."""
         outcome = Pull()
         current = [path for path, place in names if not place]
         if current:
             outcome = self._pull("backup", source, current, into, most, on_bytes)
         for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
-            elsewhere = [(path, place[len(prefix):]) for path, place in names if place and place.startswith(prefix)]
+            elsewhere = [(path, place[len(prefix):]) for path, place in names
+                         if place and place.startswith(prefix)]
             if elsewhere:
-                outcome = self._pull(of, source, [place for _, place in elsewhere], into + b"/.elsewhere", most, on_bytes)
+                outcome = self._pull(of, source, [place for _, place in elsewhere],
+                                     into + b"/.elsewhere", most, on_bytes)
                 with Tree(into) as tree:
                     for path, place in elsewhere:
                         with contextlib.suppress(OSError):
                             tree.rename(b".elsewhere/" + place, path)
         return outcome
 
-    def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes, most: "Optional[int]" = None,
+    def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
+              most: "Optional[int]" = None,
               on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
         os.makedirs(into, mode=0o700, exist_ok=True)
-        limit = CATALOG_BYTES if most is None else EXCESS_BYTES + len(paths) * (2 * most + EXCESS_PER_FILE)
-        came = 0
+        limit, came = CATALOG_BYTES, 0
+        if most is not None:
+            limit = EXCESS_BYTES + len(paths) * (2 * most + EXCESS_PER_FILE)
 
         def counted(count: int) -> None:
             nonlocal came
@@ -9985,30 +10058,34 @@ class RemoteHolder:
             on_bytes(count)
 
         return pull_apart(paths, lambda path: path, lambda some: pull(
-            self.link.again().stream(of=of, name=self.backup, source=source), some, into, self.limit,
-            on_bytes=counted, most=most))
+            self.link.again().stream(of=of, name=self.backup, source=source), some, into,
+            self.limit, on_bytes=counted, most=most,
+            plain=most is not None and most <= PLAIN_BELOW))
 
 
 class DirectoryHolder:
     """A backup directory that is mounted here: no server needed."""
 
     def __init__(self, path: str, source: str) -> None:
-        if not os.path.isdir(os.path.join(path, META_DIR.decode())):
+        meta = os.path.join(path, META_DIR.decode())
+        if not os.path.isdir(meta):
             raise UsageError("%s is not a backup's directory: it has no .cbackup" % path)
         self.path, self.name = path, path
-        self.key = "directory-" + hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
-        self.backup = str(read_json(os.path.join(path, META_DIR.decode(), "identity")).get("backup") or path)
-        self.catalogs = catalogs_in(os.path.join(path, META_DIR.decode(), "catalog", source))
+        self.key = "directory-" + hashlib.blake2b(
+            os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+        self.backup = str(read_json(os.path.join(meta, "identity")).get("backup") or path)
+        self.catalogs = catalogs_in(os.path.join(meta, "catalog", source))
 
     def catalog_paths(self, source: str, files: "List[CatalogFile]", scratch: str) -> "List[str]":
-        return [os.path.join(self.path, META_DIR.decode(), "catalog", source, f.name) for f in files]
+        above = os.path.join(self.path, META_DIR.decode(), "catalog", source)
+        return [os.path.join(above, f.name) for f in files]
 
-    def holdings(self, source: str, old: bool, prefix: bytes = b"",
-                 ) -> "Iterator[Tuple[bytes, bytes, int, int, Optional[bytes]]]":
+    def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Holding]":
         """From the directory itself, not from the database: digests are checked when the files are
         read.  Of paths that begin with `prefix`."""
         with Tree(self.path) as tree:
-            for path, size, mtime in files_here(tree, source, below=prefix.rpartition(b"/")[0]):
+            below = prefix.rpartition(b"/")[0]
+            for path, size, mtime in files_here(tree, source, below=below):
                 if path.startswith(prefix):
                     yield path, b"", size, mtime, None
             for path, stored, size, mtime in old_files_here(tree, source) if old else ():
@@ -10021,17 +10098,10 @@ class DirectoryHolder:
         os.makedirs(into, mode=0o700, exist_ok=True)
         with Tree(self.path) as tree, Tree(into) as target:
             for path, place in names:
-                rel = source.encode() + b"/" + path if not place else \
-                    source.encode() + place if place.startswith(b"/") else META_DIR + b"/" + place
-                part = part_of(path)
                 try:
-                    info = tree.lstat(rel)
-                    if info is not None and info.st_size > most:
-                        raise OSError(errno.EFBIG, "it has grown")
-                    target.make_directory(part.rpartition(b"/")[0])
-                    if self._copy(tree, rel, os.path.join(into, part), on_bytes):
+                    if self._bring(tree, self._name(source, path, place), target, path, most,
+                                   on_bytes):
                         outcome.parts.add(path)
-                    target.rename(part, path)
                 except OSError as error:
                     outcome.errors.append("%s: %s" % (shown(path), reason_of(error)))
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -10039,11 +10109,32 @@ class DirectoryHolder:
         return outcome
 
     @staticmethod
+    def _name(source: str, path: bytes, place: bytes) -> bytes:
+        """Where in the directory a file is.  place: see PLAN_SCHEMA."""
+        if not place:
+            return source.encode() + b"/" + path
+        return source.encode() + place if place.startswith(b"/") else META_DIR + b"/" + place
+
+    def _bring(self, tree: Tree, rel: bytes, target: Tree, path: bytes, most: int,
+               on_bytes: "Callable[[int], None]") -> bool:
+        """One file; see `_copy`."""
+        info = tree.lstat(rel)
+        if info is not None and info.st_size > most:
+            raise OSError(errno.EFBIG, "it has grown")
+        part = part_of(path)
+        target.make_directory(part.rpartition(b"/")[0])
+        added = self._copy(tree, rel, os.path.join(target.root, part), on_bytes)
+        target.rename(part, path)
+        return added
+
+    @staticmethod
     def _copy(tree: Tree, rel: bytes, into: bytes, on_bytes: "Callable[[int], None]") -> bool:
-        """Copy a file, or the rest of one that was begun: true then, and only its digest tells whether it is one file."""
+        """Copy a file, or the rest of one that was begun: true then, and only its digest tells
+        whether it is one file."""
         reader = tree.open(rel)
         try:
-            with open(os.open(into, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b") as writer:
+            with open(os.open(into, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
+                      "r+b") as writer:
                 begun = writer.seek(0, os.SEEK_END)
                 if begun >= os.fstat(reader).st_size:
                     writer.truncate(0)
@@ -10063,45 +10154,18 @@ class DirectoryHolder:
             os.close(reader)
 
 
-class Restore:
-    """Brings a source, or parts of it, back from whichever backups can be reached.
+class Holders:
+    """The backups from which a source may come back: who they are, and which catalogs they have.
+    May touch: the links to their servers."""
 
-    The plan is a database in the working directory below the target; holders are known by their number in `holders`.
-    """
-
-    def __init__(self, source: str, target: str, patterns: "List[str]", at: "Optional[float]", force: bool,
-                 progress: Progress) -> None:
-        import fnmatch
-        self.source, self.target, self.at, self.force, self.progress = source, target, at, force, progress
-        self.patterns = [os.fsencode(p).strip(b"/") for p in patterns]
-        self._tests = [re.compile(fnmatch.translate(as_text(p))) for p in self.patterns]
-        self.holders: "List[Any]" = []
-        self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those that cannot be reached
+    def __init__(self, source: str, each: "Iterable[Any]" = ()) -> None:
+        self.source = source
+        self.each: "List[Any]" = list(each)  # known from here on by their number in it
+        self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those not reachable
         self.differs: "Dict[int, bool]" = {}  # generation -> whether something of the source changed
-        self.unmatched: "List[bytes]" = []
-        self.only: "Optional[bytes]" = None  # for a listing: load nothing but this path and what is directly in it
-        self.notes: "Dict[str, int]" = {}
-        self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes", "kept_files"), 0)
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
-        self.names = Names()
-        self.catalog_time, self.catalog_from = 0, ""
-        # Of each holder: what is on its way (path -> size), since when, how much of it came; its rate; how far its turn is.
-        self._flying: "Dict[int, Dict[bytes, int]]" = {}
-        self._since: "Dict[int, float]" = {}
-        self._heard: "Dict[int, float]" = {}
-        self._asked: "Dict[int, int]" = {}
-        self._came: "Dict[int, int]" = {}
-        self._rates: "Dict[int, float]" = {}
-        self._turn: "Dict[int, Tuple[int, bytes]]" = {}
-        self._left = 0  # bytes that no holder has taken upon itself
-        self._fetched = 0
-        self._total = 0
-        self._root_metadata: "Optional[Tuple[Any, ...]]" = None
+        self._lock = threading.Lock()
 
-    # -- what there should be --
-
-    def find_holders(self, config: Config, dialer: Dialer) -> None:
+    def find(self, config: Config, dialer: Dialer) -> None:
         """Ask the servers of all backups; those that do not answer are listed in `down`.  And the
         source's own server, which catalogs it made."""
         made: "Dict[int, int]" = {}
@@ -10110,9 +10174,10 @@ class Restore:
             functools.partial(self._ask_for_catalogs, Link(host, config, dialer))
             for host in sorted({b.host for b in config.backups.values()})]
         if own:
-            jobs.append(functools.partial(self._ask_what_was_made, Link(own.host, config, dialer), made))
+            jobs.append(functools.partial(self._ask_what_was_made, Link(own.host, config, dialer),
+                                          made))
         in_parallel(lambda job: job(), jobs)
-        self.holders.sort(key=lambda holder: holder.name)
+        self.each.sort(key=lambda holder: holder.name)
         self._leave_out_unknown(made, own.host if own else "")
 
     def _ask_for_catalogs(self, link: Link) -> None:
@@ -10121,8 +10186,9 @@ class Restore:
         try:
             vaults = link.call("vaults", source=self.source)["vaults"]
         except (Unreachable, Refused) as error:
-            with self.lock:
-                self.down.update((b.name, "%s on %s" % (b.name, host)) for b in config.backups_of(host))
+            with self._lock:
+                self.down.update((b.name, "%s on %s" % (b.name, host))
+                                 for b in config.backups_of(host))
             log.info("%s", error)
             return
         finally:
@@ -10130,12 +10196,14 @@ class Restore:
         for name, facts in sorted(vaults.items()):
             spec = config.backups.get(name)
             if spec and spec.host == host:
-                with self.lock:
-                    self.holders.append(RemoteHolder(link.again(), name, list_catalogs(
-                        str(row[0]) for row in facts["catalogs"]), config.rate(spec, key="bwlimit")))
+                catalogs = list_catalogs(str(row[0]) for row in facts["catalogs"])
+                limit = config.rate(spec, key="bwlimit")
+                with self._lock:
+                    self.each.append(RemoteHolder(link.again(), name, catalogs, limit))
 
     def _ask_what_was_made(self, link: Link, made: "Dict[int, int]") -> None:
-        """Enter generation -> time of the catalogs that the source's own server made, if it answers."""
+        """Enter generation -> time of the catalogs that the source's own server made, if it
+        answers."""
         try:
             rows = link.call("generations", source=self.source)["rows"]
             made.update((gen, int(when)) for gen, when, _ in rows)
@@ -10152,240 +10220,667 @@ class Restore:
 
         made: of `_ask_what_was_made`, by the server on `host`.
         """
-        top = max((f.upto for holder in self.holders for f in holder.catalogs
+        top = max((f.upto for holder in self.each for f in holder.catalogs
                    if made.get(f.upto) == f.time), default=None)
-        for holder in self.holders if top is not None else ():
+        for holder in self.each if top is not None else ():
             wrong = [f for f in holder.catalogs if f.upto >= top and made.get(f.upto) != f.time]
             if wrong:
                 holder.catalogs = [f for f in holder.catalogs if f not in wrong]
-                log.warning("%s has a catalog of %s (%d, of %s) that the source's own server on %s did "
-                            "not make: not taken; if that server has lost what it knew of its last days, "
-                            "stop it, and run this again", holder.name, self.source, wrong[0].upto,
-                            format_time(wrong[0].time), host)
+                log.warning(
+                    "%s has a catalog of %s (%d, of %s) that the source's own server on %s did not "
+                    "make: not taken; if that server has lost what it knew of its last days, stop "
+                    "it, and run this again", holder.name, self.source, wrong[0].upto,
+                    format_time(wrong[0].time), host)
 
-    def open_plan(self, work: str) -> None:
-        """Make the plan's database in the working directory, and load the newest catalog that can be had."""
-        self.work = work
-        plan = os.path.join(work, "plan.db")
-        for suffix in ("", "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(plan + suffix)
-        self.db = sqlite3.connect(plan, isolation_level=None, check_same_thread=False)
-        self.db.execute("PRAGMA synchronous=OFF")
-        self.db.execute("PRAGMA journal_mode=TRUNCATE")  # in memory it would grow with the number of files
-        self.db.executescript(PLAN_SCHEMA)
-        self.done = open_database(os.path.join(work, "done.db"), DONE_SCHEMA, 1, "DELETE")
-        self.done.execute("PRAGMA synchronous=OFF")
-        self.done.execute("PRAGMA journal_mode=WAL")
-        self._load_catalog()
-        self._select()
+    def lose(self, number: int) -> None:
+        """One of them no longer answers."""
+        with self._lock:
+            self.down[self.each[number].backup] = self.each[number].name
 
-    def _literal_prefixes(self) -> "Optional[List[bytes]]":
-        """How every path begins that is asked for, none of them within another; None: it may be
-        anything."""
-        prefixes = sorted({re.split(rb"[*?[]", pattern, maxsplit=1)[0] for pattern in self.patterns})
-        if b"" in prefixes or not prefixes:
-            return None
-        return [p for p in prefixes if not any(p.startswith(other) for other in prefixes if other != p)]
+    def unreachable(self) -> str:
+        """The end of a sentence: who could not be asked; "" when all could."""
+        return "; not reachable: %s" % ", ".join(sorted(self.down.values())) if self.down else ""
 
-    def _is_asked_for(self, path: bytes) -> bool:
+    def catalogs(self, at: "Optional[float]") -> "List[Tuple[int, int, List[CatalogFile]]]":
+        """(time, number of the holder, the files that a catalog consists of), the newest (not newer
+        than `at`) first."""
+        choices = [(chain[-1].upto, chain[-1].time, number, chain)
+                   for number, holder in enumerate(self.each)
+                   for chain in catalog_chains(holder.catalogs, at)]
+        return [c[1:] for c in sorted(choices, key=lambda c: c[:3], reverse=True)]
+
+    def no_catalog(self, at: "Optional[float]") -> CBackupError:
+        """What to raise when none of them could be read."""
+        where = self.unreachable()
+        oldest = min((f.time for holder in self.each for f in holder.catalogs if not f.since),
+                     default=0)
+        if at and oldest > at:
+            where = "; the oldest is of %s" % format_time(oldest) + where
+        return CBackupError("no backup that can be reached has a catalog of %s%s%s" % (
+            self.source, " of %s" % format_time(at) if at else "", where))
+
+
+class Asked:
+    """What of a source is asked for: all of it, or what the patterns say; or, with `only`, a path
+    and what is directly in it.  Touches nothing."""
+
+    def __init__(self, patterns: "Iterable[str]" = (), only: "Optional[bytes]" = None) -> None:
+        import fnmatch
+        self.patterns = [os.fsencode(p).strip(b"/") for p in patterns]
+        self._tests = [re.compile(fnmatch.translate(as_text(p))) for p in self.patterns]
+        self._only = only
+
+    def has(self, path: bytes) -> bool:
+        """Whether a pattern says so."""
         return any(path == p or path.startswith(p + b"/") for p in self.patterns) \
             or any(test.match(as_text(path)) for test in self._tests)
 
-    def _lines_wanted(self) -> "Optional[Callable[[bytes], bool]]":
-        """What of a catalog has to be understood: what is asked for, and the directories above."""
-        if self.only is not None:
-            return PathsOf([self.only], [self.only + b"/" if self.only else b""])
-        prefixes = self._literal_prefixes()
+    def takes(self, path: bytes) -> bool:
+        """Whether a path of a catalog concerns us."""
+        if (path + b"/").startswith(RESTORE_DIR + b"/"):
+            return False  # no source has that, and what is laid there would be a later run's
+        return self._only is None or path == self._only or path.rpartition(b"/")[0] == self._only
+
+    def in_vain(self, paths: "Callable[[], Iterable[bytes]]") -> "List[bytes]":
+        """The patterns that none of the paths fulfils."""
+        return [pattern for pattern, test in zip(self.patterns, self._tests)
+                if not any(path == pattern or path.startswith(pattern + b"/")
+                           or test.match(as_text(path)) for path in paths())]
+
+    def prefixes(self) -> "Optional[List[bytes]]":
+        """How every path begins that is asked for, none of them within another; None: it may be
+        anything."""
+        prefixes = sorted({re.split(rb"[*?[]", pattern, maxsplit=1)[0]
+                           for pattern in self.patterns})
+        if b"" in prefixes or not prefixes:
+            return None
+        return [p for p in prefixes
+                if not any(p.startswith(other) for other in prefixes if other != p)]
+
+    def lines(self) -> "Optional[Callable[[bytes], bool]]":
+        """A test for a catalog's lines: what has to be understood is what is asked for, and the
+        directories above.  None: everything."""
+        if self._only is not None:
+            return PathsOf([self._only], [self._only + b"/" if self._only else b""])
+        prefixes = self.prefixes()
         if prefixes is None:
-            return DirectoriesAnd(self._is_asked_for) if self.patterns else None
+            return DirectoriesAnd(self.has) if self.patterns else None
         above = {b""}
         for prefix in prefixes:
             parts = prefix.split(b"/")
             above.update(b"/".join(parts[:count]) for count in range(1, len(parts)))
         return PathsOf(above, prefixes)
 
-    def _load_catalog(self) -> None:
-        choices = [(chain[-1].upto, chain[-1].time, number, chain) for number, holder in enumerate(self.holders)
-                   for chain in catalog_chains(holder.catalogs, self.at)]
-        for _, when, number, chain in sorted(choices, key=lambda c: c[:3], reverse=True):
-            holder = self.holders[number]
-            scratch = os.path.join(self.work, "catalog-%d" % number)
-            try:
-                self.db.execute("BEGIN")
-                self.db.execute("DELETE FROM want")
-                for path in holder.catalog_paths(self.source, chain, scratch):
-                    self._load_rows(read_catalog(path, self._lines_wanted()))
-                self.db.execute("COMMIT")
-                self.catalog_time, self.catalog_from = when, holder.name
+
+class Item(namedtuple("Item", "path size place digest mode uid gid user group mtime xattrs")):
+    """A file that is to be fetched.  place: where its holder has it, see PLAN_SCHEMA."""
+
+    __slots__ = ()
+
+    @property
+    def look(self) -> "Tuple[Any, ...]":
+        """See METADATA."""
+        return self[4:]
+
+
+class Plan:
+    """What is wanted, who has it, and what has become of it: the one place for the SQL of a plan.
+    May touch: its database.  Safe to use by several threads."""
+
+    def __init__(self, work: str) -> None:
+        """A new one, in the directory `work`."""
+        path = os.path.join(work, "plan.db")
+        for suffix in ("", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + suffix)
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute("PRAGMA journal_mode=TRUNCATE")  # in memory it would grow with the files
+        self._db.executescript(PLAN_SCHEMA)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextlib.contextmanager
+    def at_once(self) -> "Iterator[None]":
+        """One transaction; all of it or, when something is raised, nothing."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield
                 return
-            except (UsageError, OwnFailure):
-                self.db.execute("ROLLBACK")
+            self._db.execute("BEGIN")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
                 raise
-            except (CBackupError, OSError) as error:
-                self.db.execute("ROLLBACK")
-                log.warning("the catalog of %s: %s", holder.name, error)
-        where = "; not reachable: %s" % ", ".join(sorted(self.down.values())) if self.down else ""
-        oldest = min((f.time for holder in self.holders for f in holder.catalogs if not f.since), default=0)
-        if self.at and oldest > self.at:
-            where = "; the oldest is of %s" % format_time(oldest) + where
-        raise CBackupError("no backup that can be reached has a catalog of %s%s%s" % (
-            self.source, " of %s" % format_time(self.at) if self.at else "", where))
-
-    def _load_rows(self, rows: "Iterable[CatalogRow]") -> None:
-        for row in rows:
-            if (row.path + b"/").startswith(RESTORE_DIR + b"/"):
-                continue  # no source has that, and what is laid there would be in the hands of a later run
-            if self.only is not None and row.path != self.only and row.path.rpartition(b"/")[0] != self.only:
-                continue
-            if row.kind is None:
-                self.db.execute("DELETE FROM want WHERE path=?", (row.path,))
-            else:
-                self.db.execute(
-                    "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, target, digest, "
-                    "holders, proven, xattrs, readable) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                    (row.path, row.kind, row.size, row.mtime, row.mode, row.uid, row.gid, row.user, row.group, row.link,
-                     row.target, row.digest, ",".join(row.holders), int(row.proven),
-                     None if row.xattrs is None else json.dumps(row.xattrs), int(row.readable)))
-
-    def _select(self) -> None:
-        """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is restored."""
-        if self.patterns:
-            self.db.create_function("wanted", 1, lambda path: int(self._is_asked_for(path)))
-            self.db.execute("DELETE FROM want WHERE kind<>'d' AND NOT wanted(path)")
-            self.db.execute("UPDATE want SET asked=0 WHERE NOT wanted(path)")
-            for pattern, test in zip(self.patterns, self._tests):
-                if not any(row[0] == pattern or row[0].startswith(pattern + b"/") or test.match(as_text(row[0]))
-                           for row in self.db.execute("SELECT path FROM want WHERE asked=1")):
-                    self.unmatched.append(pattern)
-            if len(self.unmatched) == len(self.patterns):
-                raise CBackupError("nothing in %s matches %s" % (
-                    self.source, ", ".join(shown(p) for p in self.patterns)))
-        files, size = self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE kind='f'")
-        self.counts.update(files=files, bytes=size)
+            self._db.execute("COMMIT")
 
     def _one(self, sql: str, *values: Any) -> Any:
-        with self.lock:
-            return self.db.execute(sql, values).fetchone()
+        with self._lock:
+            return self._db.execute(sql, values).fetchone()
 
     def _rows(self, sql: str, *values: Any) -> "List[Any]":
-        with self.lock:
-            return self.db.execute(sql, values).fetchall()
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
 
-    def _each(self, columns: str, condition: str, deepest_first: bool = False) -> "Iterator[Any]":
-        """(path, columns...) of what is wanted and fulfils a condition, by path; the table may be changed meanwhile."""
+    def _many(self, sql: str, rows: "Iterable[Tuple[Any, ...]]") -> None:
+        with self.at_once():
+            self._db.executemany(sql, rows)
+
+    # -- what is wanted --
+
+    def load(self, files: "Iterable[Iterable[CatalogRow]]", asked: Asked) -> None:
+        """The rows of a catalog's files, oldest first.  Raises what they raise: then there is
+        nothing."""
+        with self.at_once():
+            self._db.execute("DELETE FROM want")
+            for rows in files:
+                rows = iter(rows)
+                while True:
+                    news = {row.path: row for row in itertools.islice(rows, 1000)}
+                    if not news:
+                        break
+                    self._enter([row for path, row in news.items() if asked.takes(path)])
+
+    def _enter(self, rows: "List[CatalogRow]") -> None:
+        """Rows of different paths."""
+        self._db.executemany("DELETE FROM want WHERE path=?",
+                             [row[:1] for row in rows if row.kind is None])
+        self._db.executemany(
+            "INSERT OR REPLACE INTO want(path, kind, size, mtime, mode, uid, gid, user, grp, link, "
+            "target, digest, holders, proven, xattrs, readable) "
+            "VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            [row[:12] + (",".join(row.holders), row.proven,
+                         None if row.xattrs is None else json.dumps(row.xattrs), row.readable)
+             for row in rows if row.kind is not None])
+
+    def select(self, asked: Asked) -> "List[bytes]":
+        """Keep what the patterns ask for.  Directories stay in any case, for the parents of what is
+        restored.  Returns the patterns that nothing fulfils."""
+        if not asked.patterns:
+            return []
+        with self.at_once():
+            self._db.create_function("asked_for", 1, lambda path: int(asked.has(path)))
+            self._db.execute("DELETE FROM want WHERE kind<>'d' AND NOT asked_for(path)")
+            self._db.execute("UPDATE want SET asked=0 WHERE NOT asked_for(path)")
+        return asked.in_vain(lambda: (
+            path for (path,) in self._db.execute("SELECT path FROM want WHERE asked=1")))
+
+    def each(self, what: str) -> "Iterator[Any]":
+        """(path, columns...) of a list of LISTS, by path; the states may be changed meanwhile."""
+        columns, condition, *deepest = LISTS[what]
+        order, beyond = ("DESC", "<") if deepest else ("", ">")
         after: "Tuple[Any, ...]" = ()
         while True:
             page = self._rows("SELECT path, %s FROM want WHERE %s %s ORDER BY path %s LIMIT 1000" % (
-                columns, condition, "AND path%s?" % "><"[deepest_first] if after else "", "DESC" if deepest_first else ""),
-                *after)
-            for row in page:
-                yield row
+                columns, condition, "AND path%s?" % beyond if after else "", order), *after)
+            yield from page
             if len(page) < 1000:
                 return
             after = page[-1][:1]
 
+    def count(self, what: str) -> "Tuple[int, int]":
+        """(how many, bytes) of a list of LISTS."""
+        return self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE " + LISTS[what][1])
+
+    def set_state(self, path: bytes, state: int, note: "Optional[str]" = None) -> None:
+        with self._lock:
+            self._db.execute("UPDATE want SET state=?, note=COALESCE(?, note) WHERE path=?",
+                             (state, note, path))
+
+    def settle(self, paths: "Iterable[bytes]") -> None:
+        """They are in place."""
+        self._many("UPDATE want SET state=1 WHERE path=?", [(path,) for path in paths])
+
+    def end(self) -> None:
+        """What is not there now is missing."""
+        with self._lock:
+            self._db.execute("UPDATE want SET state=5 WHERE kind='f' AND state IN (0, 3)")
+
+    def is_file(self, path: bytes) -> bool:
+        return self._one("SELECT 1 FROM want WHERE path=? AND kind='f'", path) is not None
+
+    def was_readable(self, path: bytes) -> bool:
+        """Whether the source's host could read it."""
+        return bool(self._one("SELECT readable FROM want WHERE path=?", path)[0])
+
+    def leads_to(self, path: bytes, *state: int) -> bool:
+        """Whether a directory is above something that is wanted, or that is in this state."""
+        return self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' %s LIMIT 1" % (
+            "AND state=?" if state else ""), path + b"/", path + b"0", *state) is not None
+
+    def alike(self) -> "Iterator[List[Tuple[bytes, str]]]":
+        """(path, kind) of those that some file systems take for one name, directories first."""
+        self._db.create_function("fold_key", 1, fold_key)
+        for (key,) in self._rows("SELECT fold_key(path) FROM want GROUP BY 1 "
+                                 "HAVING COUNT(*)>1 AND SUM(kind<>'d')>0"):
+            yield self._rows("SELECT path, kind FROM want WHERE fold_key(path)=? "
+                             "ORDER BY kind<>'d', path", key)
+
     # -- who has it --
 
-    def ask_holders(self) -> None:
-        """Learn which holder has which wanted file.  Of all that they have, when something may have
-        another name there."""
-        prefixes = self._literal_prefixes()
-        if prefixes is not None:
-            self._ask_all(prefixes)
-            self._rank("kind='f'")
-        if prefixes is None or self._one("SELECT 1 FROM want WHERE kind='f' AND rank=0 LIMIT 1"):
-            self._ask_all([b""])
-        # What nobody has under its path may have been renamed since: the same bytes under another name.
-        for condition in ("o.digest=w.digest", "o.size=w.size AND o.mtime=w.mtime AND o.digest IS NULL"):
-            self.db.execute("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place, 0 FROM want w JOIN other o ON %s "
-                            "WHERE w.kind='f' AND NOT EXISTS(SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
-        self._rank("kind='f'")
-
-    def _ask_all(self, prefixes: "List[bytes]") -> None:
-        """Enter what the holders have of paths that begin so."""
-        few = self._few_wanted()
-        for number, holder in enumerate(self.holders):
-            self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
-            self.db.execute("BEGIN")
+    def enter_holdings(self, number: int, rows: "Iterable[Holding]") -> None:
+        """What a holder has; `match` says what of it is wanted.  What was entered before something
+        is raised stays."""
+        rows = iter(rows)
+        while True:
+            page: "List[Tuple[Any, ...]]" = []
             try:
-                for prefix in prefixes:
-                    old = self.at is not None
-                    for path, place, size, mtime, digest in holder.holdings(self.source, old, prefix):
-                        if few is None or path in few or digest in few \
-                                or digest is None and (size, mtime) in few:
-                            self._enter_holding(number, path, place, size, mtime, digest)
-            except (Unreachable, Refused, ProtocolError, OSError) as error:
-                self.down[holder.backup] = holder.name
-                log.warning("%s: %s", holder.name, error)
+                for row in itertools.islice(rows, 2000):
+                    page.append((number,) + row)
             finally:
-                self.db.execute("COMMIT")
+                self._many("INSERT INTO came VALUES(?,?,?,?,?,?)", page)
+            if not page:
+                return
 
-    def _few_wanted(self) -> "Optional[set[Any]]":
-        """When only some files of a source are asked for: their paths, digests, and (size, mtime);
-        what has none of these is of no use.  None: too many to keep them in memory."""
-        if not self.patterns or self.counts["files"] > FEW_FILES:
-            return None
-        few: "set[Any]" = set()
-        for path, digest, size, mtime in self._each("digest, size, mtime", "kind='f'"):
-            few |= {path, digest, (size, mtime)}
-        return few - {None}
+    def match(self) -> None:
+        """Find among what was entered the wanted versions; the rest may be one by another name."""
+        with self.at_once():
+            self._db.execute(
+                "INSERT OR IGNORE INTO have SELECT c.path, c.holder, c.place, "
+                "c.digest IS NULL AND c.mtime<>w.mtime FROM came c CROSS JOIN want w "
+                "ON w.path=c.path WHERE w.kind='f' AND " + SAME_VERSION)
+            self._db.execute(
+                "INSERT INTO other SELECT c.path, c.holder, CASE c.place WHEN x'' THEN "
+                "CAST('/' || c.path AS BLOB) ELSE c.place END, c.size, c.mtime, c.digest FROM came c "
+                "LEFT JOIN want w ON w.path=c.path AND w.kind='f' WHERE w.path IS NULL OR NOT "
+                + SAME_VERSION)
+            self._db.execute("DELETE FROM came")
 
-    def _enter_holding(self, number: int, path: bytes, place: bytes, size: int, mtime: int, digest: "Optional[bytes]") -> None:
-        row = self._one("SELECT size, mtime, digest FROM want WHERE path=? AND kind='f'", path)
-        if row and (row[2] == digest if digest and row[2] else row[0] == size and (digest is None or row[1] == mtime)):
-            self.db.execute("INSERT OR IGNORE INTO have VALUES(?,?,?,?)",
-                            (path, number, place, int(digest is None and row[1] != mtime)))
-        else:
-            self.db.execute("INSERT INTO other VALUES(?,?,?,?,?,?)", (path, number, place or b"/" + path, size, mtime, digest))
+    def match_renamed(self) -> None:
+        """What nobody has under its path may have been renamed since: the same bytes under another
+        name."""
+        for condition in ("o.digest=w.digest",
+                          "o.size=w.size AND o.mtime=w.mtime AND o.digest IS NULL"):
+            if self._one("SELECT 1 FROM other LIMIT 1"):
+                self._one("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place, 0 "
+                          "FROM want w JOIN other o ON %s WHERE w.kind='f' AND NOT EXISTS("
+                          "SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
 
-    def _rank(self, condition: str, *values: Any) -> None:
-        """Count anew how many holders have the files that fulfil a condition.  Everybody's turn begins anew with it."""
-        with self.lock:
-            self.db.execute("UPDATE want SET rank=(SELECT COUNT(DISTINCT holder) FROM have h WHERE h.path=want.path) WHERE "
-                            + condition, values)
-            self._turn.clear()
+    def lacks(self) -> bool:
+        """Whether there are files that nobody is known to have."""
+        return self._one("SELECT 1 FROM want WHERE kind='f' AND NOT %s LIMIT 1" % HAS) is not None
 
-    def _lead_links(self) -> None:
-        """Of hard links one path is fetched: one that somebody has, if not one of them is there already."""
-        self.db.execute(
-            "UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND state=0 AND EXISTS(SELECT 1 FROM want w WHERE "
-            "w.link=want.link AND w.kind='f' AND w.digest IS want.digest AND w.path<>want.path AND (w.state=1 OR "
-            "w.state=0 AND w.rank>0 AND (want.rank=0 OR w.path<want.path)))")
+    def who_has_another(self, path: bytes) -> "List[int]":
+        """The numbers of holders with other versions of a path."""
+        return [n for (n,) in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path)]
 
-    def _lead_other_links(self) -> bool:
-        """Where the path that was to be fetched did not come: another one of the same links.  False when there is none."""
-        changed = self.db.execute(
-            "UPDATE want SET state=0 WHERE kind='f' AND link IS NOT NULL AND state=3 AND rank>0 AND NOT EXISTS("
-            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND w.digest IS want.digest AND w.state=1)").rowcount
-        self._lead_links()
-        self._turn.clear()
+    def lead_links(self) -> None:
+        """Of hard links one path is fetched: one that somebody has, if not one of them is there
+        already."""
+        self._one(
+            "UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND state=0 AND EXISTS("
+            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND w.digest IS want.digest "
+            "AND w.path<>want.path AND (w.state=1 OR w.state=0 AND %s AND (NOT %s "
+            "OR w.path<want.path)))" % (HAS.replace("want.", "w."), HAS))
+
+    def lead_other_links(self) -> bool:
+        """Where the path that was to be fetched did not come: another one of the same links.  False
+        when there is none."""
+        with self.at_once():
+            changed = self._db.execute(
+                "UPDATE want SET state=0 WHERE kind='f' AND link IS NOT NULL AND state=3 AND %s AND "
+                "NOT EXISTS(SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND "
+                "w.digest IS want.digest AND w.state=1)" % HAS).rowcount
+            self.lead_links()
         return changed > 0
 
-    # -- the target --
+    def first_of_links(self, link: int, digest: "Optional[bytes]") -> "Optional[bytes]":
+        """The path of a file that is there."""
+        row = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND kind='f' AND state=1 "
+                        "ORDER BY path LIMIT 1", link, digest)
+        return row[0] if row else None
 
-    def _leave_out_folded(self) -> None:
-        """Where the target takes several wanted names for one, bring one of them: a directory, that which is there already, or
-        the first.  The others have their reason noted, and are not fetched: each would take the other's place."""
-        probe = RESTORE_DIR + "/probe-\u00e9".encode()
+    # -- what is still to be fetched --
+
+    def open_all(self) -> int:
+        """Everything that is wanted and that somebody has is to be fetched.  Returns its bytes."""
+        with self.at_once():
+            self._db.execute("DELETE FROM queue")
+            self._db.execute(TO_QUEUE % "")
+            return self._one("SELECT COALESCE(SUM(size), 0) FROM queue JOIN want USING(path)")[0]
+
+    def open_again(self, number: int, paths: "List[bytes]",
+                   without: "List[Tuple[bytes, bytes]]") -> None:
+        """Some are to be fetched after all.  without: (path, place) that this holder does not
+        deliver."""
+        with self.at_once():
+            self._db.executemany("DELETE FROM have WHERE path=? AND holder=? AND place=?",
+                                 [(path, number, place) for path, place in without])
+            self._db.executemany(TO_QUEUE % "AND h.path=?", [(path,) for path in paths])
+
+    def is_open(self) -> bool:
+        return self._one("SELECT 1 FROM queue LIMIT 1") is not None
+
+    def page(self, number: int, turn: int, after: bytes, most: int) -> "List[Item]":
+        """Open files of one turn (see PLAN_SCHEMA) that a holder has, behind a path, by path; a file
+        that it has at several places comes once, and a place, too."""
+        rows = map(Item._make, self._rows(
+            "SELECT w.path, w.size, h.place, w.digest, %s FROM queue q CROSS JOIN have h "
+            "ON h.path=q.path AND h.holder=? CROSS JOIN want w ON w.path=q.path WHERE q.turn=? "
+            "AND q.path>? ORDER BY q.path, h.doubt, h.place LIMIT ?" % METADATA,
+            number, turn, after, most))
+        first: "Dict[bytes, Item]" = {}
+        for row in rows:
+            first.setdefault(row.path, row)
+        return list({row.place or row.path: row for row in reversed(first.values())}.values())[::-1]
+
+    def take(self, turn: int, paths: "Iterable[bytes]") -> None:
+        """They are being fetched."""
+        self._many("DELETE FROM queue WHERE turn=? AND path=?", [(turn, path) for path in paths])
+
+    def places(self, number: int, items: "Iterable[Item]") -> "List[Item]":
+        """Those of the files that a holder has, and where."""
+        found = []
+        for item in items:
+            row = self._one("SELECT place FROM have WHERE holder=? AND path=? ORDER BY doubt, place "
+                            "LIMIT 1", number, item.path)
+            if row:
+                found.append(item._replace(place=row[0]))
+        return found
+
+    def lose(self, number: int) -> None:
+        """A holder delivers nothing any more."""
+        with self.at_once():
+            self._db.execute("DELETE FROM have WHERE holder=?", (number,))
+            self._db.execute("DELETE FROM queue WHERE NOT EXISTS("
+                             "SELECT 1 FROM have h WHERE h.path=queue.path)")
+
+    def needed(self) -> int:
+        """Bytes of all that somebody has; of hard links once."""
+        return sum(self._one(sql)[0] for sql in (
+            "SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND link IS NULL AND " + HAS,
+            "SELECT COALESCE(SUM(size), 0) FROM (SELECT MAX(size) size FROM want WHERE kind='f' "
+            "AND link IS NOT NULL AND %s GROUP BY link)" % HAS))
+
+
+class Done:
+    """What this and earlier runs put into place: kept while the restore is not over, so that nothing
+    is read or fetched twice.  May touch: its database."""
+
+    def __init__(self, work: str) -> None:
+        self._lock = threading.Lock()
+        self._db = open_database(os.path.join(work, "done.db"), DONE_SCHEMA, 1, "DELETE")
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._db.execute("PRAGMA journal_mode=WAL")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def has(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]") -> bool:
+        return self._db.execute(
+            "SELECT 1 FROM done WHERE path=? AND size=? AND mtime=? AND ino=? AND digest IS ?",
+            (path, info.st_size, info.st_mtime_ns, info.st_ino, digest)).fetchone() is not None
+
+    def add(self, rows: "List[Tuple[bytes, os.stat_result, Optional[bytes]]]") -> None:
+        """(path, what is there, its digest)."""
+        with self._lock:
+            self._db.execute("BEGIN")
+            self._db.executemany(
+                "INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)",
+                [(path, info.st_size, info.st_mtime_ns, info.st_ino, digest)
+                 for path, info, digest in rows])
+            self._db.execute("COMMIT")
+
+
+class Metadata:
+    """Modes, owners, times and extended attributes of what is brought back; what could not be set
+    is counted.  May touch: what it is told to, in the tree that it is given."""
+
+    def __init__(self) -> None:
+        self.notes: "Dict[str, int]" = {}  # what could not be set -> how often
+        self._names = Names()
+        self._lock = threading.Lock()
+        self._root = os.geteuid() == 0
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self.notes[text] = self.notes.get(text, 0) + 1
+
+    def owner(self, uid: int, gid: int, user: str, group: str) -> "Tuple[int, int]":
+        """By name, when this machine knows it, else by number."""
+        return self._names.uid(user, uid), self._names.gid(group, gid)
+
+    def is_right(self, info: os.stat_result, look: "Tuple[Any, ...]") -> bool:
+        """Whether nothing is left to be set.  look: see METADATA."""
+        mode, uid, gid, user, group, mtime, xattrs = look
+        return xattrs is None and info.st_mtime_ns == mtime and stat.S_IMODE(info.st_mode) == mode \
+            and (not self._root or (info.st_uid, info.st_gid) == self.owner(uid, gid, user, group))
+
+    def set(self, tree: Tree, rel: bytes, look: "Tuple[Any, ...]") -> None:
+        """Of a file or a directory, where they are others: what is right already is not touched."""
+        mode, uid, gid, user, group, mtime, xattrs = look
+        info = tree.lstat(rel)
+        self.set_owner(tree, rel, info, uid, gid, user, group)
+        try:
+            self.set_mode(tree, rel, mode, xattrs, lambda mode: tree.chmod(rel, mode))
+            if info is None or info.st_mtime_ns != mtime:
+                tree.set_mtime(rel, mtime)
+        except OSError as error:
+            self.note("modes or times could not be set (%s)" % reason_of(error))
+
+    def set_owner(self, tree: Tree, rel: bytes, info: "Optional[os.stat_result]", uid: int, gid: int,
+                  user: str, group: str) -> None:
+        """As root, where it is another one than in `info`."""
+        owner = self.owner(uid, gid, user, group)
+        if not self._root or info is not None and (info.st_uid, info.st_gid) == owner:
+            return
+        try:
+            tree.chown(rel, *owner)
+        except OSError as error:
+            self.note("owners could not be set (%s)" % reason_of(error))
+
+    def set_mode(self, tree: Tree, rel: bytes, mode: int, xattrs: "Optional[str]",
+                 chmod: "Callable[[int], None]") -> None:
+        """Mode and extended attributes: a mode may forbid those of `user.`, and is a part of an
+        ACL."""
+        different = self._different_xattrs(tree, rel, xattrs)
+        early = {name for name in different if name.startswith("user.")}
+        if early:
+            chmod(mode | stat.S_IWUSR)
+        self._set_xattrs(tree, rel, {name: different.pop(name) for name in early})
+        chmod(mode)
+        self._set_xattrs(tree, rel, different)
+
+    def set_xattrs(self, tree: Tree, rel: bytes, xattrs: "Optional[str]") -> None:
+        """Extended attributes alone, as of a symlink."""
+        self._set_xattrs(tree, rel, self._different_xattrs(tree, rel, xattrs))
+
+    def _different_xattrs(self, tree: Tree, rel: bytes, xattrs: "Optional[str]",
+                          ) -> "Dict[str, Optional[bytes]]":
+        """What is to be set, or with None removed, so that an entry has the extended attributes
+        that the catalog says.  What cannot be is noted."""
+        wanted = {name: base64.b64decode(value)
+                  for name, value in json.loads(xattrs or "{}").items() if value is not None}
+        if wanted and not hasattr(os, "setxattr"):
+            self.note("extended attributes could not be set (Python cannot on this system)")
+        if xattrs is None or not hasattr(os, "setxattr"):
+            return {}
+        if not self._root and not all(name.startswith(XATTRS_OF_USERS) for name in wanted):
+            self.note("extended attributes could not be set that only root may set (security., "
+                      "trusted.)")
+            wanted = {name: value for name, value in wanted.items()
+                      if name.startswith(XATTRS_OF_USERS)}
+        there: "Dict[str, bytes]" = {}
         with contextlib.suppress(OSError):
-            self.tree.make_directory(probe)
-            folds = self.tree.lstat(RESTORE_DIR.upper()) or self.tree.lstat(RESTORE_DIR + "/probe-e\u0301".encode())
-            self.tree.rmdir(probe)
-            if not folds:
-                return
-        self.db.create_function("fold_key", 1, fold_key)
-        for (key,) in self._rows("SELECT fold_key(path) FROM want GROUP BY 1 HAVING COUNT(*)>1 AND SUM(kind<>'d')>0"):
-            rows = self._rows("SELECT path, kind FROM want WHERE fold_key(path)=? ORDER BY kind<>'d', path", key)
-            there = [path for path, kind in rows if kind == "d" or path.rpartition(b"/")[2] in self.tree.list(
-                path.rpartition(b"/")[0])]
+            there = tree.xattrs(rel)
+        different: "Dict[str, Optional[bytes]]" = {
+            name: None for name in there if name not in wanted and name.startswith(XATTRS_OF_USERS)}
+        different.update(one for one in wanted.items() if there.get(one[0]) != one[1])
+        return different
+
+    def _set_xattrs(self, tree: Tree, rel: bytes, different: "Dict[str, Optional[bytes]]") -> None:
+        for name, value in different.items():
+            try:
+                tree.set_xattr(rel, name, value)
+            except OSError as error:
+                kind = shown(os.fsencode(name.partition(".")[0])) + "."
+                self.note("extended attributes (%s) could not be set (%s)" % (
+                    "ACLs" if "posix_acl" in name else kind, reason_of(error)))
+
+
+class Work:
+    """The working directory of a restore, in its target: the lock, the plan, and where the holders'
+    files arrive.  May touch: that directory."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.path = target, os.path.join(target, RESTORE_DIR.decode())
+        self._mark = os.path.join(self.path, RESTORE_MARK.decode())
+
+    def make(self) -> None:
+        """Raises CBackupError when something is in it that was not made by a restore: it could lead
+        elsewhere."""
+        if os.path.islink(self.path):
+            raise CBackupError("%s is a symlink; remove it" % self.path)
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        with Tree(self.path) as tree:
+            for rel in tree.walk_files(b""):
+                info = tree.lstat(rel)
+                if info is not None and (not stat.S_ISREG(info.st_mode) or info.st_nlink > 1):
+                    raise CBackupError("%s/%s is none of cbackup's files; remove %s" % (
+                        self.path, shown(rel), self.path))
+
+    @contextlib.contextmanager
+    def locked(self) -> "Iterator[None]":
+        with open(os.path.join(self.path, "lock"), "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CBackupError("another restore is at work in %s" % self.target)
+            yield
+
+    def mark(self) -> None:
+        """From now on the source is held, until the whole of it is back."""
+        atomic_write(self._mark, b"")
+
+    def is_marked(self) -> bool:
+        return os.path.exists(self._mark)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    # -- where files arrive: below the target, in a directory for each holder, by its key: the next
+    # run may have others --
+
+    @staticmethod
+    def staging(holder: Any, path: bytes = b"") -> bytes:
+        """Relative to the target."""
+        return RESTORE_DIR + b"/files-" + os.fsencode(holder.key) + (b"/" + path if path else b"")
+
+    @staticmethod
+    def all_staging(tree: Tree) -> "List[bytes]":
+        """Where files of holders are, or were in an earlier run.  tree: the target."""
+        return [RESTORE_DIR + b"/" + name for name in tree.list(RESTORE_DIR)
+                if name.startswith(b"files-")]
+
+    def keep_parts(self, tree: Tree, plan: Plan) -> None:
+        """What an earlier run that was killed has left is used."""
+        for top in self.all_staging(tree):
+            keep_parts(tree, top, plan.is_file)
+
+    def arrived(self, tree: Tree) -> "Iterator[bytes]":
+        """What lies there."""
+        for top in self.all_staging(tree):
+            yield from tree.walk_files(top)
+
+
+class Target:
+    """The tree that is written.  May touch: everything below its path, and never through a link; the
+    states in the plan."""
+
+    def __init__(self, path: str, force: bool, progress: Progress) -> None:
+        self.path, self.force, self.progress = path, force, progress
+        self.metadata = Metadata()
+        self.tree: "Any" = None  # a Tree, while there is one: see `opened`
+        self._started = clock.now()
+        self._look: "Optional[Tuple[Any, ...]]" = None  # of the target itself
+        self._folds = False
+
+    @contextlib.contextmanager
+    def opened(self) -> "Iterator[Tree]":
+        with Tree(self.path) as self.tree:
+            yield self.tree
+
+    # -- before --
+
+    def free(self) -> int:
+        """Bytes that can be written at the target, or where it will be."""
+        path = self.path
+        while not os.path.isdir(path) and path != os.path.dirname(path):
+            path = os.path.dirname(path)
+        info = os.statvfs(path)
+        if not info.f_blocks:  # a file system that does not know how large it is
+            return 1 << 62
+        return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
+
+    def there(self, plan: Plan) -> int:
+        """Bytes of what is to be restored that need no room, because they are there, or because
+        something else is, or because an earlier run has begun with them."""
+        if not os.path.isdir(self.path):
+            return 0
+        seen, count = set(), 0
+        with Tree(self.path) as tree:
+            for path, size, link in plan.each("files that somebody has"):
+                with contextlib.suppress(OSError):
+                    info = tree.lstat(path)
+                    if info is not None and link not in seen \
+                            and (not self.force or info.st_size == size):
+                        count += size
+                        seen |= {link} - {None}
+            begun = [tree.lstat(path) for path in Work(self.path).arrived(tree)]
+            return count + sum(info.st_size for info in begun if info is not None)
+
+    def count(self, plan: Plan) -> "Tuple[int, int]":
+        """(files that are there with the right size and time, paths where something else is), for a
+        dry run."""
+        there = differ = 0
+        if os.path.isdir(self.path):
+            with self.opened(), plan.at_once():
+                for path, size, mtime in plan.each("files"):
+                    info = self._what_is_at(path, plan)
+                    if info is None:
+                        continue
+                    if (info.st_size, info.st_mtime_ns) == (size, mtime) \
+                            and stat.S_ISREG(info.st_mode):
+                        there += 1
+                        plan.set_state(path, 1)
+                    else:
+                        differ += 1
+                        if not self.force:
+                            plan.set_state(path, 4)
+        return there, differ
+
+    def leave_out_folded(self, plan: Plan) -> None:
+        """Where the target takes several wanted names for one, bring one of them: a directory, that
+        which is there already, or the first.  The others have their reason noted, and are not
+        fetched: each would take the other's place."""
+        if not self._finds_folding():
+            return
+        for rows in plan.alike():
+            there = [path for path, kind in rows if kind == "d"
+                     or path.rpartition(b"/")[2] in self.tree.list(path.rpartition(b"/")[0])]
             first = there[0] if there else rows[0][0]
             for path, kind in rows:
                 if path != first and kind != "d" and self._is_one_name(first, path):
-                    self._set_state(path, 4, "%s: %s takes both for one name" % (difference(first, path), self.target))
+                    plan.set_state(path, 4, "%s: %s takes both for one name" % (
+                        difference(first, path), self.path))
+
+    def _finds_folding(self) -> bool:
+        """Whether the target takes some names for others; also when that cannot be found out."""
+        probe = RESTORE_DIR + "/probe-\u00e9".encode()
+        with contextlib.suppress(OSError):
+            self.tree.make_directory(probe)
+            folds = self.tree.lstat(RESTORE_DIR.upper()) \
+                or self.tree.lstat(RESTORE_DIR + "/probe-e\u0301".encode())
+            self.tree.rmdir(probe)
+            return bool(folds)
+        return True
 
     def _is_one_name(self, one: bytes, other: bytes) -> bool:
-        """Whether the target takes two paths, alike but for case or forms of letters, for one: tried out part by part."""
+        """Whether the target takes two paths, alike but for case or forms of letters, for one: tried
+        out part by part."""
         probe = RESTORE_DIR + b"/probe"
         try:
             for part, same in zip(one.split(b"/"), other.split(b"/")):
@@ -10398,163 +10893,642 @@ class Restore:
         finally:
             self.tree.clear_empty(probe)
 
-    def prepare_target(self) -> None:
-        """Find what is there already: what has the right digest stays, what differs is in the way."""
-        for path, asked in self._each("asked", "kind='d' AND path<>x''"):
-            info = self._what_is_at(path)
-            if info is not None and not stat.S_ISDIR(info.st_mode) and (asked or self._leads_to(path)):
-                self._meet(path)
-        for path, size, digest, *metadata in self._each("size, digest, " + METADATA,
-                                                        "kind='f' AND state=0"):
-            info = self._what_is_at(path)
-            if info is None:
-                continue
-            if stat.S_ISREG(info.st_mode) and info.st_size == size and self._is_right(path, info, digest):
-                self._set_metadata(path, *metadata)
-                self._set_state(path, 1)
-                self.counts["kept_files"] += 1
-            else:
-                self._meet(path)
+    def prepare(self, plan: Plan, done: Done) -> int:
+        """Find what is there already: what has the right digest stays, what differs is in the way.
+        Returns how many files stay."""
+        kept, absent = 0, None
+        with plan.at_once():
+            for path, asked in plan.each("directories"):
+                info = self._what_is_at(path, plan)
+                if info is not None and not stat.S_ISDIR(info.st_mode) \
+                        and (asked or plan.leads_to(path)):
+                    self._meet(path, plan)
+            for path, size, digest, *look in plan.each("open files"):
+                above = path.rpartition(b"/")[0]
+                if above == absent:
+                    continue
+                info = self._what_is_at(path, plan)
+                if info is None:
+                    absent = above if above and self._is_absent(above) else None
+                elif stat.S_ISREG(info.st_mode) and info.st_size == size \
+                        and self._is_right(path, info, digest, done):
+                    if not self.metadata.is_right(info, tuple(look)):
+                        self.metadata.set(self.tree, path, tuple(look))
+                    plan.set_state(path, 1)
+                    kept += 1
+                else:
+                    self._meet(path, plan)
+        return kept
 
-    def _what_is_at(self, path: bytes) -> "Optional[os.stat_result]":
-        """lstat; a path that cannot be there, such as one with a name too long for this file system, has its reason noted."""
+    def _is_absent(self, directory: bytes) -> bool:
+        """Whether nothing can be in a directory, because there is none."""
+        try:
+            return self.tree.lstat(directory, strict=True) is None
+        except OSError:
+            return False
+
+    def _what_is_at(self, path: bytes, plan: Plan) -> "Optional[os.stat_result]":
+        """lstat; a path that cannot be there, such as one with a name too long for this file system,
+        has its reason noted."""
         try:
             return self.tree.lstat(path, strict=True)
         except OSError as error:
-            self._set_state(path, 4, reason_of(error))
+            plan.set_state(path, 4, reason_of(error))
             return None
 
-    def _meet(self, path: bytes) -> None:
+    def _meet(self, path: bytes, plan: Plan) -> None:
         """Something else is where a path belongs."""
         if self.force:
             self._move_aside(path)
         else:
-            self._set_state(path, 4)
+            plan.set_state(path, 4)
 
-    def count_target(self) -> "Tuple[int, int]":
-        """(files that are there with the right size and time, paths where something else is), for a dry run."""
-        there = differ = 0
-        if os.path.isdir(self.target):
-            with Tree(self.target) as self.tree:
-                for path, size, mtime in self._each("size, mtime", "kind='f'"):
-                    info = self._what_is_at(path)
-                    if info is not None and (info.st_size, info.st_mtime_ns) == (size, mtime) and stat.S_ISREG(info.st_mode):
-                        there += 1
-                        self._set_state(path, 1)
-                    elif info is not None:
-                        differ += 1
-                        if not self.force:
-                            self._set_state(path, 4)
-        return there, differ
+    def _move_aside(self, path: bytes) -> None:
+        when = time.strftime("%Y%m%dT%H%M%S", time.localtime(self._started))
+        self.tree.rename(path, BEFORE_RESTORE + when.encode() + b"/" + path)
 
-    def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]") -> bool:
-        known = self.done.execute("SELECT 1 FROM done WHERE path=? AND size=? AND mtime=? AND ino=? AND digest IS ?",
-                                  (path, info.st_size, info.st_mtime_ns, info.st_ino, digest)).fetchone()
+    def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]",
+                  done: Done) -> bool:
+        known = done.has(path, info, digest)
         if known or digest is None:
-            return bool(known)
+            return known
         self.progress.say("checking what is there: %s" % shown(path))
         with contextlib.suppress(OSError):  # what cannot be read is not right
             return bool(self.tree.digest(path)[0] == digest)
         return False
 
-    def _move_aside(self, path: bytes) -> None:
-        aside = BEFORE_RESTORE + time.strftime("%Y%m%dT%H%M%S", time.localtime(self.started)).encode()
-        self.tree.rename(path, aside + b"/" + path)
+    # -- a file that arrived --
 
-    def _set_state(self, path: bytes, state: int, note: "Optional[str]" = None) -> None:
-        with self.lock:
-            self.db.execute("UPDATE want SET state=?, note=COALESCE(?, note) WHERE path=?", (state, note, path))
+    def check(self, staged: bytes, item: Item) -> "Tuple[Optional[bool], Any]":
+        """(whether it is what was wanted, its stat), with its metadata; None: it did not arrive.  A
+        file without a digest in the catalog was never confirmed: size has to do."""
+        try:
+            descriptor, info = self.tree.open_file(staged)
+        except OSError:
+            return None, None
+        try:
+            right = info.st_size == item.size and item.digest in (
+                None, digest_descriptor(descriptor, size=item.size)[0])
+        except OSError:
+            return None, None
+        finally:
+            os.close(descriptor)
+        if right and not self.metadata.is_right(info, item.look):
+            self.metadata.set(self.tree, staged, item.look)
+            info = self.tree.lstat(staged)
+        return right, info
+
+    def place(self, staged: bytes, path: bytes) -> None:
+        """Rename a checked file to its place; raises OSError when something is in the way."""
+        if self.tree.lstat(path) is not None:
+            if not self.force:
+                raise OSError(errno.EEXIST, "something else is there")
+            self._move_aside(path)
+        try:
+            self.tree.rename(staged, path)
+        except PermissionError:
+            # An earlier run may have made a directory read-only already: it is opened, and closed
+            # again at the end.
+            above = path.rpartition(b"/")[0]
+            info = self.tree.lstat(above) if above else None
+            if info is None or info.st_mode & 0o700 == 0o700:
+                raise
+            self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
+            self.tree.rename(staged, path)
+
+    # -- after the files --
+
+    def links(self, plan: Plan) -> int:
+        """Hard links: to whichever of their paths is there.  Returns how many were made."""
+        made = 0
+        for path, link, digest in plan.each("open links"):
+            first = plan.first_of_links(link, digest)
+            if first is None:
+                continue
+            try:
+                self.tree.link(first, path)
+                made += 1
+                plan.set_state(path, 1)
+            except OSError as error:
+                plan.set_state(path, 4, reason_of(error))
+        return made
+
+    def symlinks(self, plan: Plan) -> None:
+        for path, target, mtime, xattrs, *owner in plan.each("symlinks"):
+            try:
+                info = self.tree.lstat(path)
+                if info is None or not stat.S_ISLNK(info.st_mode) \
+                        or self.tree.readlink(path) != target:
+                    if info is not None and not self.force:
+                        plan.set_state(path, 4, "something else is there")
+                        continue
+                    if info is not None:
+                        self._move_aside(path)
+                    self.tree.symlink(target, path)
+                    info = None
+                self.metadata.set_owner(self.tree, path, info, *owner)
+                self.metadata.set_xattrs(self.tree, path, xattrs)
+                with contextlib.suppress(OSError, NotImplementedError):
+                    if info is None or info.st_mtime_ns != mtime:
+                        self.tree.set_mtime(path, mtime)
+                plan.set_state(path, 1)
+            except OSError as error:
+                plan.set_state(path, 4, reason_of(error))
+
+    def directories(self, plan: Plan) -> None:
+        """Make the directories that are asked for, then set the metadata of all, the deepest
+        first."""
+        for path, _ in plan.each("directories to make"):
+            try:
+                self.tree.make_directory(path)
+            except OSError as error:
+                plan.set_state(path, 4, reason_of(error))
+        for path, asked, *look in plan.each("directories, the deepest first"):
+            if not asked and (path == b"" or not plan.leads_to(path, 1)):
+                continue
+            try:
+                if path == b"":
+                    self._look = tuple(look)
+                elif self.tree.lstat(path) is not None:
+                    self.metadata.set(self.tree, path, tuple(look))
+            except OSError as error:
+                self.metadata.note("metadata of directories could not be set (%s)"
+                                   % reason_of(error))
+
+    def finish(self) -> None:
+        """The target's own metadata, when nothing is written there any more."""
+        if self._look:
+            mode, uid, gid, user, group, mtime, xattrs = self._look
+            with contextlib.suppress(OSError), self.opened() as tree:
+                if os.geteuid() == 0:
+                    os.chown(self.path, *self.metadata.owner(uid, gid, user, group))
+                self.metadata.set_mode(tree, b"", mode, xattrs,
+                                       lambda mode: os.chmod(self.path, mode))
+                os.utime(self.path, ns=(mtime, mtime))
+
+
+class Flight:
+    """What one holder is at, for the others to see.  fetching, checking: path -> file, of the batch
+    that is on its way, and of the one before it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.fetching: "Dict[bytes, Item]" = {}
+        self.checking: "Dict[bytes, Item]" = {}
+        self.since = self.heard = 0.0  # when the batch was begun, and when a byte came last
+        self.asked = self.came = 0  # bytes of it
+        self.rate: "Optional[float]" = None  # bytes a second
+        self.turn: "Tuple[int, bytes]" = (0, b"")  # everything before it is in hand
+        self.arrived = 0  # files of the batch that was checked last
+
+
+class Schedule:
+    """Which holder fetches what next: one queue, and at the end idle holders take over what a slow
+    one has not delivered.  While one batch of a holder is checked and put into place, its next one
+    is on its way.  May touch: the plan, the holders, the files that arrive."""
+
+    def __init__(self, source: str, plan: Plan, holders: Holders, progress: Progress) -> None:
+        self.source, self.plan, self.holders, self.progress = source, plan, holders, progress
+        self.flights = [Flight(number) for number in range(len(holders.each))]
+        self.files = self.bytes = 0  # that were restored
+        self._left = self._fetched = self._total = 0  # bytes: in nobody's hands, came, in all
+        self._known = 0, 0  # files: in place before we began, in all
+        self._changed = threading.Condition()
+        self._ended = False  # something went so wrong that all stop
+
+    def fetch_all(self, target: Target, done: Done, known: "Tuple[int, int]") -> None:
+        """All holders at once, each taking the next batch that it can deliver, until nobody can
+        deliver more.  known: (files that were in place before, files in all), to be shown."""
+        self._target, self._done, self._known = target, done, known
+        self._left = self.plan.open_all()
+        self._total = self._fetched + self._left
+        while self.plan.is_open():
+            for flight in self.flights:
+                flight.turn = 0, b""
+            in_parallel(self._fly, self.flights)
+        self.progress.clear()
+
+    def _fly(self, flight: Flight) -> None:
+        checker = Pipeline()
+        try:
+            try:
+                self._work_through(flight, checker)
+            finally:
+                checker.drain()
+        except BaseException:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+            raise
+
+    def _work_through(self, flight: Flight, checker: Pipeline) -> None:
+        holder, failures = self.holders.each[flight.number], 0
+        while failures < FAILURES:
+            batch = self._next_batch(flight)
+            if not batch:
+                busy = bool(flight.checking)
+                checker.drain()
+                if busy and not self._ended:
+                    continue
+                return
+            outcome = self._fetch(flight, batch)
+            came, failed = flight.came, outcome.errors or outcome.how == "own"
+            flight.rate = came / max(0.01, time.monotonic() - flight.since)
+            checker.drain()
+            with self._changed:
+                flight.checking, flight.fetching = flight.fetching, {}
+            checker.submit(functools.partial(self._take, flight, batch, outcome))
+            if not failed:
+                failures = 0
+                continue
+            checker.drain()
+            if outcome.full_disk:
+                raise CBackupError("%s is full: %s" % (self._target.path, outcome.errors[0][:160]))
+            # A part of a large file is something, too: the next try goes on behind it.
+            failures = failures + 1 if not flight.arrived and came < INHERIT_FROM else 0
+            if failures == FAILURES and outcome.how == "own":
+                raise outcome.own_failure()
+            if failures:
+                log.info("%s: %s", holder.name, (outcome.errors or [outcome.own_failure()])[-1])
+            time.sleep(max(0.2, failures - 1))  # the others choose first: they may go on with it
+        self._give_up_on(flight)
+
+    def _fetch(self, flight: Flight, batch: "List[Item]") -> Pull:
+        holder = self.holders.each[flight.number]
+        into = os.path.join(os.fsencode(self._target.path), Work.staging(holder))
+        try:
+            return holder.fetch(
+                self.source, [(item.path, item.place) for item in batch], into,
+                max(item.size for item in batch), lambda count: self._count(flight, count))
+        except Cancelled:
+            return Pull(how="cut")
+        except (UsageError, OwnFailure):
+            raise
+        except (CBackupError, OSError) as error:
+            return Pull(code=1, how="cut", errors=[reason_of(error)])
+
+    def _count(self, flight: Flight, count: int) -> None:
+        """Bytes came.  Raises Cancelled when they are not needed any more."""
+        if not flight.fetching or self._ended:
+            raise Cancelled("others were faster")
+        flight.came += count
+        if count:
+            flight.heard = time.monotonic()
+        self._fetched += count
+        if self.progress.on:
+            before, files = self._known
+            self.progress.update(
+                "restoring %s from %s" % (self.source, count_of(len(self.flights), "place")),
+                self._fetched, max(self._total, self._fetched), ", %s of %s" % (
+                    format(self.files + before, ","), count_of(files, "file")))
+
+    def _give_up_on(self, flight: Flight) -> None:
+        log.warning("%s no longer answers; going on with the others",
+                    self.holders.each[flight.number].name)
+        self.plan.lose(flight.number)
+        self.holders.lose(flight.number)
+
+    # -- the next batch --
+
+    def _next_batch(self, flight: Flight) -> "List[Item]":
+        """Files for one holder: as much as it delivers in BATCH_SECONDS, so that all holders end at
+        about the same time.  When all are taken, part of what a slow one has not delivered.  Waits
+        while that may still become necessary; []: nothing is left for this holder, or nothing
+        before its last batch is checked."""
+        with self._changed:
+            while not self._ended:
+                items = self._open_files(flight)
+                if items:
+                    batch = self._first_of(items, flight)
+                    self.plan.take(flight.turn[0], [item.path for item in batch])
+                    flight.turn = flight.turn[0], batch[-1].path
+                    self._left -= sum(item.size for item in batch)
+                    return self._begun(flight, batch)
+                items, waiting = self._slow_ones(flight)
+                if items:
+                    return self._begun(flight, self._first_of(items, flight))
+                if flight.checking or not waiting:
+                    break
+                self._changed.wait(0.5)
+            return []
+
+    def _begun(self, flight: Flight, batch: "List[Item]") -> "List[Item]":
+        self._inherit(flight, batch)
+        flight.fetching = {item.path: item for item in batch}
+        flight.since = flight.heard = time.monotonic()
+        flight.asked, flight.came = sum(item.size for item in batch), 0
+        return batch
+
+    def _open_files(self, flight: Flight) -> "List[Item]":
+        """Files that are still to be fetched and that this holder has: first those that few others
+        have, by path, and of these the large ones.  From where its turn is."""
+        turn, after = flight.turn
+        while turn <= 2 * len(self.flights) + 1:
+            items = self.plan.page(flight.number, turn, after, FILES_AT_ONCE)
+            flight.turn = turn, after
+            if items:
+                return items
+            turn, after = turn + 1, b""
+        flight.turn = turn, after
+        return []
+
+    def _first_of(self, items: "List[Item]", flight: Flight) -> "List[Item]":
+        """As many of these files as a holder gets at once."""
+        rate, rates = flight.rate, [f.rate for f in self.flights if f.rate]
+        share = rate / sum(rates) if rate and len(rates) > 1 else 1 / max(1, len(self.flights))
+        limit = min(BATCH_BYTES, int(rate * BATCH_SECONDS) if rate else FIRST_BATCH,
+                    int(self._left * share / 2))
+        # A batch costs something, too.
+        limit = max(limit, 1 << 20, min(BATCH_BYTES, int((rate or 0) * LEAST_SECONDS)))
+        batch, size = [], 0
+        for item in items:
+            if batch and size + item.size > limit:
+                break
+            batch.append(item)
+            size += item.size
+        return batch
+
+    def _slow_ones(self, flight: Flight) -> "Tuple[List[Item], bool]":
+        """(files that another holder is fetching and that this one would deliver sooner, whether
+        there may be such later): the later half of its list, which it comes to last."""
+        waiting, now = False, time.monotonic()
+        for other in self.flights:
+            if other is flight or not (other.fetching or other.checking):
+                continue
+            waiting, elapsed = True, now - other.since
+            pace = other.came / max(0.01, elapsed)
+            left = other.asked - other.came  # what others took over it delivers all the same
+            silent = now - other.heard > SILENT_AFTER
+            if elapsed <= STEAL_AFTER or not silent and left <= 0:
+                continue
+            items = self.plan.places(flight.number,
+                                     (other.fetching[path] for path in sorted(other.fetching)))
+            items = items[len(items) // 2:]
+            mine = sum(item.size for item in items) / max(1.0, flight.rate or pace)
+            if items and (silent or mine < left / max(1.0, pace)):
+                return items, True
+        return [], waiting
+
+    def _inherit(self, flight: Flight, batch: "List[Item]") -> None:
+        """Take over the parts of large files that came from a holder which does not go on with
+        them."""
+        tree, each = self._target.tree, self.holders.each
+        at_work = {Work.staging(each[f.number]): f.fetching for f in self.flights}
+        for item in batch:
+            path, part = item.path, part_of(item.path)
+            own = Work.staging(each[flight.number], part)
+            if item.size < INHERIT_FROM or tree.lstat(own) is not None:
+                continue
+            for top in Work.all_staging(tree):
+                if path not in at_work.get(top, ()) and tree.lstat(top + b"/" + part) is not None:
+                    with contextlib.suppress(OSError):
+                        tree.rename(top + b"/" + part, own)
+                    break
+
+    # -- what arrived --
+
+    def _take(self, flight: Flight, batch: "List[Item]", outcome: Pull) -> None:
+        """Check and put into place what arrived of a batch; the rest is open again."""
+        holder = self.holders.each[flight.number]
+        top = Work.staging(holder) + b"/"
+        again: "List[bytes]" = []
+        without: "List[Tuple[bytes, bytes]]" = []
+        placed: "List[Tuple[bytes, os.stat_result, Optional[bytes]]]" = []
+        for item in batch:
+            staged = top + item.path
+            try:
+                right, info = self._target.check(staged, item)
+                if right:
+                    if self._put(flight, staged, item):
+                        placed.append((item.path, info, item.digest))
+                    continue
+                if right is False:  # or rsync would take it for what it wants the next time
+                    self._target.tree.unlink(staged)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise CBackupError("%s: %s" % (self._target.path, reason_of(error)))
+                self.plan.set_state(item.path, 4, reason_of(error))
+                continue
+            again.append(item.path)
+            if self._is_its_fault(item, right, outcome):
+                without.append((item.path, item.place))
+                if right is False and not item.place.startswith(b"attic/"):
+                    log.warning("%s: the copy of %s is damaged; taking another", holder.name,
+                                shown(item.path))
+                    self.plan.set_state(item.path, 0,
+                                        "the copy of %s is damaged" % holder.name)
+        self._settle(flight, placed, again, without)
+
+    @staticmethod
+    def _is_its_fault(item: Item, right: "Optional[bool]", outcome: Pull) -> bool:
+        """Whether a file that is not there is not to be had from this holder."""
+        if right is None:
+            return outcome.how == "done"
+        if item.path in outcome.parts:
+            return False  # the part was of another version: now from the beginning
+        # Cut off, a small file may lie torn under its own name.
+        return outcome.how == "done" or item.size > PLAIN_BELOW
+
+    def _put(self, flight: Flight, staged: bytes, item: Item) -> bool:
+        """Into its place; when another holder has delivered it meanwhile, it is left where it is:
+        False."""
+        with self._changed:
+            if item.path not in flight.checking:
+                return False
+            self._target.place(staged, item.path)
+            self.files += 1
+            self.bytes += item.size
+            for other in self.flights:
+                other.fetching.pop(item.path, None)
+                other.checking.pop(item.path, None)
+        return True
+
+    def _settle(self, flight: Flight, placed: "List[Any]", again: "List[bytes]",
+                without: "List[Tuple[bytes, bytes]]") -> None:
+        """The end of a batch.  What did not arrive is for everybody, but for what another one has in
+        hand already; `without`: this holder does not deliver it from that place after all."""
+        self.plan.settle(row[0] for row in placed)
+        self._done.add(placed)
+        with self._changed:
+            mine, flight.checking = flight.checking, {}
+            again = [path for path in again if path in mine
+                     and not any(path in f.fetching or path in f.checking for f in self.flights)]
+            self.plan.open_again(flight.number, again, without)
+            self._left += sum(mine[path].size for path in again)
+            if again:
+                for each in self.flights:
+                    each.turn = 0, b""
+            flight.arrived = len(placed)
+            self._changed.notify_all()
+
+    # -- a dry run --
+
+    def measure(self, scratch: str) -> None:
+        """The rate of each holder, all at once as in a restore: a first batch is fetched into
+        `scratch`, and thrown away."""
+        self._left = self.plan.open_all()
+        in_parallel(functools.partial(self._try_out, scratch), self.flights)
+
+    def _try_out(self, scratch: str, flight: Flight) -> None:
+        holder = self.holders.each[flight.number]
+        batch = self._first_of(self._open_files(flight), flight)
+        into = os.fsencode(os.path.join(scratch, "files-%d" % flight.number))
+        if not batch:
+            return
+        came = [(time.monotonic(), 0)]  # (when, bytes until then)
+
+        def on_bytes(count: int) -> None:
+            if count:
+                came.append((time.monotonic(), came[-1][1] + count))
+        try:
+            holder.fetch(self.source, [(item.path, item.place) for item in batch], into,
+                         max(item.size for item in batch), on_bytes)
+            # Without the time until the first tenth is there: a connection is made once, not for
+            # every 8 MB.
+            begun, before = next(point for point in came if 10 * point[1] >= came[-1][1])
+            flight.rate = max(1, came[-1][1] - before) / max(0.01, came[-1][0] - begun)
+        except (CBackupError, OSError) as error:
+            log.info("%s: %s", holder.name, reason_of(error))
+            self._give_up_on(flight)
+        shutil.rmtree(into, ignore_errors=True)
+
+    def forecast(self) -> "Dict[int, Tuple[int, int, float]]":
+        """holder -> (files, bytes, seconds): each file from the holder that is ready with it first,
+        as `_next_batch` has it."""
+        rates = {flight.number: flight.rate for flight in self.flights if flight.rate is not None}
+        share = {number: (0, 0, 0.0) for number in rates}
+        for _, size, holders in self.plan.each("open files and who has them"):
+            able = [int(n) for n in holders.split(",") if int(n) in share]
+            if able:
+                best = min(able, key=lambda n: share[n][2] + size / rates[n])
+                files, total, seconds = share[best]
+                share[best] = files + 1, total + size, seconds + size / rates[best]
+        return share
+
+
+class Restore:
+    """Brings a source, or parts of it, back from whichever backups can be reached.  May touch: the
+    parts that it puts together."""
+
+    def __init__(self, source: str, target: str, patterns: "List[str]", at: "Optional[float]",
+                 force: bool, progress: Progress, directories: "Iterable[str]" = ()) -> None:
+        """target: "" for a dry run that need not know it.  directories: backups mounted here."""
+        self.source, self.at, self.progress = source, at, progress
+        self.asked = Asked(patterns)
+        self.holders = Holders(source, [DirectoryHolder(path, source) for path in directories])
+        self.target = Target(target, force, progress)
+        self.unmatched: "List[bytes]" = []
+        self.counts = dict.fromkeys(("files", "bytes", "restored_files", "restored_bytes",
+                                     "kept_files"), 0)
+        self.catalog_time, self.catalog_from = 0, ""
+
+    # -- what there should be, and who has it --
+
+    def open_plan(self, work: str) -> None:
+        """Make the plan in the directory `work`, with what is asked for of the newest catalog that
+        can be had, and who has it."""
+        self.plan = Plan(work)
+        self.catalog_time, self.catalog_from = load_catalog(
+            self.plan, self.holders, self.asked, self.at, work)
+        self.unmatched = self.plan.select(self.asked)
+        if self.unmatched and len(self.unmatched) == len(self.asked.patterns):
+            raise CBackupError("nothing in %s matches %s" % (
+                self.source, ", ".join(shown(p) for p in self.asked.patterns)))
+        self.counts["files"], self.counts["bytes"] = self.plan.count("files")
+        prefixes = self.asked.prefixes()
+        if prefixes is not None:
+            self._ask_holders(prefixes)
+        if prefixes is None or self.plan.lacks():
+            self._ask_holders([b""])
+        self.plan.match_renamed()
+
+    def _ask_holders(self, prefixes: "List[bytes]") -> None:
+        """Enter what the holders have of paths that begin so."""
+        few = self._few_wanted()
+        for number, holder in enumerate(self.holders.each):
+            self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
+            try:
+                for prefix in prefixes:
+                    rows = holder.holdings(self.source, self.at is not None, prefix)
+                    if few is not None:
+                        rows = (row for row in rows if row[0] in few or row[4] in few
+                                or row[4] is None and row[2:4] in few)
+                    self.plan.enter_holdings(number, rows)
+            except (Unreachable, Refused, ProtocolError, OSError) as error:
+                self.holders.lose(number)
+                log.warning("%s: %s", holder.name, error)
+        self.plan.match()
+
+    def _few_wanted(self) -> "Optional[set[Any]]":
+        """When only some files of a source are asked for: their paths, digests, and (size, mtime);
+        what has none of these is of no use.  None: too many to keep them in memory."""
+        if not self.asked.patterns or self.counts["files"] > FEW_FILES:
+            return None
+        few: "set[Any]" = set()
+        for path, digest, size, mtime in self.plan.each("files and their versions"):
+            few |= {path, digest, (size, mtime)}
+        return few - {None}
 
     # -- the whole --
 
     def run(self, whole: bool) -> bool:
         """Restore into the target.  Returns whether everything that was asked for is there now."""
-        self.started = clock.now()
-        fresh = not os.path.isdir(self.target)
-        os.makedirs(self.target, exist_ok=True)
-        work = self._open_work()
-        mark = os.path.join(work, RESTORE_MARK.decode())
-        with self._locked(work):
+        target = self.target
+        fresh = not os.path.isdir(target.path)
+        os.makedirs(target.path, exist_ok=True)
+        work = Work(target.path)
+        work.make()
+        with work.locked():
             try:
-                self.open_plan(work)
-                self.ask_holders()
+                self.open_plan(work.path)
                 if whole:
                     self._check_room()
             except CBackupError:
-                if not os.path.exists(mark):  # nothing has been done, and nothing is held because of it
-                    shutil.rmtree(work, ignore_errors=True)
+                if not work.is_marked():  # nothing has been done, and nothing is held because of it
+                    work.remove()
                     with contextlib.suppress(OSError):
-                        os.rmdir(self.target) if fresh else None
+                        os.rmdir(target.path) if fresh else None
                 raise
-            log.info("restoring %s into %s, as of %s, with the catalog of %s", self.source, self.target,
-                     format_time(self.catalog_time), self.catalog_from)
+            log.info("restoring %s into %s, as of %s, with the catalog of %s", self.source,
+                     target.path, format_time(self.catalog_time), self.catalog_from)
             if whole:
-                atomic_write(mark, b"")
-            with Tree(self.target) as self.tree:
-                complete = self._bring_back()
-                parts = any(True for top in self._all_staging() for _ in self.tree.walk_files(top))
-            self.done.close()
-            if complete and whole or not os.path.exists(mark) and (complete or not parts):
-                shutil.rmtree(work, ignore_errors=True)
-        self._finish_root()
+                work.mark()
+            with target.opened() as tree:
+                complete = self._bring_back(work, tree)
+                parts = any(True for _ in work.arrived(tree))
+            if complete and whole or not work.is_marked() and (complete or not parts):
+                work.remove()
+        target.finish()
         return complete
 
-    def _open_work(self) -> str:
-        """The path of the working directory.  Raises CBackupError when something is in it that was not made by a restore: it
-        could lead elsewhere."""
-        work = os.path.join(self.target, RESTORE_DIR.decode())
-        if os.path.islink(work):
-            raise CBackupError("%s is a symlink; remove it" % work)
-        os.makedirs(work, mode=0o700, exist_ok=True)
-        with Tree(work) as tree:
-            for rel in tree.walk_files(b""):
-                info = tree.lstat(rel)
-                if info is not None and (not stat.S_ISREG(info.st_mode) or info.st_nlink > 1):
-                    raise CBackupError("%s/%s is none of cbackup's files; remove %s" % (work, shown(rel), work))
-        return work
-
-    @contextlib.contextmanager
-    def _locked(self, work: str) -> "Iterator[None]":
-        with open(os.path.join(work, "lock"), "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CBackupError("another restore is at work in %s" % self.target)
-            yield
+    def _bring_back(self, work: Work, tree: Tree) -> bool:
+        plan, target, done = self.plan, self.target, Done(work.path)
+        schedule = Schedule(self.source, plan, self.holders, self.progress)
+        target.leave_out_folded(plan)
+        self.counts["kept_files"] = target.prepare(plan, done)
+        known = self.counts["kept_files"], self.counts["files"]
+        work.keep_parts(tree, plan)
+        plan.lead_links()
+        schedule.fetch_all(target, done, known)
+        while plan.lead_other_links():
+            schedule.fetch_all(target, done, known)
+        done.close()
+        self.counts["restored_files"] = schedule.files + target.links(plan)
+        self.counts["restored_bytes"] = schedule.bytes
+        target.symlinks(plan)
+        target.directories(plan)
+        tree.sync_all()  # before the source is no longer held
+        plan.end()
+        return not self.unmatched and not self.missing_count() and not self.in_the_way()
 
     def room(self) -> "Tuple[int, int]":
         """(bytes that the files need which have to be fetched, bytes that are free at the target).
         What is there with the right size is not fetched again, as far as one can tell without
         reading it, nor what an earlier run has begun."""
-        path = self.target
-        while not os.path.isdir(path) and path != os.path.dirname(path):
-            path = os.path.dirname(path)
-        info = os.statvfs(path)
-        free = (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
-        if not info.f_blocks:  # a file system that does not know how large it is
-            free = 1 << 62
-        needed = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND rank>0 "
-                           "AND link IS NULL")[0]
-        needed += self._one("SELECT COALESCE(SUM(size), 0) FROM (SELECT MAX(size) size FROM want "
-                            "WHERE kind='f' AND rank>0 AND link IS NOT NULL GROUP BY link)")[0]
-        if needed > free and os.path.isdir(self.target):
-            with Tree(self.target) as tree:
-                needed -= self._there(tree)
+        needed, free = self.plan.needed(), self.target.free()
+        if needed > free:
+            needed -= self.target.there(self.plan)
         return max(0, needed), free
-
-    def _there(self, tree: Tree) -> int:
-        """Bytes of what is to be restored that need no room, because they are there, or because
-        something else is."""
-        seen, count = set(), 0
-        for path, size, link in self._each("size, link", "kind='f' AND rank>0"):
-            with contextlib.suppress(OSError):
-                info = tree.lstat(path)
-                if info is not None and link not in seen and (not self.force or info.st_size == size):
-                    count += size
-                    seen |= {link} - {None}
-        begun = [tree.lstat(path) for top in tree.list(RESTORE_DIR) if top.startswith(b"files-")
-                 for path in tree.walk_files(RESTORE_DIR + b"/" + top)]
-        return count + sum(info.st_size for info in begun if info is not None)
 
     def _check_room(self) -> None:
         """Before anything is written: what cannot end well is not begun."""
@@ -10563,543 +11537,98 @@ class Restore:
             raise CBackupError(
                 "%s has no space for all of %s: %s are needed, %s are free; make room, say --to for "
                 "another disk, or name the PATHs to begin with ('*' tries all of it)" % (
-                    self.target, self.source, format_size(needed), format_size(free)))
+                    self.target.path, self.source, format_size(needed), format_size(free)))
 
-    def unproven(self) -> "Iterator[bytes]":
-        """Files that were brought back although the catalog does not call their contents proven."""
-        return (path for path, _ in self._each("state", "kind='f' AND state=1 AND proven=0"))
+    def dry_run(self, scratch: str) -> "Dict[str, Any]":
+        """What `run` would do, without writing anything but in `scratch`: files that are there
+        already by size and time, that are in the way, that nobody has; what each holder would
+        deliver at its measured rate (bytes a second), and for how long (seconds)."""
+        self.open_plan(scratch)
+        there, differ = self.target.count(self.plan)
+        self.plan.lead_links()
+        needed, free = self.room() if self.target.path else (self.counts["bytes"], None)
+        schedule = Schedule(self.source, self.plan, self.holders, self.progress)
+        schedule.measure(scratch)
+        share = schedule.forecast()
+        seconds = max([seconds for _, _, seconds in share.values()], default=0.0)
+        return {"needed_bytes": needed, "free_bytes": free, "kept_files": there,
+                "refused_files": differ, "missing_files": self.plan.count("open files of nobody")[0],
+                "seconds": round(seconds, 1),
+                "holders": {self.holders.each[n].name: {
+                    "files": files, "bytes": size, "rate": int(schedule.flights[n].rate or 0)}
+                    for n, (files, size, _) in sorted(share.items())}}
 
-    def unproven_count(self) -> int:
-        return self._one("SELECT COUNT(*) FROM want WHERE kind='f' AND state=1 AND proven=0")[0]
+    def planned(self) -> "Iterator[Tuple[bytes, int, str]]":
+        """(path, size, what becomes of it) of each file, after `dry_run`."""
+        for path, size, state, had in self.plan.each("files and their states"):
+            word = {1: "there", 3: "link", 4: "in way"}.get(state, "fetch" if had else "MISSING")
+            yield path, size, word
 
-    def _bring_back(self) -> bool:
-        self._leave_out_folded()
-        self.prepare_target()
-        self._keep_parts()
-        self._lead_links()
-        self._fetch_all()
-        while self._lead_other_links():
-            self._fetch_all()
-        self._links()
-        self._symlinks()
-        self._directories()
-        self.tree.sync_all()  # before the source is no longer held
-        with self.lock:
-            self.db.execute("UPDATE want SET state=5 WHERE kind='f' AND state IN (0, 2, 3)")
-        return not self.unmatched and not self._one("SELECT 1 FROM want WHERE state IN (4, 5) AND asked=1 LIMIT 1")
-
-    def _staging(self, number: int, path: bytes = b"") -> bytes:
-        """Where, below the target, a holder's files arrive.  By the holder's name: the next run may have others."""
-        return RESTORE_DIR + b"/files-" + os.fsencode(self.holders[number].key) + (b"/" + path if path else b"")
-
-    # -- fetching --
-
-    def _keep_parts(self) -> None:
-        """What an earlier run that was killed has left is used."""
-        for top in self._all_staging():
-            keep_parts(self.tree, top, lambda path: self._one(
-                "SELECT 1 FROM want WHERE path=? AND kind='f'", path) is not None)
-
-    def _all_staging(self) -> "List[bytes]":
-        """Where files of holders are, or were in an earlier run, which may have had others."""
-        return [RESTORE_DIR + b"/" + name for name in self.tree.list(RESTORE_DIR) if name.startswith(b"files-")]
-
-    def _fetch_all(self) -> None:
-        """All holders at once, each taking the next batch that it can deliver, until nobody can deliver more."""
-        self._left = self._one("SELECT COALESCE(SUM(size), 0) FROM want WHERE kind='f' AND state=0 AND rank>0")[0]
-        self._total = self._fetched + self._left
-        while self._one("SELECT 1 FROM want WHERE kind='f' AND state=0 AND rank>0 LIMIT 1"):
-            self._turn.clear()
-            in_parallel(self._work_through, range(len(self.holders)))
-        self.progress.clear()
-
-    def _work_through(self, number: int) -> None:
-        holder, failures = self.holders[number], 0
-        into = os.fsencode(os.path.join(self.target, os.fsdecode(self._staging(number))))
-        while failures < FAILURES:
-            batch = self._next_batch(number)
-            if batch is None:
-                return
-            try:
-                outcome = holder.fetch(self.source, [(path, place) for path, _, place in batch], into,
-                                       max(size for _, size, _ in batch), lambda count: self._count_bytes(number, count))
-            except Cancelled:
-                outcome = Pull(how="cut")
-            except (UsageError, OwnFailure):
-                raise
-            except (CBackupError, OSError) as error:
-                outcome = Pull(code=1, how="cut", errors=[reason_of(error)])
-            came = self._came[number]
-            self._rates[number] = came / max(0.01, time.monotonic() - self._since[number])
-            arrived = self._take(number, batch, outcome)
-            if outcome.full_disk:
-                raise CBackupError("%s is full: %s" % (self.target, outcome.errors[0][:160]))
-            # A part of a large file is something, too: the next try goes on behind it.
-            failed = outcome.errors or outcome.how == "own"
-            failures = failures + 1 if failed and not arrived and came < INHERIT_FROM else 0
-            if failures == FAILURES and outcome.how == "own":
-                raise outcome.own_failure()
-            if failures:
-                log.info("%s: %s", holder.name, (outcome.errors or [outcome.own_failure()])[-1])
-            if failed:  # the others choose first: they may go on with what came
-                time.sleep(max(0.2, failures - 1))
-        self._give_up_on(number)
-
-    def _give_up_on(self, number: int) -> None:
-        holder = self.holders[number]
-        log.warning("%s no longer answers; going on with the others", holder.name)
-        with self.lock:
-            self.db.execute("DELETE FROM have WHERE holder=?", (number,))
-            self._rank("kind='f' AND state IN (0, 2, 3)")
-            self.down[holder.backup] = holder.name
-
-    def _count_bytes(self, number: int, count: int) -> None:
-        if not self._flying.get(number):
-            raise Cancelled("others were faster")
-        self._came[number] += count
-        if count:
-            self._heard[number] = time.monotonic()
-        self._fetched += count
-        if not self.progress.on:
-            return
-        self.progress.update("restoring %s from %s" % (self.source, count_of(len(self.holders), "place")),
-                             self._fetched, max(self._total, self._fetched), ", %s of %s" % (
-                                 format(self.counts["restored_files"] + self.counts["kept_files"], ","),
-                                 count_of(self.counts["files"], "file")))
-
-    def _open_files(self, number: int) -> "List[Tuple[bytes, int, bytes]]":
-        """(path, size, place) of files that are still to be fetched and that this holder has: first those that few others
-        have, by path.  From where its turn is; behind what it has had everything is in hand."""
-        rank, after = self._turn.get(number, (1, b""))
-        while rank <= len(self.holders):
-            rows = self._rows(
-                "SELECT w.path, w.size, h.place FROM want w JOIN have h ON h.path=w.path AND h.holder=? WHERE w.kind='f' AND "
-                "w.state=0 AND w.rank=? AND w.path>? ORDER BY w.path, h.doubt, h.place LIMIT ?",
-                number, rank, after, BATCH_FILES)
-            if rows:
-                self._turn[number] = (rank, after)
-                first = {row[0]: row for row in reversed(rows)}.values()  # place of each; and each place once
-                return list({row[2] or row[0]: row for row in first}.values())[::-1]
-            rank, after = rank + 1, b""
-        self._turn[number] = (rank, after)
-        return []
-
-    def _next_batch(self, number: int) -> "Optional[List[Tuple[bytes, int, bytes]]]":
-        """Files for one holder: as much as it delivers in BATCH_SECONDS, so that all holders end at about the same time.
-        When all are taken, part of what a slow one has not delivered.  Waits while that may still become necessary; None:
-        nothing is left for this holder."""
-        with self.changed:
-            while True:
-                rows = self._open_files(number)
-                fresh = bool(rows)
-                if not rows:
-                    rows, waiting = self._slow_ones(number)
-                    if not rows and not waiting:
-                        return None
-                if rows:
-                    break
-                self.changed.wait(0.5)
-            batch = self._first_of(rows, number)
-            if fresh:
-                self._turn[number] = self._turn[number][0], batch[-1][0]
-                self._left -= sum(size for _, size, _ in batch)
-            self.db.execute("BEGIN")
-            self.db.executemany("UPDATE want SET state=2 WHERE path=?", [row[:1] for row in batch])
-            self.db.execute("COMMIT")
-            self._inherit(number, batch)
-            self._flying[number] = {path: size for path, size, _ in batch}
-            self._since[number] = self._heard[number] = time.monotonic()
-            self._asked[number], self._came[number] = sum(size for _, size, _ in batch), 0
-            return batch
-
-    def _first_of(self, rows: "List[Tuple[bytes, int, bytes]]", number: int) -> "List[Tuple[bytes, int, bytes]]":
-        """As many of these files as a holder gets at once."""
-        rate, able = self._rates.get(number), max(1, len(self.holders))
-        share = rate / sum(self._rates.values()) if rate and len(self._rates) > 1 else 1 / able
-        limit = min(BATCH_BYTES, int(rate * BATCH_SECONDS) if rate else FIRST_BATCH, int(self._left * share / 2))
-        limit = max(limit, 1 << 20, int((rate or 0) / 2))  # a batch costs something, too
-        batch, size = [], 0
-        for row in rows:
-            if batch and size + row[1] > limit:
-                break
-            batch.append(row)
-            size += row[1]
-        return batch
-
-    def _slow_ones(self, number: int) -> "Tuple[List[Tuple[bytes, int, bytes]], bool]":
-        """(files that another holder is fetching and that this one would deliver sooner, whether there may be such later):
-        the later half of its list, which it comes to last."""
-        waiting, now = False, time.monotonic()
-        for other, paths in self._flying.items():
-            if other == number or not paths:
-                continue
-            rows = [row for row in (self._one(
-                "SELECT w.path, w.size, h.place FROM have h JOIN want w ON w.path=h.path WHERE h.holder=? AND w.path=? AND "
-                "w.state=2 ORDER BY h.doubt, h.place LIMIT 1", number, path) for path in sorted(paths)) if row]
-            waiting = waiting or bool(rows)
-            rows, elapsed = rows[len(rows) // 2:], now - self._since[other]
-            pace = self._came[other] / max(0.01, elapsed)
-            left = self._asked[other] - self._came[other]  # what others took over it delivers all the same
-            mine = sum(size for _, size, _ in rows) / max(1.0, self._rates.get(number) or pace)
-            silent = now - self._heard[other] > SILENT_AFTER
-            if rows and elapsed > STEAL_AFTER and (silent or left > 0 and mine < left / max(1.0, pace)):
-                return rows, True
-        return [], waiting
-
-    def _inherit(self, number: int, batch: "List[Tuple[bytes, int, bytes]]") -> None:
-        """Take over the parts of large files that came from a holder which does not go on with them."""
-        numbers = {self._staging(other): other for other in range(len(self.holders))}
-        for path, size, _ in batch:
-            part = part_of(path)
-            if size < INHERIT_FROM or self.tree.lstat(self._staging(number, part)) is not None:
-                continue
-            for top in self._all_staging():
-                if path not in self._flying.get(numbers.get(top, -1), ()) and self.tree.lstat(top + b"/" + part) is not None:
-                    with contextlib.suppress(OSError):
-                        self.tree.rename(top + b"/" + part, self._staging(number, part))
-                    break
-
-    def _take(self, number: int, batch: "List[Tuple[bytes, int, bytes]]", outcome: Pull) -> int:
-        """Check and put into place what arrived of a batch; the rest is open again.  Returns how many files arrived."""
-        again: "List[bytes]" = []
-        without: "List[Tuple[bytes, bytes]]" = []
-        arrived = 0
-        for path, size, place in batch:
-            staged = self._staging(number, path)
-            try:
-                verdict = self._digest_matches(staged, size, path)
-                if verdict:
-                    self._put(staged, path)
-                    arrived += 1
-                    continue
-                if verdict is False:
-                    self.tree.unlink(staged)  # or rsync would take it for what it wants the next time
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise CBackupError("%s: %s" % (self.target, reason_of(error)))
-                self._set_state(path, 4, reason_of(error))
-                continue
-            again.append(path)
-            if verdict is False and path in outcome.parts:
-                continue  # the part was of another version: now from the beginning
-            if verdict is False and not place.startswith(b"attic/"):
-                log.warning("%s: the copy of %s is damaged; taking another", self.holders[number].name, shown(path))
-                with self.lock:
-                    self.db.execute("UPDATE want SET note=? WHERE path=?", (
-                        "the copy of %s is damaged" % self.holders[number].name, path))
-            if verdict is False or outcome.how == "done":
-                without.append((path, place))
-        self._open_again(number, again, without)
-        return arrived
-
-    def _open_again(self, number: int, again: "List[bytes]", without: "List[Tuple[bytes, bytes]]") -> None:
-        """What did not arrive is for everybody; `without`: this holder does not deliver it from that place after all."""
-        with self.changed:
-            mine = self._flying.pop(number, {})
-            self.db.execute("BEGIN")
-            self.db.executemany("UPDATE want SET state=0 WHERE path=? AND state=2", [(path,) for path in again if path in mine])
-            self._left += sum(mine[path] for path in again if path in mine)
-            self.db.executemany("DELETE FROM have WHERE path=? AND holder=? AND place=?",
-                                [(path, number, place) for path, place in without])
-            for path, _ in without:
-                self._rank("path=?", path)
-            self.db.execute("COMMIT")
-            if again:
-                self._turn.clear()
-            self.changed.notify_all()
-
-    def _digest_matches(self, staged: bytes, size: int, path: bytes) -> "Optional[bool]":
-        """None: it did not arrive.  A file without a digest in the catalog was never confirmed: size has to do."""
-        try:
-            found, count = self.tree.digest(staged)
-        except OSError:
-            return None
-        digest = self._one("SELECT digest FROM want WHERE path=?", path)[0]
-        return count == size and (digest is None or found == digest)
-
-    def _put(self, staged: bytes, path: bytes) -> None:
-        """Rename a checked file to its place; raises OSError when something is in the way.  When another holder has
-        delivered it meanwhile, it is left where it is."""
-        state, digest, *metadata = self._one(
-            "SELECT state, digest, %s FROM want WHERE path=?" % METADATA, path)
-        if state == 1:
-            return
-        self._set_metadata(staged, *metadata)
-        with self.lock:
-            if self._one("SELECT state FROM want WHERE path=?", path)[0] == 1:
-                return
-            if self.tree.lstat(path) is not None:
-                if not self.force:
-                    raise OSError(errno.EEXIST, "something else is there")
-                self._move_aside(path)
-            self._into_place(staged, path)
-            info = self.tree.lstat(path)
-            if info is None:
-                raise OSError(errno.ENOENT, "it vanished from the target")
-            self._set_state(path, 1)
-            self.done.execute("INSERT OR REPLACE INTO done VALUES(?,?,?,?,?)",
-                              (path, info.st_size, info.st_mtime_ns, info.st_ino, digest))
-            self.counts["restored_files"] += 1
-            self.counts["restored_bytes"] += info.st_size
-            for paths in self._flying.values():
-                paths.pop(path, None)
-
-    def _into_place(self, staged: bytes, path: bytes) -> None:
-        """An earlier run may have made a directory read-only already: it is opened, and closed again at the end."""
-        try:
-            self.tree.rename(staged, path)
-        except PermissionError:
-            above = path.rpartition(b"/")[0]
-            info = self.tree.lstat(above) if above else None
-            if info is None or info.st_mode & 0o700 == 0o700:
-                raise
-            self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
-            self.tree.rename(staged, path)
-
-    def _set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, user: str, group: str,
-                      mtime: int, xattrs: "Optional[str]") -> None:
-        """Owner, mode, extended attributes and time, where they are others: what is right already
-        is not touched."""
-        info = self.tree.lstat(rel)
-        self._set_owner(rel, info, uid, gid, user, group)
-        try:
-            self._set_mode(rel, mode, xattrs, lambda mode: self.tree.chmod(rel, mode))
-            if info is None or info.st_mtime_ns != mtime:
-                self.tree.set_mtime(rel, mtime)
-        except OSError as error:
-            self._note("modes or times could not be set (%s)" % reason_of(error))
-
-    def _set_owner(self, rel: bytes, info: "Optional[os.stat_result]", uid: int, gid: int, user: str, group: str) -> None:
-        """As root: owner by name, when this machine knows it, else by number; where it is another one than in `info`."""
-        owner = self.names.uid(user, uid), self.names.gid(group, gid)
-        if os.geteuid() != 0 or info is not None and (info.st_uid, info.st_gid) == owner:
-            return
-        try:
-            self.tree.chown(rel, *owner)
-        except OSError as error:
-            self._note("owners could not be set (%s)" % reason_of(error))
-
-    def _set_mode(self, rel: bytes, mode: int, xattrs: "Optional[str]",
-                  chmod: "Callable[[int], None]") -> None:
-        """Mode and extended attributes: a mode may forbid those of `user.`, and is a part of an ACL."""
-        different = self._different_xattrs(rel, xattrs)
-        early = {name for name in different if name.startswith("user.")}
-        if early:
-            chmod(mode | stat.S_IWUSR)
-        self._set_xattrs(rel, {name: different.pop(name) for name in early})
-        chmod(mode)
-        self._set_xattrs(rel, different)
-
-    def _different_xattrs(self, rel: bytes, xattrs: "Optional[str]",
-                          ) -> "Dict[str, Optional[bytes]]":
-        """What is to be set, or with None removed, so that an entry has the extended attributes
-        that the catalog says.  What cannot be is noted."""
-        wanted = {name: base64.b64decode(value)
-                  for name, value in json.loads(xattrs or "{}").items() if value is not None}
-        if wanted and not hasattr(os, "setxattr"):
-            self._note("extended attributes could not be set (Python cannot on this system)")
-        if xattrs is None or not hasattr(os, "setxattr"):
-            return {}
-        if os.geteuid() != 0 and not all(name.startswith(XATTRS_OF_USERS) for name in wanted):
-            self._note("extended attributes could not be set that only root may set (security., "
-                       "trusted.)")
-            wanted = {name: value for name, value in wanted.items()
-                      if name.startswith(XATTRS_OF_USERS)}
-        there: "Dict[str, bytes]" = {}
-        with contextlib.suppress(OSError):
-            there = self.tree.xattrs(rel)
-        different: "Dict[str, Optional[bytes]]" = {
-            name: None for name in there if name not in wanted and name.startswith(XATTRS_OF_USERS)}
-        different.update(one for one in wanted.items() if there.get(one[0]) != one[1])
-        return different
-
-    def _set_xattrs(self, rel: bytes, different: "Dict[str, Optional[bytes]]") -> None:
-        for name, value in different.items():
-            try:
-                self.tree.set_xattr(rel, name, value)
-            except OSError as error:
-                kind = shown(os.fsencode(name.partition(".")[0])) + "."
-                self._note("extended attributes (%s) could not be set (%s)" % (
-                    "ACLs" if "posix_acl" in name else kind, reason_of(error)))
-
-    def _note(self, text: str) -> None:
-        with self.lock:
-            self.notes[text] = self.notes.get(text, 0) + 1
-
-    # -- after the files --
-
-    def _links(self) -> None:
-        """Hard links: to whichever of their paths is there."""
-        for path, link, digest in self._each("link, digest", "kind='f' AND link IS NOT NULL AND state IN (0, 3)"):
-            first = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND kind='f' AND state=1 "
-                              "ORDER BY path LIMIT 1", link, digest)
-            if not first:
-                continue
-            try:
-                self.tree.link(first[0], path)
-                self.counts["restored_files"] += 1
-                self._set_state(path, 1)
-            except OSError as error:
-                self._set_state(path, 4, reason_of(error))
-
-    def _symlinks(self) -> None:
-        for path, target, mtime, xattrs, *owner in self._each(
-                "target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"):
-            try:
-                info = self.tree.lstat(path)
-                if info is None or not stat.S_ISLNK(info.st_mode) or self.tree.readlink(path) != target:
-                    if info is not None and not self.force:
-                        self._set_state(path, 4, "something else is there")
-                        continue
-                    if info is not None:
-                        self._move_aside(path)
-                    self.tree.symlink(target, path)
-                    info = None
-                self._set_owner(path, info, *owner)
-                self._set_xattrs(path, self._different_xattrs(path, xattrs))
-                with contextlib.suppress(OSError, NotImplementedError):
-                    if info is None or info.st_mtime_ns != mtime:
-                        self.tree.set_mtime(path, mtime)
-                self._set_state(path, 1)
-            except OSError as error:
-                self._set_state(path, 4, reason_of(error))
-
-    def _directories(self) -> None:
-        """Make the directories that are asked for, then set the metadata of all, the deepest first."""
-        for path, _ in self._each("state", "kind='d' AND asked=1 AND path<>x'' AND state<>4"):
-            try:
-                self.tree.make_directory(path)
-            except OSError as error:
-                self._set_state(path, 4, reason_of(error))
-        for path, asked, *metadata in self._each("asked, " + METADATA,
-                                                 "kind='d' AND state<>4", True):
-            if not asked and (path == b"" or not self._leads_to(path, 1)):
-                continue
-            try:
-                if path == b"":
-                    self._root_metadata = tuple(metadata)
-                elif self.tree.lstat(path) is not None:
-                    self._set_metadata(path, *metadata)
-            except OSError as error:
-                self._note("metadata of directories could not be set (%s)" % reason_of(error))
-
-    def _leads_to(self, path: bytes, *state: int) -> bool:
-        """Whether a directory is above something that is wanted, or that is in this state."""
-        return self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' %s LIMIT 1" % (
-            "AND state=?" if state else ""), path + b"/", path + b"0", *state) is not None
-
-    def _finish_root(self) -> None:
-        """The target's own metadata, when nothing is written there any more."""
-        if self._root_metadata:
-            mode, uid, gid, user, group, mtime, xattrs = self._root_metadata
-            with contextlib.suppress(OSError), Tree(self.target) as self.tree:
-                if os.geteuid() == 0:
-                    os.chown(self.target, self.names.uid(user, uid), self.names.gid(group, gid))
-                self._set_mode(b"", mode, xattrs, lambda mode: os.chmod(self.target, mode))
-                os.utime(self.target, ns=(mtime, mtime))
-
-    # -- what is missing --
+    # -- what became of it --
 
     def missing(self) -> "Iterator[Tuple[bytes, str]]":
         """(path, reason) of what could not be restored."""
         for pattern in self.unmatched:
             yield pattern, "nothing in %s is called so, or matches it" % self.source
-        for path, state, note, holders in self._each("state, note, holders", "state IN (4, 5) AND asked=1"):
-            yield path, self._why_missing(path, note, holders) if state == 5 else \
-                note or "a different file is there; --force moves it aside"
+        for path, state, note, holders in self.plan.each("missing or refused"):
+            if state == 5:
+                yield path, self._why_missing(path, note, holders)
+            else:
+                yield path, note or "a different file is there; --force moves it aside"
 
     def _why_missing(self, path: bytes, note: "Optional[str]", holders: str) -> str:
-        down = "; not reachable: %s" % ", ".join(sorted(self.down.values())) if self.down else ""
-        if not holders and not self._one("SELECT readable FROM want WHERE path=?", path)[0]:
-            return "its own host could not read it, so that it was never backed up%s" % down
+        down, each = self.holders.down, self.holders.each
+        if not holders and not self.plan.was_readable(path):
+            return "its own host could not read it, so that it was never backed up%s" % (
+                self.holders.unreachable())
         if holders:
-            up = {holder.backup: holder.name for holder in self.holders}
-            known = ["%s (not reachable)" % self.down[name] if name in self.down else "%s (%s)" % (
-                up.get(name, name), "it has no good copy now" if name in up else "no longer in the configuration")
-                for name in holders.split(",")]
+            up = {holder.backup: holder.name for holder in each}
+            known = ["%s (not reachable)" % down[name] if name in down else "%s (%s)" % (
+                up.get(name, name), "it has no good copy now" if name in up
+                else "no longer in the configuration") for name in holders.split(",")]
             return "its last known holders: %s%s" % (", ".join(known), "; " + note if note else "")
-        if self._one("SELECT 1 FROM other WHERE path=?", path):
-            names = sorted(self.holders[n].name for n, in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path))
-            return "only other versions of it are at hand (%s)%s" % (", ".join(names), down)
-        return "no backup is known to have had it: not copied yet when the catalog was made" + down
+        others = sorted(each[number].name for number in self.plan.who_has_another(path))
+        if others:
+            return "only other versions of it are at hand (%s)%s" % (
+                ", ".join(others), self.holders.unreachable())
+        return "no backup is known to have had it: not copied yet when the catalog was made" \
+            + self.holders.unreachable()
+
+    def unproven(self) -> "Iterator[bytes]":
+        """Files that were brought back although the catalog does not call their contents proven."""
+        return (path for path, _ in self.plan.each("unproven"))
+
+    def unproven_count(self) -> int:
+        return self.plan.count("unproven")[0]
 
     def unreadable(self) -> "Iterator[bytes]":
-        """Files that the source's host could not read when the catalog was made: missing, or of before."""
-        return (path for path, _ in self._each("state", "kind='f' AND readable=0 AND asked=1"))
+        """Files that the source's host could not read when the catalog was made: missing, or of
+        before."""
+        return (path for path, _ in self.plan.each("unreadable"))
 
     def in_the_way(self) -> int:
-        return self._one("SELECT COUNT(*) FROM want WHERE state=4 AND asked=1")[0]
+        return self.plan.count("refused")[0]
 
     def missing_count(self) -> int:
-        return self._one("SELECT COUNT(*) FROM want WHERE state=5 AND asked=1")[0]
+        return self.plan.count("missing")[0]
 
-    # -- a dry run --
 
-    def dry_run(self, scratch: str) -> "Dict[str, Any]":
-        """What `run` would do, without writing anything but in `scratch`: files that are there already by size and time, that
-        are in the way, that nobody has; what each holder would deliver at its measured rate (bytes a second), and for how
-        long (seconds)."""
-        self.open_plan(scratch)
-        self.ask_holders()
-        there, differ = self.count_target()
-        self._lead_links()
-        self._left = self.counts["bytes"]
-        needed, free = self.room() if self.target else (self.counts["bytes"], None)
-        self.measure()
-        share = self.forecast()
-        return {"needed_bytes": needed, "free_bytes": free, "kept_files": there, "refused_files": differ,
-                "missing_files": self._one("SELECT COUNT(*) FROM want WHERE kind='f' AND state=0 AND rank=0")[0],
-                "seconds": round(max([seconds for _, _, seconds in share.values()], default=0.0), 1),
-                "holders": {self.holders[n].name: {"files": files, "bytes": size, "rate": int(self._rates[n])}
-                            for n, (files, size, _) in sorted(share.items())}}
-
-    def planned(self) -> "Iterator[Tuple[bytes, int, str]]":
-        """(path, size, what becomes of it) of each file, after `dry_run`."""
-        for path, size, state, rank in self._each("size, state, rank", "kind='f'"):
-            yield path, size, {1: "there", 3: "link", 4: "in way"}.get(state, "fetch" if rank else "MISSING")
-
-    def catalog_of(self, directory: bytes, scratch: str) -> "List[Tuple[Any, ...]]":
-        """(path, kind, size, mtime, target, holders) of a path and of what is directly in it, as the catalog says."""
-        self.only = directory
-        self.open_plan(scratch)
-        return self._rows("SELECT path, kind, size, mtime, target, holders FROM want ORDER BY path")
-
-    def measure(self) -> None:
-        """The rate of each holder, all at once as in a restore: a first batch is fetched, and thrown away."""
-        def try_out(number: int) -> None:
-            with self.lock:
-                rows = self._open_files(number)
-            batch, into = self._first_of(rows, number), os.fsencode(os.path.join(self.work, "files-%d" % number))
-            if not batch:
-                return
-            came = [(time.monotonic(), 0)]  # (when, bytes until then)
-
-            def on_bytes(count: int) -> None:
-                if count:
-                    came.append((time.monotonic(), came[-1][1] + count))
-            try:
-                self.holders[number].fetch(self.source, [(path, place) for path, _, place in batch], into,
-                                           max(size for _, size, _ in batch), on_bytes)
-                # Without the time until the first tenth is there: a connection is made once, not for every 8 MB.
-                begun, before = next(point for point in came if 10 * point[1] >= came[-1][1])
-                self._rates[number] = max(1, came[-1][1] - before) / max(0.01, came[-1][0] - begun)
-            except (CBackupError, OSError) as error:
-                log.info("%s: %s", self.holders[number].name, reason_of(error))
-                self._give_up_on(number)
-            shutil.rmtree(into, ignore_errors=True)
-        in_parallel(try_out, range(len(self.holders)))
-
-    def forecast(self) -> "Dict[int, Tuple[int, int, float]]":
-        """holder -> (files, bytes, seconds): each file from the holder that is ready with it first, as `_next_batch` has it."""
-        share = {number: (0, 0, 0.0) for number in self._rates}
-        for _, size, holders in self._each("size, (SELECT group_concat(DISTINCT holder) FROM have h WHERE h.path=want.path)",
-                                           "kind='f' AND state=0 AND rank>0"):
-            able = [int(n) for n in holders.split(",") if int(n) in share]
-            if able:
-                best = min(able, key=lambda n: share[n][2] + size / self._rates[n])
-                files, total, seconds = share[best]
-                share[best] = files + 1, total + size, seconds + size / self._rates[best]
-        return share
+def load_catalog(plan: Plan, holders: Holders, asked: Asked, at: "Optional[float]", work: str,
+                 ) -> "Tuple[int, str]":
+    """Load the newest catalog (not newer than `at`) that can be had.  Returns its time, and from
+    whom it is."""
+    for when, number, chain in holders.catalogs(at):
+        holder = holders.each[number]
+        scratch = os.path.join(work, "catalog-%d" % number)
+        try:
+            paths = holder.catalog_paths(holders.source, chain, scratch)
+            plan.load((read_catalog(path, asked.lines()) for path in paths), asked)
+            return when, holder.name
+        except (UsageError, OwnFailure):
+            raise
+        except (CBackupError, OSError) as error:
+            log.warning("the catalog of %s: %s", holder.name, error)
+    raise holders.no_catalog(at)
 
 
 # ==== 15. Status and demo =============================================================================
@@ -11852,14 +12381,16 @@ def collect_listing(home: Home, config: Config, source: str, directory: bytes, a
     An entry's `copies`: on how many other hosts this version is, None for what is no file; `older`:
     how many other versions there are.  `gone`: names of which there are old versions only.
     """
-    restore = Restore(source, os.devnull, [], at, False, Progress(True))
-    restore.find_holders(config, Dialer(home))
-    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
-        rows = restore.catalog_of(directory, scratch)
+    holders, asked = Holders(source), Asked(only=directory)
+    holders.find(config, Dialer(home))
+    with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch, \
+            contextlib.closing(Plan(scratch)) as plan:
+        when, _ = load_catalog(plan, holders, asked, at, scratch)
+        rows = list(plan.each("all"))
     own = [row for row in rows if row[0] == directory]
     if directory and not own:
         raise CBackupError("%s had no %s on %s; `find` looks everywhere" % (
-            source, shown(directory), format_time(restore.catalog_time)))
+            source, shown(directory), format_time(when)))
     single = bool(own) and own[0][1] != "d"
     there, down = ask_lists(home, config, source, directory)
     held: "Dict[str, List[Any]]" = {}
@@ -11869,15 +12400,15 @@ def collect_listing(home: Home, config: Config, source: str, directory: bytes, a
     entries = [_listed(config, source, row, held.get("" if single else as_text(row[0].rpartition(b"/")[2]), []),
                        {config.backups[row[0]].host for row in there} | set(down)) for row in shown_rows]
     names = {entry["name"] for entry in entries}
-    return {"source": source, "path": as_text(directory), "catalog_time": restore.catalog_time, "entries": entries,
+    return {"source": source, "path": as_text(directory), "catalog_time": when, "entries": entries,
             "gone": sorted(name for name, rows in held.items() if name and name not in names and any(r[5] for r in rows)),
-            "unreachable": sorted(set(down) | {config.backups[b].host for b in restore.down}),
-            "reasons": sorted(set(down.values()) | {"%s cannot be asked" % name for b, name in restore.down.items()
+            "unreachable": sorted(set(down) | {config.backups[b].host for b in holders.down}),
+            "reasons": sorted(set(down.values()) | {"%s cannot be asked" % name for b, name in holders.down.items()
                                                     if config.backups[b].host not in down})}
 
 
 def _listed(config: Config, source: str, row: "Tuple[Any, ...]", held: "List[Any]", asked: "set[str]") -> "Dict[str, Any]":
-    """One entry of a listing.  row: of `Restore.catalog_of`; held: what the backups have under that
+    """One entry of a listing.  row: of `Plan.each("all")`; held: what the backups have under that
     name."""
     path, kind, size, mtime, target, holders = row
     out = {"name": as_text(path.rpartition(b"/")[2]), "kind": {"f": "file", "d": "directory", "l": "symlink"}[kind],
@@ -13320,10 +13851,11 @@ def restore_target(args: argparse.Namespace, home: Home, config: Config) -> str:
 def check_known_source(restore: Restore, config: Config) -> None:
     """A source of which nobody has anything and that has no line either is a mistake in its
     name."""
-    if restore.source not in config.sources and not any(holder.catalogs for holder in restore.holders):
+    holders = restore.holders
+    if restore.source not in config.sources and not any(h.catalogs for h in holders.each):
         raise UsageError("there is no source %s, and %s has something of one; there are: %s" % (
             restore.source, "no backup that can be reached (not reachable: %s)" % ", ".join(
-                sorted(restore.down.values())) if restore.down else "no backup",
+                sorted(holders.down.values())) if holders.down else "no backup",
             ", ".join(config.sources) or "none"))
 
 
@@ -13331,11 +13863,11 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     config = config_for_restore(args, home)
     target = restore_target(args, home, config)
     at = None if args.at is None else parse_time(args.at)
-    restore = Restore(args.source, target, args.paths, at, args.force, Progress(args.quiet))
-    restore.holders += [DirectoryHolder(path, args.source) for path in dict.fromkeys(args.directories)]
+    restore = Restore(args.source, target, args.paths, at, args.force, Progress(args.quiet),
+                      dict.fromkeys(args.directories))
     if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
         find_rsync()
-        restore.find_holders(config, Dialer(home))
+        restore.holders.find(config, Dialer(home))
     if not args.directories:  # disks without any of it say so themselves
         check_known_source(restore, config)
     if args.dry_run:
@@ -13343,10 +13875,10 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     try:
         complete = restore.run(whole=not args.paths)
     except (sqlite3.Error, OSError) as error:
-        info = os.statvfs(restore.target) if os.path.isdir(restore.target) else None
+        info = os.statvfs(target) if os.path.isdir(target) else None
         full = info is not None and info.f_bavail * info.f_frsize < 1 << 20  # SQLite calls that an I/O error
         raise CBackupError("%s: %s; what is there stays, run it again" % (
-            restore.target, "its disk is full" if full else reason_of(error)))
+            target, "its disk is full" if full else reason_of(error)))
     restore.progress.clear()
     report_restore(restore, complete, args.json)
     return EXIT_DONE if complete else EXIT_INCOMPLETE
@@ -13364,7 +13896,7 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
         return code
     print("%s, %s%s, as of %s (the catalog of %s)" % (
         count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
-        " into %s" % restore.target if restore.target else "", format_time(restore.catalog_time), restore.catalog_from))
+        " into %s" % restore.target.path if restore.target.path else "", format_time(restore.catalog_time), restore.catalog_from))
     if plan["free_bytes"] is not None and plan["needed_bytes"] > plan["free_bytes"]:
         print("    NO ROOM: %s are needed, %s are free" % (
             format_size(plan["needed_bytes"]), format_size(plan["free_bytes"])))
@@ -13379,15 +13911,15 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
                                                   format_size(share["rate"])))
     if plan["missing_files"]:
         print("    %s that nobody has who can be reached" % count_of(plan["missing_files"], "file"))
-    if restore.down:
-        print("    not reachable: %s" % ", ".join(sorted(restore.down.values())))
+    if restore.holders.down:
+        print("    not reachable: %s" % ", ".join(sorted(restore.holders.down.values())))
     print("it would take about %s" % format_seconds(max(1.0, plan["seconds"])))
     return code
 
 
 def origin_of(restore: Restore) -> "Dict[str, Any]":
     """From when and whom the list of files is, and where they go: for --json."""
-    return {"catalog_time": restore.catalog_time, "catalog_from": restore.catalog_from, "target": restore.target or None}
+    return {"catalog_time": restore.catalog_time, "catalog_from": restore.catalog_from, "target": restore.target.path or None}
 
 
 SHOWN_MISSING = 1000
@@ -13415,7 +13947,7 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
         print("cbackup: %s: %s" % (shown(path), shown(why)), file=sys.stderr)
     if missing + in_the_way > SHOWN_MISSING:
         print("cbackup: and %d more; --json names them all" % (missing + in_the_way - SHOWN_MISSING), file=sys.stderr)
-    for text, count in restore.notes.items():
+    for text, count in restore.target.metadata.notes.items():
         print("cbackup: %s, %d times" % (text, count), file=sys.stderr)
     back = "everything is back" if complete else "NOT everything is back: %s" % ", ".join(
         part for part in (missing and "%s missing" % count_of(missing, "file"),
@@ -13424,7 +13956,7 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     unproven = restore.unproven_count()
     print("%s: %s (%s restored, %s; %s were there already) in %s, as of %s, by the catalog of %s%s" % (
         restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
-        format(restore.counts["kept_files"], ","), restore.target, format_time(restore.catalog_time), restore.catalog_from,
+        format(restore.counts["kept_files"], ","), restore.target.path, format_time(restore.catalog_time), restore.catalog_from,
         "".join("; %s %s (-v names them)" % (format(count, ","), words) for count, words in (
             (unproven, "of them not proven yet at that time"),
             (unreadable, "could not be read by their own host at that time")) if count)))
@@ -13521,11 +14053,11 @@ def check_source(name: str, config: Config) -> None:
 def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
     """The times at which something of a source changed, of those of which a catalog can be had, the
     newest first.  Where the source's server does not answer, also those with news of copies only."""
-    restore = Restore(args.source, os.devnull, [], None, False, Progress(True))
-    restore.find_holders(config, Dialer(home))
+    holders = Holders(args.source)
+    holders.find(config, Dialer(home))
     times, before = [], 0
-    for upto, when in sorted({f.upto: f.time for holder in restore.holders for f in holder.catalogs}.items()):
-        known = [differs for gen, differs in restore.differs.items() if before < gen <= upto]
+    for upto, when in sorted({f.upto: f.time for holder in holders.each for f in holder.catalogs}.items()):
+        known = [differs for gen, differs in holders.differs.items() if before < gen <= upto]
         if any(known) or not known:
             times.insert(0, when)
             before = upto
@@ -13534,9 +14066,9 @@ def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
     else:
         for when in times:
             print(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)))
-    for name in sorted(restore.down.values()):
+    for name in sorted(holders.down.values()):
         print("cbackup: %s cannot be asked" % name, file=sys.stderr)
-    return EXIT_INCOMPLETE if restore.down or not times else EXIT_DONE
+    return EXIT_INCOMPLETE if holders.down or not times else EXIT_DONE
 
 
 def add_log_parser(commands: Any) -> None:

@@ -61,19 +61,17 @@ class WhereToTest(SaysCase):
 
     def test_what_is_not_proven_is_counted_and_named(self):
         restore = cbackup.Restore("docs", self.directory(), [], None, False, cbackup.Progress(True))
-        restore.db = cbackup.sqlite3.connect(":memory:")
-        restore.db.executescript(cbackup.PLAN_SCHEMA)
-        restore._load_rows([cbackup.CatalogRow(b"x", "f", proven=False), cbackup.CatalogRow(b"y", "f"),
-                            cbackup.CatalogRow(b"z", "f", proven=False)])
-        for path in (b"x", b"y"):
-            restore._set_state(path, 1)
+        restore.plan = cbackup.Plan(self.directory())
+        restore.plan.load([[cbackup.CatalogRow(b"x", "f", proven=False), cbackup.CatalogRow(b"y", "f"),
+                            cbackup.CatalogRow(b"z", "f", proven=False)]], restore.asked)
+        restore.plan.settle([b"x", b"y"])
         self.assertEqual((1, [b"x"]), (restore.unproven_count(), list(restore.unproven())))
         said = io.StringIO()
         with contextlib.redirect_stdout(said), self.assertLogs("cbackup", "INFO") as named:
             cbackup.report_restore(restore, True, False)
         self.assertIn("; 1 of them not proven yet at that time (-v names them)\n", said.getvalue())
         self.assertEqual(["x"], [record.getMessage().split(":")[0] for record in named.records])
-        restore.db.close()
+        restore.plan.close()
 
 
 class RoomTest(SaysCase):
