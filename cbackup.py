@@ -932,6 +932,15 @@ class Tree:
         old_dir, old_name = self._parent(old)
         os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
 
+    def rename_new(self, old: bytes, new: bytes) -> None:
+        """The same where nothing is at `new`; else FileExistsError."""
+        new_dir, new_name = self._parent(new, make=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(new_name, dir_fd=new_dir, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, "something else is there")
+        old_dir, old_name = self._parent(old)
+        os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+
     def link(self, old: bytes, new: bytes) -> None:
         """A second name `new` for the file `old`.  Raises OSError where the file system has no links."""
         new_dir, new_name = self._parent(new, make=True)
@@ -5346,17 +5355,20 @@ def filters_for(paths: "Iterable[bytes]") -> "List[bytes]":
 
 def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes, bwlimit: "Optional[int]" = None,
          always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None, most: "Optional[int]" = None,
-         plain: bool = False) -> Pull:
+         plain: bool = False, whole: bool = False) -> Pull:
     """Fetch files over a connection from `Link.stream` into the directory `destination`.
 
     paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size and mtime are the
     same.  most: a file of more bytes is left out.  plain: they are small, and nothing of them is there: written straight
     under their names, as a whole, which costs half; not where there may be a file, which would be written into.
+    whole: nothing is made of the parts of files that are there.
     Whatever happens, look at the destination afterwards: rsync's exit status says little (a file that changed while it was
     sent arrives torn, with status 0).  Raises OwnFailure when no rsync can be started here.
     """
     options: "List[Any]" = ["-W", "--inplace"] if plain else ["-S", b"--partial-dir=" + PART_SUFFIX_DIR]
     options.append("--timeout=%d" % max(60, rsync_idle()))
+    if whole and not plain:
+        options.append("-W")
     if bwlimit:
         options.append("--bwlimit=%d" % max(1, bwlimit // 1024))
     if always:
@@ -9925,6 +9937,9 @@ SILENT_AFTER = 10.0
 INHERIT_FROM = 1 << 20
 """A file of so many bytes is looked for in parts that another holder delivered."""
 
+COMPARE_RATE, DIGEST_RATE = 40 << 20, 200 << 20
+"""Bytes a second of a file that rsync compares with a part of it, and of the part."""
+
 FAILURES = 3
 """Batches in a row of which nothing came, until a holder is given up."""
 
@@ -10023,19 +10038,19 @@ class RemoteHolder:
             rounds.page(len(rows), as_raw(after) if columns == 4 else after)
 
     def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
-              on_bytes: "Callable[[int], None]") -> Pull:
+              on_bytes: "Callable[[int], None]", whole: bool = False) -> Pull:
         """Bring (path, place, see PLAN_SCHEMA) to `into`/path; nothing that has grown beyond
-        `most` bytes."""
+        `most` bytes.  whole: without making anything of parts that are there."""
         outcome = Pull()
         current = [path for path, place in names if not place]
         if current:
-            outcome = self._pull("backup", source, current, into, most, on_bytes)
+            outcome = self._pull("backup", source, current, into, most, on_bytes, whole)
         for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
             elsewhere = [(path, place[len(prefix):]) for path, place in names
                          if place and place.startswith(prefix)]
             if elsewhere:
                 outcome = self._pull(of, source, [place for _, place in elsewhere],
-                                     into + b"/.elsewhere", most, on_bytes)
+                                     into + b"/.elsewhere", most, on_bytes, whole)
                 with Tree(into) as tree:
                     for path, place in elsewhere:
                         with contextlib.suppress(OSError):
@@ -10044,7 +10059,7 @@ class RemoteHolder:
 
     def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
               most: "Optional[int]" = None,
-              on_bytes: "Callable[[int], None]" = lambda count: None) -> Pull:
+              on_bytes: "Callable[[int], None]" = lambda count: None, whole: bool = False) -> Pull:
         os.makedirs(into, mode=0o700, exist_ok=True)
         limit, came = CATALOG_BYTES, 0
         if most is not None:
@@ -10060,7 +10075,7 @@ class RemoteHolder:
         return pull_apart(paths, lambda path: path, lambda some: pull(
             self.link.again().stream(of=of, name=self.backup, source=source), some, into,
             self.limit, on_bytes=counted, most=most,
-            plain=most is not None and most <= PLAIN_BELOW))
+            plain=most is not None and most <= PLAIN_BELOW, whole=whole))
 
 
 class DirectoryHolder:
@@ -10093,7 +10108,8 @@ class DirectoryHolder:
                     yield path, stored, size, mtime, None
 
     def fetch(self, source: str, names: "List[Tuple[bytes, bytes]]", into: bytes, most: int,
-              on_bytes: "Callable[[int], None]") -> Pull:
+              on_bytes: "Callable[[int], None]", whole: bool = False) -> Pull:
+        """The same; here a part costs nothing."""
         outcome = Pull()
         os.makedirs(into, mode=0o700, exist_ok=True)
         with Tree(self.path) as tree, Tree(into) as target:
@@ -10980,12 +10996,13 @@ class Target:
 
     def place(self, staged: bytes, path: bytes) -> None:
         """Rename a checked file to its place; raises OSError when something is in the way."""
-        if self.tree.lstat(path) is not None:
-            if not self.force:
-                raise OSError(errno.EEXIST, "something else is there")
-            self._move_aside(path)
         try:
-            self.tree.rename(staged, path)
+            self.tree.rename_new(staged, path)
+        except FileExistsError:
+            if not self.force:
+                raise
+            self._move_aside(path)
+            self.tree.rename_new(staged, path)
         except PermissionError:
             # An earlier run may have made a directory read-only already: it is opened, and closed
             # again at the end.
@@ -10994,7 +11011,7 @@ class Target:
             if info is None or info.st_mode & 0o700 == 0o700:
                 raise
             self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
-            self.tree.rename(staged, path)
+            self.tree.rename_new(staged, path)
 
     # -- after the files --
 
@@ -11077,6 +11094,7 @@ class Flight:
         self.checking: "Dict[bytes, Item]" = {}
         self.since = self.heard = 0.0  # when the batch was begun, and when a byte came last
         self.asked = self.came = 0  # bytes of it
+        self.parts = 0  # bytes of it that are there already
         self.rate: "Optional[float]" = None  # bytes a second
         self.turn: "Tuple[int, bytes]" = (0, b"")  # everything before it is in hand
         self.arrived = 0  # files of the batch that was checked last
@@ -11093,6 +11111,7 @@ class Schedule:
         self.files = self.bytes = 0  # that were restored
         self._left = self._fetched = self._total = 0  # bytes: in nobody's hands, came, in all
         self._known = 0, 0  # files: in place before we began, in all
+        self._twice: "set[bytes]" = set()  # that one holder took over from another
         self._changed = threading.Condition()
         self._ended = False  # something went so wrong that all stop
 
@@ -11159,7 +11178,8 @@ class Schedule:
         try:
             return holder.fetch(
                 self.source, [(item.path, item.place) for item in batch], into,
-                max(item.size for item in batch), lambda count: self._count(flight, count))
+                max(item.size for item in batch), lambda count: self._count(flight, count),
+                self._is_quicker_whole(flight))
         except Cancelled:
             return Pull(how="cut")
         except (UsageError, OwnFailure):
@@ -11206,14 +11226,17 @@ class Schedule:
                     return self._begun(flight, batch)
                 items, waiting = self._slow_ones(flight)
                 if items:
-                    return self._begun(flight, self._first_of(items, flight))
+                    batch = self._first_of(items, flight)
+                    self._twice.update(item.path for item in batch)
+                    return self._begun(flight, batch)
                 if flight.checking or not waiting:
                     break
                 self._changed.wait(0.5)
             return []
 
     def _begun(self, flight: Flight, batch: "List[Item]") -> "List[Item]":
-        self._inherit(flight, batch)
+        flight.parts = sum(self._inherit(flight, item) for item in batch
+                           if item.size >= INHERIT_FROM)
         flight.fetching = {item.path: item for item in batch}
         flight.since = flight.heard = time.monotonic()
         flight.asked, flight.came = sum(item.size for item in batch), 0
@@ -11269,21 +11292,31 @@ class Schedule:
                 return items, True
         return [], waiting
 
-    def _inherit(self, flight: Flight, batch: "List[Item]") -> None:
-        """Take over the parts of large files that came from a holder which does not go on with
-        them."""
+    def _inherit(self, flight: Flight, item: Item) -> int:
+        """Take over the part of a large file that came from a holder which does not go on with it.
+        Returns how many bytes of it are there."""
         tree, each = self._target.tree, self.holders.each
-        at_work = {Work.staging(each[f.number]): f.fetching for f in self.flights}
-        for item in batch:
-            path, part = item.path, part_of(item.path)
-            own = Work.staging(each[flight.number], part)
-            if item.size < INHERIT_FROM or tree.lstat(own) is not None:
-                continue
+        part = part_of(item.path)
+        own = Work.staging(each[flight.number], part)
+        if tree.lstat(own) is None:
+            at_work = {Work.staging(each[f.number]): f.fetching for f in self.flights}
             for top in Work.all_staging(tree):
-                if path not in at_work.get(top, ()) and tree.lstat(top + b"/" + part) is not None:
+                if item.path not in at_work.get(top, ()) \
+                        and tree.lstat(top + b"/" + part) is not None:
                     with contextlib.suppress(OSError):
                         tree.rename(top + b"/" + part, own)
                     break
+        info = tree.lstat(own)
+        return min(info.st_size, item.size) if info is not None else 0
+
+    @staticmethod
+    def _is_quicker_whole(flight: Flight) -> bool:
+        """Whether a batch comes sooner from its beginning than behind the parts that are there: what
+        is behind them is compared with them byte by byte."""
+        if not flight.rate or not flight.parts:
+            return False
+        rest = (flight.asked - flight.parts) / min(flight.rate, COMPARE_RATE)
+        return flight.asked / flight.rate < rest + flight.parts / DIGEST_RATE
 
     # -- what arrived --
 
@@ -11338,9 +11371,10 @@ class Schedule:
             self._target.place(staged, item.path)
             self.files += 1
             self.bytes += item.size
-            for other in self.flights:
-                other.fetching.pop(item.path, None)
-                other.checking.pop(item.path, None)
+            if item.path in self._twice:
+                for other in self.flights:
+                    other.fetching.pop(item.path, None)
+                    other.checking.pop(item.path, None)
         return True
 
     def _settle(self, flight: Flight, placed: "List[Any]", again: "List[bytes]",
