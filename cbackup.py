@@ -211,6 +211,9 @@ SCARCE_BYTES = 16 << 20
 """While room is scarce a claim takes 1 % of what is free, so that clients at work together share; but not less than
 this, or a small backup would fill in hundreds of steps."""
 
+HEARD_WITHIN = 60.0
+"""Seconds within which a backup that says the same again is not written down again."""
+
 CLAIM_LEASE = 3600.0
 """Seconds of server time that a claim lasts; every word from the backup renews it."""
 
@@ -2461,11 +2464,14 @@ class Books(Store):
         that are given) and renew its claims.  Returns its id."""
         number = self.backup_id(name)
         now = self.up()
+        known = {key: value for key, value in words.items() if value is not None}
+        first = bool(known.pop("first", None))
+        if not first and self._heard_just_now(number, known, now):
+            return number
         with self.write() as db:
             row = db.execute("SELECT lost, heard, period, fruitless FROM backups WHERE id=?", (number,)).fetchone()
-            known = {key: value for key, value in words.items() if value is not None}
             known.update(heard=now, heard_date=clock.now())
-            if known.pop("first", None):
+            if first:
                 # What changed while it was copied may stand still now, also when it has no new version.
                 db.execute("DELETE FROM declines WHERE backup=? AND reason='changed'", (number,))
                 known["fruitless"] = row[3] + 1 if db.execute(
@@ -2481,6 +2487,12 @@ class Books(Store):
                 db.execute("UPDATE backups SET lost=0 WHERE id=?", (number,))
                 self.regroup_backup(number)
         return number
+
+    def _heard_just_now(self, number: int, words: "Dict[str, Any]", now: float) -> bool:
+        """Whether a backup has said the same a moment ago: nothing is to be written then, which would be waiting for a disk."""
+        keys = sorted(words)
+        lost, heard, *known = self.one("SELECT %s FROM backups WHERE id=?" % ", ".join(["lost", "heard"] + keys), number)
+        return not lost and heard is not None and 0 <= now - heard < HEARD_WITHIN and known == [words[key] for key in keys]
 
     def renew_updates(self, backup: int, files: "List[Tuple[int, bytes]]") -> None:
         """`backup` is at work on these (source, path) of which it has an older version: others are to wait for longer."""
@@ -4508,7 +4520,8 @@ WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is
 FOUND = (_is_path, _is_count)
 STANDING = {
     "state": _is_word, "reason": Maybe(_is_said), "cause": Maybe(_is_word), "replicas": _is_count, "scanned": _is_flag,
-    "todo": _is_count, "sum": (_is_figure, _is_figure, _is_figure), "gen": _is_count, "recovering": _is_flag}
+    "todo": _is_count, "sum": (_is_figure, _is_figure, _is_figure), "gen": _is_count, "recovering": _is_flag,
+    "claims": May(_is_flag, True)}
 WORDS = {
     "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number), "want": Maybe(_is_count),
     "used": Maybe(_is_count), "files": Maybe(_is_count), "age": Maybe(_is_real), "period": Maybe(_is_real),
@@ -7112,8 +7125,8 @@ class Reader(threading.Thread):
         books, name = self.service.books, source["name"]
         with books.write():
             source = books.source_row(name)  # the generation may have moved on
-            for facts, own in found:
-                verdict = books.prove(source, facts, own)
+            verdicts = books.prove_all(source, [(facts, own, False) for facts, own in found])
+            for (facts, _), verdict in zip(found, verdicts):
                 self._equal[name] = self._equal.get(name, 0) + (verdict == "proven")
                 self.service.say_of_proof(name, facts["path"], verdict)
             books.settle_others(source, self._equal.get(name, 0))
@@ -7305,7 +7318,7 @@ class Service:
         return {"state": row["state"], "reason": row["reason"], "cause": row["cause"], "replicas": row["replicas"],
                 "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
                 "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
-                "recovering": books.recovering(row["id"])}
+                "recovering": books.recovering(row["id"]), "claims": bool(books.own_claims(backup, row["id"], 1))}
 
     @answers("standing")
     def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -8494,13 +8507,16 @@ class Pipeline:
         self._thread = threading.Thread(target=guarded, daemon=True)
         self._thread.start()
 
-    def drain(self) -> None:
+    def drain(self) -> bool:
+        """Wait for the work under way; returns whether there was any.  Raises what that raised."""
+        was = self._thread is not None
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(0.5)
         self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return was
 
 
 class Standing:
@@ -8563,6 +8579,9 @@ class Pass:
         self.own_standings: "List[Standing]" = []
         self._moved = 0
         self._early = 0, 0
+        self._asked: "Optional[List[Tuple[Standing, Dict[str, Any]]]]" = None  # what `demand` found, while it holds
+        self._told: "Dict[str, Dict[str, Any]]" = {}  # host -> our last words
+        self._actions = figures.actions
 
     # -- the whole pass --
 
@@ -8776,8 +8795,11 @@ class Pass:
         if want is not None:
             words["want"] = want
         for host in sorted({standing.host for standing in self.standings.values() if not standing.out}):
+            if dict(self._told.get(host, {}), **words) == self._told.get(host):
+                continue
             with contextlib.suppress(Unreachable, Refused):
                 self.links[host].call("told", backup=self.name, **words)
+                self._told[host] = words
 
     # -- catching up: what became of the copies here --
 
@@ -8794,7 +8816,8 @@ class Pass:
         if standing.usable:
             if standing.facts["recovering"]:
                 self.links[standing.host].call("caught_up", backup=self.name, source=standing.name)
-            self.resume(standing)
+            if standing.facts["claims"]:
+                self.resume(standing)
 
     def resume(self, standing: Standing) -> None:
         """Go on with what an earlier pass had claimed: parts of large files lie in `incoming`."""
@@ -9245,7 +9268,8 @@ class Pass:
         while not self.stuck and not self.vault.spec.leaving:
             if self.drop_surplus() or self.claim_some():
                 continue
-            self.pipeline.drain()
+            if self.pipeline.drain():
+                self._asked = None
             if self.claim_some() or self.swap_in() or self.relieve():
                 continue
             self.pipeline.drain()
@@ -9254,8 +9278,11 @@ class Pass:
 
     def demand(self, beyond: bool = False) -> "List[Tuple[Standing, Dict[str, Any]]]":
         """What is missing of each source; those with the highest pressure (missing bytes by room) first.  `beyond`: ask
-        also for what there is no room for anywhere."""
-        found, self.words, self.figures_short = [], {}, 0
+        also for what there is no room for anywhere.  Not asked again before this pass has changed something."""
+        if self._asked is not None and not beyond:
+            return self._asked
+        found: "List[Tuple[Standing, Dict[str, Any]]]" = []
+        self.words, self.figures_short = {}, 0
         # Looked at once: the thread that checks the last batch may put a source out meanwhile.
         usable = self.usable()
         for host in sorted({standing.host for standing in usable}):
@@ -9271,6 +9298,7 @@ class Pass:
             for words in answer["backups"]:
                 self._merge(words)
         found.sort(key=lambda item: (-self._pressure(*item), item[0].name))
+        self._asked = found
         return found
 
     def _merge(self, words: "Dict[str, Any]") -> None:
@@ -9311,6 +9339,7 @@ class Pass:
 
     def _fetch_claimed(self, standing: Standing, rows: "List[List[Any]]") -> None:
         """Fetch what was claimed; a source that hands out files again and again of which none comes is out."""
+        self._asked = None
         standing.barren += 1
         if standing.barren > BARREN_LIMIT:
             standing.out = True
@@ -9349,6 +9378,7 @@ class Pass:
                 test_point("granted")
                 grants = [Grant(standing.name, check_relative(as_raw(path))) for path in granted if path in paths]
                 size = self.vault.drop(grants)
+                self._asked = None
                 self.figures.add(dropped_files=len(grants), dropped_bytes=size)
                 freed += size
         return freed
@@ -9376,12 +9406,14 @@ class Pass:
 
     def relieve(self) -> bool:
         """Rules 3 and 4: tell what we want, and take from one backup that is short of room files that it can drop then."""
-        demands, free = self.demand(beyond=True), self.vault.free()
-        want = sum(facts["lacking"] for _, facts in demands)
+        free = self.vault.free()
+        want = sum(facts["lacking"] for _, facts in self.demand())
         want = max(want, 1) if free < 0 else want
         self.tell(want)
-        if free <= 0:
+        if free <= 0 or not any(words["name"] != self.name and (words["want"] or (words["free"] or 0) < 0)
+                                for words in self.words.values()):
             return False
+        demands = self.demand(beyond=True)  # it costs the servers something, and is seldom needed
         me = dict(self.words.get(self.name) or {"droppable": 0}, name=self.name, free=free, want=want)
         missing = sum(facts["beyond"] for _, facts in demands) + self._own_missing()
         over = sum(-w["free"] for w in self.words.values() if (w["free"] or 0) < 0 and w["name"] != self.name)
@@ -9456,7 +9488,8 @@ class Pass:
         """Fetch what is new in a source's catalog, keep it, and bring the skeleton in line."""
         vault, name = self.vault, standing.name
         directory = vault.catalog_directory(name)
-        gen = standing.facts["gen"] if standing.host == self.host else self._standing(standing)["gen"]
+        still = standing.host == self.host or self.figures.actions == self._actions  # no copies are news
+        gen = standing.facts["gen"] if still else self._standing(standing)["gen"]
         try:
             self._set_ahead_aside(standing, directory, gen)
             link = self.own if standing.host == self.host else self.links[standing.host]
