@@ -1923,7 +1923,7 @@ def make_cluster_key(path: str) -> None:
 TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
 """What a backup must still hear about one of its copies; bits of `copies.todo`."""
 
-BOOKS_SCHEMA_VERSION = 2
+BOOKS_SCHEMA_VERSION = 3
 
 BOOKS_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -1997,8 +1997,9 @@ CREATE TABLE declines(
     file INTEGER, backup INTEGER, version INTEGER, until REAL, reason TEXT, PRIMARY KEY(file, backup)) WITHOUT ROWID;
 
 -- Files held by the same backups in the same way are one group: placing looks at groups, not at files.
--- key: "id+" for a confirmed copy, "id-" for a claim, "id~" for a copy in a backup that is leaving, joined by commas;
--- a leading "!" means blocked.  n: distinct hosts with a claim or a copy that stays; k: distinct hosts with a copy.
+-- key: "id+" for a confirmed copy, "id-" for a claim, also of backups that do not count now, joined by commas; a leading
+-- "!" means blocked.  What each backup is to that says `backups`, so that no file is touched when it changes.
+-- n: distinct hosts with a claim or a copy that stays; k: distinct hosts with a copy.
 -- Triggers keep files and bytes.
 CREATE TABLE groups(
     id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
@@ -2050,6 +2051,8 @@ CREATE INDEX entries_other ON entries(source) WHERE other IS NOT NULL;
 -- What layout 1 calls the digest of a file over 256 KiB was compared by samples only.
 UPDATE entries SET basis='p' WHERE digest IS NOT NULL AND size<=262144;
 UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL) WHERE digest IS NOT NULL AND size>262144;
+""", 2: """
+INSERT OR REPLACE INTO meta VALUES('regroup', 0);
 """}
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
@@ -2224,14 +2227,26 @@ class Group:
 
     __slots__ = ("id", "members", "leaving", "hosts", "copy_hosts", "blocked", "n", "k", "files", "bytes")
 
-    def __init__(self, row: "Tuple[Any, ...]", host_of: "Callable[[int], str]") -> None:
+    def __init__(self, row: "Tuple[Any, ...]", facts_of: "Callable[[int], Tuple[str, bool, bool]]") -> None:
+        """facts_of: Books.facts_of_backup."""
         self.id, key, self.n, self.k, self.files, self.bytes = row
         self.blocked = key.startswith("!")
-        words = [(int(word[:-1]), word[-1]) for word in key.lstrip("!").split(",") if word]
-        self.members = {backup: sign != "-" for backup, sign in words}
-        self.leaving = {backup for backup, sign in words if sign == "~"}
-        self.hosts = {host_of(backup) for backup in self.members if backup not in self.leaving}
-        self.copy_hosts = {host_of(backup) for backup, copy in self.members.items() if copy}
+        self.members: "Dict[int, bool]" = {}
+        self.leaving: "set[int]" = set()
+        self.hosts: "set[str]" = set()
+        self.copy_hosts: "set[str]" = set()
+        for word in filter(None, key.lstrip("!").split(",")):
+            backup, copy = int(word[:-1]), word[-1] != "-"
+            host, counts, leaving = facts_of(backup)
+            if not counts or leaving and not copy:
+                continue
+            self.members[backup] = copy
+            if leaving:
+                self.leaving.add(backup)
+            else:
+                self.hosts.add(host)
+            if copy:
+                self.copy_hosts.add(host)
 
     def copies_without(self, backup: int, host_of: "Callable[[int], str]") -> int:
         """Distinct hosts that would have a copy, and keep it, if `backup` had none."""
@@ -2265,6 +2280,8 @@ class Books(Store):
         self._shapes: "Dict[int, Group]" = {}
         self._started = clock.steady()
         self._up_before = float(self.meta("up") or 0)
+        if self.meta("regroup") is not None:
+            self._regroup_all()
         self.id = self.meta("books")
         if not self.id:
             self.id = secrets.token_hex(8)
@@ -2324,9 +2341,9 @@ class Books(Store):
                 db.execute("UPDATE backups SET host=?, configured=1, leaving=? WHERE name=?",
                            (backup.host, int(backup.leaving), backup.name))
             self._forget_shapes()
-            for number, *facts in db.execute("SELECT id, host, configured, leaving FROM backups").fetchall():
-                if number in before and before[number] != tuple(facts):
-                    self.regroup_backup(number)
+            after = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
+            if any(after[number] != facts for number, facts in before.items()):
+                self.recount_groups()
             for source in config.sources_of(self.host):
                 if source.name in asleep:
                     self._count_anew(asleep[source.name])
@@ -2378,9 +2395,9 @@ class Books(Store):
         self._shapes.clear()
 
     def host_of(self, backup: int) -> str:
-        return self._backup_facts(backup)[0]
+        return self.facts_of_backup(backup)[0]
 
-    def _backup_facts(self, backup: int) -> "Tuple[str, bool, bool]":
+    def facts_of_backup(self, backup: int) -> "Tuple[str, bool, bool]":
         """(host, whether its copies count, whether it is leaving)."""
         if backup not in self._hosts:
             host, configured, lost, leaving = self.one(
@@ -2396,7 +2413,7 @@ class Books(Store):
             return known
         row = self.db.execute("SELECT id FROM groups WHERE source=? AND key=?", (source, key)).fetchone()
         if row is None:
-            shape = Group((0, key, 0, 0, 0, 0), self.host_of)
+            shape = Group((0, key, 0, 0, 0, 0), self.facts_of_backup)
             row = (self.db.execute("INSERT INTO groups(source, key, n, k) VALUES(?,?,?,?)",
                                    (source, key, len(shape.hosts), len(shape.copy_hosts))).lastrowid,)
         self._group_ids[(source, key)] = row[0]
@@ -2407,34 +2424,35 @@ class Books(Store):
         moved: "List[Tuple[int, int]]" = []
         for some in in_batches(files):
             rows = self.rows_among("SELECT e.id, e.source, e.grp, e.blocked, c.backup, c.state FROM entries e LEFT JOIN copies c "
-                                   "ON c.file=e.id WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
+                                   "ON c.file=e.id AND c.state IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
             for (number, source, grp, blocked), copies in itertools.groupby(rows, key=lambda row: row[:4]):
                 group = self._group_id(source, ("!" if blocked else "") + ",".join(
-                    filter(None, [self._word(backup, state) for *_, backup, state in copies])))
+                    ["%d%s" % (backup, "+" if state == "k" else "-") for *_, backup, state in copies if backup is not None]))
                 if group != grp:
                     moved.append((group, number))
         self.db.executemany("UPDATE entries SET grp=? WHERE id=?", moved)
 
-    def _word(self, backup: "Optional[int]", state: str) -> str:
-        """What a group's key says of a copy; "" of one that does not count."""
-        if backup is None:
-            return ""
-        _, counts, leaving = self._backup_facts(backup)
-        if not counts or not (state == "k" or state in ("c", "s") and not leaving):
-            return ""
-        return "%d%s" % (backup, "-" if state != "k" else "~" if leaving else "+")
-
-    def regroup_backup(self, backup: int) -> None:
-        """After a backup began or ceased to count, or moved to another host.  Long for a full backup."""
+    def recount_groups(self) -> None:
+        """After a backup began or ceased to count, or moved to another host."""
         with self.write() as db:
-            self._group_ids.clear()
             self._forget_shapes()
-            for number, source, key in db.execute("SELECT id, source, key FROM groups").fetchall():
-                shape = Group((0, key, 0, 0, 0, 0), self.host_of)
-                db.execute("UPDATE groups SET n=?, k=? WHERE id=?",
-                           (len(shape.hosts), len(shape.copy_hosts), number))
-            self.regroup(row[0] for row in db.execute(
-                "SELECT file FROM copies WHERE backup=?", (backup,)).fetchall())
+            for number, key in db.execute("SELECT id, key FROM groups").fetchall():
+                shape = Group((0, key, 0, 0, 0, 0), self.facts_of_backup)
+                db.execute("UPDATE groups SET n=?, k=? WHERE id=?", (len(shape.hosts), len(shape.copy_hosts), number))
+
+    def _regroup_all(self) -> None:
+        """For books of layout 2, whose groups say less of a file.  Once, and then it takes a while."""
+        while True:
+            with self.write():
+                after = self.meta("regroup")
+                files = [row[0] for row in self.rows("SELECT id FROM entries WHERE id>? AND kind='f' ORDER BY id LIMIT ?",
+                                                     after, APPLY_CHUNK)]
+                self.regroup(files)
+                if not files:
+                    self.recount_groups()
+                    self.db.execute("DELETE FROM meta WHERE key='regroup'")
+                    return
+                self.set_meta("regroup", files[-1])
 
     def groups(self, source: int, which: str = "1", *values: Any) -> "List[Group]":
         """The groups of a source that have files, those of them for which the condition `which` (SQL) is true."""
@@ -2446,7 +2464,7 @@ class Books(Store):
                                        + which, (source,) + values):
                 shape = self._shapes.get(row[0])
                 if shape is None:
-                    shape = self._shapes[row[0]] = Group(row, self.host_of)
+                    shape = self._shapes[row[0]] = Group(row, self.facts_of_backup)
                 shape.files, shape.bytes = row[4:]  # the rest never changes; who still reads the old ones gets newer figures
                 found.append(shape)
         return found
@@ -2485,7 +2503,7 @@ class Books(Store):
                            (now + CLAIM_LEASE, number, now + CLAIM_LEASE * 0.9))
             if row[0]:
                 db.execute("UPDATE backups SET lost=0 WHERE id=?", (number,))
-                self.regroup_backup(number)
+                self.recount_groups()
         return number
 
     def _heard_just_now(self, number: int, words: "Dict[str, Any]", now: float) -> bool:
@@ -2523,7 +2541,8 @@ class Books(Store):
                     log.warning("backup %s has not been heard of for %s: its copies no longer count",
                                 name, format_seconds(lost_after))
                     db.execute("UPDATE backups SET lost=1 WHERE id=?", (number,))
-                    self.regroup_backup(number)
+                if lost:
+                    self.recount_groups()
 
     def last_words(self) -> "List[Dict[str, Any]]":
         """What every configured backup said last, and the bytes that it can drop of this host's sources, now or when what
@@ -2861,7 +2880,7 @@ class Books(Store):
                                "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
                 if not row:
                     continue
-                group = Group(row[1:], self.host_of)
+                group = Group(row[1:], self.facts_of_backup)
                 if relieved is None:
                     allowed = group.n < source["replicas"] and host not in group.hosts
                 else:
@@ -2911,7 +2930,7 @@ class Books(Store):
         """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
         the largest smaller ones, up to `need`."""
         numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"],
-                                                     "*%d[+~]*" % backup)
+                                                     "*%d+*" % backup)
                    if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
         return self._around(numbers, need, 1 << 62, backup)
 
@@ -2963,7 +2982,7 @@ class Books(Store):
                                source["id"], path)
                 if not row:
                     continue
-                group = Group(row[1:], self.host_of)
+                group = Group(row[1:], self.facts_of_backup)
                 if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
                     self._are_news([row[0]])
@@ -2978,7 +2997,7 @@ class Books(Store):
         host = self.host_of(backup)
         inside = self.host_of(relieved) == host
         numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"],
-                                                     "*%d[+~]*" % relieved)
+                                                     "*%d+*" % relieved)
                    if group.members.get(relieved) and not group.blocked
                    and (backup not in group.members if inside else host not in group.hosts)]
         return self._around(numbers, gap, free, backup, filling=True)
@@ -3274,27 +3293,38 @@ class Books(Store):
                rows: "List[Tuple[bytes, int, int, int]]") -> None:
         """Take over (path, size, mtime, tag) that `backup` holds.  What is not counted yet becomes an update to do:
         the backup confirms anew what has the present version's size and mtime, and fetches the rest."""
-        with self.write() as db:
-            for path, size, mtime, tag in rows:
-                known = self.one("SELECT id, size, mtime FROM entries WHERE source=? AND path=? AND kind='f'",
-                                 source["id"], path)
-                moved = None if known else self.one(
-                    "SELECT c.file, e.size, e.mtime FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? "
-                    "AND c.source=? AND c.todo&? AND c.path=?", backup, source["id"], TODO_MOVE, path)
-                number = (known or moved or (self._gone_id(source["id"], path),))[0]
-                held = self.one("SELECT state, tag, todo FROM copies WHERE file=? AND backup=?", number, backup)
-                if held and held[1] == tag and (held[0] != "c" or moved):
-                    db.execute("UPDATE copies SET seen=? WHERE file=? AND backup=?", (serial, number, backup))
-                    continue
-                db.execute(
-                    "INSERT INTO copies(file, backup, source, state, tag, held_size, held_mtime, expires, todo, path, seen) "
-                    "VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(file, backup) DO UPDATE SET state=excluded.state, "
-                    "tag=excluded.tag, held_size=excluded.held_size, held_mtime=excluded.held_mtime, "
-                    "expires=excluded.expires, todo=excluded.todo, path=excluded.path, seen=excluded.seen",
-                    (number, backup, source["id"], "s" if known else "r", tag, size, mtime,
-                     self.up() + STALE_LEASE if known else None, TODO_UPDATE if known else TODO_RETIRE,
-                     None if known else path, serial))
-                self.regroup([number])
+        for some in in_batches(rows, SLICE):
+            with self.write():
+                known = dict(self.rows_among("SELECT path, id FROM entries WHERE source=? AND kind='f' AND path AMONG",
+                                             [row[0] for row in some], source["id"]))
+                self._report_some(backup, source, serial, some, known)
+
+    def _report_some(self, backup: int, source: "Dict[str, Any]", serial: int, rows: "List[Tuple[bytes, int, int, int]]",
+                     known: "Dict[bytes, int]") -> None:
+        seen, new = [], []
+        held = {row[0]: row[1:] for row in self.rows_among(
+            "SELECT file, state, tag FROM copies WHERE backup=? AND file AMONG", known.values(), backup)}
+        for path, size, mtime, tag in rows:
+            number, moved = known.get(path), None
+            if number is None:
+                moved = self.one("SELECT c.file FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? "
+                                 "AND c.source=? AND c.todo&? AND c.path=?", backup, source["id"], TODO_MOVE, path)
+                number = moved[0] if moved else self._gone_id(source["id"], path)
+                held[number] = self.one("SELECT state, tag FROM copies WHERE file=? AND backup=?", number, backup)
+            state, had = held.get(number) or (None, None)
+            if state and had == tag and (state != "c" or moved):
+                seen.append((serial, number, backup))
+            else:
+                new.append((number, backup, source["id"], "s" if path in known else "r", tag, size, mtime,
+                            self.up() + STALE_LEASE if path in known else None,
+                            TODO_UPDATE if path in known else TODO_RETIRE, None if path in known else path, serial))
+        self.db.executemany("UPDATE copies SET seen=? WHERE file=? AND backup=?", seen)
+        self.db.executemany(
+            "INSERT INTO copies(file, backup, source, state, tag, held_size, held_mtime, expires, todo, path, seen) "
+            "VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(file, backup) DO UPDATE SET state=excluded.state, "
+            "tag=excluded.tag, held_size=excluded.held_size, held_mtime=excluded.held_mtime, "
+            "expires=excluded.expires, todo=excluded.todo, path=excluded.path, seen=excluded.seen", new)
+        self.regroup(row[0] for row in new)
 
     def _gone_id(self, source: int, path: bytes) -> int:
         row = self.one("SELECT id FROM gone WHERE source=? AND path=?", source, path)
@@ -3465,7 +3495,7 @@ class Books(Store):
         out = {}
         for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND configured=1"):
             out[name] = sum(group.files for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
-                            for group in self.groups(source, "key GLOB ?", "*%d~*" % number)
+                            for group in self.groups(source, "key GLOB ?", "*%d+*" % number)
                             if number in group.leaving and group.copies_without(number, self.host_of) < replicas)
         return out
 
@@ -3556,8 +3586,8 @@ REPRESENTABLE = 1 << 62
 
 FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
                  "target", "blocked", "xattrs")
-APPLY_CHUNK = 5000
-"""Rows applied in one transaction, so that a first scan does not keep clients waiting for minutes."""
+APPLY_CHUNK, SLICE = 1000, 250
+"""New rows, and others, that a scan applies in one transaction: clients wait for their answers meanwhile."""
 
 
 class Held(CBackupError):
@@ -4096,27 +4126,52 @@ class Scan:
     def _apply(self) -> bool:
         books, different = self.books, False
         self._parent_known: "Tuple[Optional[bytes], int]" = (None, 0)
+        different = self._bury_lost()
+        moved = books.rows(
+            "SELECT m.lost, m.path, l.path, EXISTS(SELECT 1 FROM lost p JOIN moves o ON o.lost=p.id WHERE p.path=m.path) "
+            "OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path "
+            "AND f.kind='d') FROM moves m JOIN lost l ON l.id=m.lost ORDER BY m.path")
+        entangled = [move[:3] for move in moved if move[3]]  # swaps, chains, what became a directory: all at once
         with books.write():
-            # What claims and reports did meanwhile concerns other columns; the generation may have moved on.
             self.row = books.source_row(self.source.name)
-            for number, path, kind in books.rows(
-                    "SELECT l.id, l.path, l.kind FROM lost l WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) AND "
-                    "(replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))"):
-                books.bury(self.row, number, path, kind)
-                different = True
-            moved = books.rows("SELECT m.lost, m.path, l.path FROM moves m JOIN lost l ON l.id=m.lost")
-            for number, _, _ in moved:
-                books.lift(number)
+            self._lift(entangled)
             for row in self._rows("kind='d' AND how='new'"):  # one by one: what is in it wants its number
                 books.add_entries(self.row, [(row, self._parent_id(row))])
                 different = True
             self._parent_known = (None, 0)
-            for number, path, old in moved:
-                row = next(self._rows("path=x'%s'" % path.hex()))
-                books.settle_move(self.row, number, old, row, self._parent_id(row))
-                different = True
+            self._settle(entangled)
+        for some in in_batches((move[:3] for move in moved if not move[3]), SLICE):
+            with books.write():
+                self.row = books.source_row(self.source.name)
+                self._lift(some)
+                self._settle(some)
         test_point("scan-half")
-        return self._apply_rest() or different
+        return self._apply_rest() or different or bool(moved)
+
+    def _bury_lost(self) -> bool:
+        """What is gone, in short transactions: each of them is true by itself, and the next scan finds the rest."""
+        books, different = self.books, False
+        lost = books.rows(
+            "SELECT l.id, l.path, l.kind FROM lost l WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) AND "
+            "(replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))")
+        for some in in_batches(lost, SLICE):
+            with books.write():
+                # What claims and reports did meanwhile concerns other columns; the generation may have moved on.
+                self.row = books.source_row(self.source.name)
+                for number, path, kind in some:
+                    books.bury(self.row, number, path, kind)
+                    different = True
+        return different
+
+    def _lift(self, moved: "List[Tuple[int, bytes, bytes]]") -> None:
+        """First half of moves: (number, new path, old path) of files that are elsewhere now."""
+        for number, _, _ in moved:
+            self.books.lift(number)
+
+    def _settle(self, moved: "List[Tuple[int, bytes, bytes]]") -> None:
+        for number, path, old in moved:
+            row = next(self._rows("path=x'%s'" % path.hex()))
+            self.books.settle_move(self.row, number, old, row, self._parent_id(row))
 
     def _apply_rest(self) -> bool:
         """New files and symlinks and all changes in place, in transactions of limited size."""
@@ -5562,7 +5617,7 @@ def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes
 
 # ==== 11. The backup: a location's own database, catalogs and directory ===============================
 
-VAULT_SCHEMA_VERSION = 2
+VAULT_SCHEMA_VERSION = 3
 
 VAULT_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -5608,6 +5663,7 @@ CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes
 
 
 VAULT_UPGRADES: "Dict[int, str]" = {1: """
+""", 2: """
 CREATE INDEX attic_under_way ON attic(source, path) WHERE done=0;
 """}
 """Layout -> the SQL that makes the next layout of a backup's database of it."""

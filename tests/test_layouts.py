@@ -9,11 +9,12 @@ import os
 import shutil
 import sqlite3
 import tarfile
+import tempfile
 import time
 import unittest
 
 import cbackup
-from tests.harness import Cluster, TOP, copy_wrong_bytes, read_file, wait_for, write_file
+from tests.harness import Cluster, TOP, copy_wrong_bytes, make_tree, read_file, wait_for, write_file
 
 LAYOUT_1 = os.path.join(TOP, "tests", "data", "layout1.tar.gz")
 
@@ -56,8 +57,8 @@ class Layout1Test(unittest.TestCase):
             c.settle()
             wait_for(lambda: c.status()["sources"]["docs"]["unproven_files"] == 0, 20, "not read")
             self.assertEqual(copy_wrong_bytes(c, "docs", 1), [])
-            self.assertEqual(layout_of(books), layout_of(database))
-            self.assertGreater(layout_of(books), 1)
+            self.assertEqual([layout_of(books), layout_of(database)],
+                             [cbackup.BOOKS_SCHEMA_VERSION, cbackup.VAULT_SCHEMA_VERSION])
             self.assertEqual(c.run("a", "status", "--check").rc, 0)
             self.assertEqual(c.run("a", "verify").rc, 0)
 
@@ -72,6 +73,40 @@ class Layout1Test(unittest.TestCase):
             self.assertEqual(result.rc, 0, result)
             self.assertEqual(read_file(c.path("then", "small")), b"small one")
             self.assertEqual(read_file(c.path("then", "d", "deleted")), b"gone")
+
+
+class Layout2Test(unittest.TestCase):
+    """Books of layout 2 had in a file's group only those backups that counted, and whether one was leaving."""
+
+    CONFIG = ("[cluster]\nname = t\nreplicas = 1\n[hosts]\ns = x\na = x\nb = x\n[sources]\ndocs = s:%s\n"
+              "[backups]\nba = a:/ba size=1G\nbb = b:/bb size=1G leaving\n")
+
+    def test_what_each_file_has_is_counted_anew(self):
+        with tempfile.TemporaryDirectory() as base:
+            make_tree(os.path.join(base, "docs"), {"f%d" % number: b"1" for number in range(3)})
+            config = cbackup.parse_config(self.CONFIG % os.path.join(base, "docs"))
+            path = os.path.join(base, "books.db")
+            books = cbackup.Books(path, "s")
+            books.configure(config)
+            cbackup.run_scan(books, config.sources["docs"])
+            row = books.source_row("docs")
+            facts = books.versions_of(row["id"], [b"f0", b"f1", b"f2"])
+            for backup in (books.hear("ba", {}), books.hear("bb", {})):
+                books.record_check(backup, row, [(one["id"], one["version"], b"d" * 32) for one in facts.values()])
+                books.count_copies(backup, row["id"], [(name, one["version"], 1) for name, one in facts.items()])
+            counted = books.figures(row)["copies"], books.duties()
+            with books.write() as db:       # as layout 2 had it while ba was lost
+                db.execute("UPDATE backups SET lost=1 WHERE name='ba'")
+                db.execute("UPDATE groups SET key='2~', n=0, k=1 WHERE files>0")
+                db.execute("PRAGMA user_version=2")
+            books.close()
+            books = cbackup.Books(path, "s")
+            self.addCleanup(books.close)
+            self.assertEqual(cbackup.BOOKS_SCHEMA_VERSION, layout_of(path))
+            self.assertEqual({"bb": 3}, books.duties())
+            books.hear("ba", {})
+            self.assertEqual(counted, (books.figures(row)["copies"], books.duties()))
+            self.assertEqual(({"2": 3}, {"bb": 0}), counted)
 
 
 if __name__ == "__main__":

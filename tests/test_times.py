@@ -129,6 +129,8 @@ class LeasesTest(BooksCase):
             self.books.expire(14 * DAY)
         self.assertEqual(0, self.copies())
         self.books.hear("ba", {})
+        self.assertEqual(1, self.copies(), "heard of again, and nothing counts")
+        self.books.hear("ba", {})
         self.assertEqual(1, self.copies(), "it is back")
 
 
