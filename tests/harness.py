@@ -38,6 +38,11 @@ from tests.starter import confine
 
 PATIENCE = float(os.environ.get("CBACKUP_TEST_PATIENCE", "1"))
 
+WHOLE = os.environ.get("CBACKUP_TEST_WHOLE") == "1"
+"""Enumerations are gone through from end to end; else each day has a part of them, see Case.todays() and one_in()."""
+
+DAY = int(os.environ.get("CBACKUP_TEST_DAY") or time.time() // 86400)
+
 START_TIMEOUT = 20      # seconds until a server's ready line
 STOP_TIMEOUT = 15       # seconds from SIGTERM to the exit
 COMMAND_TIMEOUT = 90    # seconds for any other command
@@ -796,6 +801,21 @@ def first_difference(first, second):
     return "%.1000r != %.1000r" % (first, second)
 
 
+NOT_TODAY = "not all on each day: this is day %d (CBACKUP_TEST_DAY); CBACKUP_TEST_WHOLE=1 runs all" % DAY
+
+
+def one_in(number, *always):
+    """For a class: one in `number` of its tests is run each day, and those that are named in `always`; the second stage of
+    .ci/run runs the others, too."""
+    def mark(cls):
+        names = [name for name in unittest.defaultTestLoader.getTestCaseNames(cls) if name not in always]
+        for at, name in enumerate(names):
+            if not WHOLE and (at + DAY) % number:
+                setattr(cls, name, unittest.skip(NOT_TODAY)(getattr(cls, name)))
+        return cls
+    return mark
+
+
 class Case(unittest.TestCase):
     """A test with clusters and directories of its own, or one cluster for all the tests of a class."""
 
@@ -857,6 +877,16 @@ class Case(unittest.TestCase):
         self._mine.append(cluster)
         self.addCleanup(cluster.close)
         return cluster
+
+    def todays(self, things, number):
+        """`number` of the `things` that a test goes through, others each day; the second stage of .ci/run has all."""
+        things = list(things)
+        if WHOLE or len(things) <= number:
+            return things
+        with self.subTest("the others"):
+            self.skipTest("%d of %d: %s" % (number, len(things), NOT_TODAY))
+        first = DAY * number % len(things)
+        return (things * 2)[first:first + number]
 
     def directory(self):
         """A directory for this test alone."""

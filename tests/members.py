@@ -8,6 +8,7 @@ hello(hello) the first message, and stream(data) what comes of an rsync stream.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import threading
 import cbackup
 from tests.harness import read_file
 
+
+@functools.lru_cache(maxsize=None)      # to make one takes longer than to use it
 def context(pem, side=ssl.PROTOCOL_TLS_CLIENT):
     made = ssl.SSLContext(side)
     made.check_hostname = False

@@ -183,7 +183,7 @@ class Recorder(unittest.TestResult):
                       self._exc_info_to_string(err, test))
 
     def addSkip(self, test, reason):
-        self.note("skip", test, reason)
+        self.note("skip", self.current or test, reason)     # of a part of a test, too
 
     def addExpectedFailure(self, test, err):
         pass
