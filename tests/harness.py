@@ -56,9 +56,9 @@ CLIENT_KEYS = {"copied_files", "copied_bytes", "updated_files", "moved_files", "
 
 # ---- waiting ----------------------------------------------------------------------------------------------------
 
-def wait_for(predicate, timeout, message):
+def wait_for(predicate, timeout, message, pause=0.005):
     """Returns the first true value of predicate(); fails with `message` (text, or a function giving it) after
-    `timeout` seconds."""
+    `timeout` seconds. pause: seconds between two looks, more where a look starts programs."""
     deadline = time.monotonic() + timeout * PATIENCE
     while True:
         value = predicate()
@@ -66,7 +66,7 @@ def wait_for(predicate, timeout, message):
             return value
         if time.monotonic() > deadline:
             raise AssertionError("after %g s: %s" % (timeout * PATIENCE, message() if callable(message) else message))
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 # ---- processes --------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import random
 import unittest
 
 from tests import placement, placement_real
-from tests.harness import Case
+from tests.harness import Case, one_in
 
 SEED = int(os.environ.get("CBACKUP_TEST_SEED") or random.SystemRandom().randrange(10 ** 6))
 
 
+@one_in(3)
 class RealTest(unittest.TestCase):
     """Scenarios with real clients and servers in random orders, all with one outcome: every copy is made, with little
     waste, or else the room is used; no backup is ever over its size, and then nothing moves any more."""
