@@ -41,7 +41,9 @@ MANAGERS = {"apt-get": ["apt-get", "install", "-y", "-q", "--no-install-recommen
 
 AGAIN = """\
 import json, sys, unittest
-result = unittest.TextTestRunner(verbosity=2).run(unittest.defaultTestLoader.loadTestsFromNames(sys.argv[2:]))
+from tests.parallel import ParallelSuite
+found = unittest.defaultTestLoader.loadTestsFromNames(sys.argv[2:])
+result = unittest.TextTestRunner(verbosity=2).run(ParallelSuite([found]))
 with open(sys.argv[1], "w") as file:
     json.dump([[str(test), test.id(), why] for test, why in result.skipped], file)
 sys.exit(not result.wasSuccessful())
@@ -147,15 +149,15 @@ class Stages:
         return found
 
     def again(self, python, title, user=None, before=(), top="."):
-        """Runs what has been skipped until now once more."""
+        """Runs what has been skipped until now once more; what the plain suite has only a part of each day, whole."""
         names = sorted(name for name in self.skipped if name.startswith("tests."))
         if not names:
             return
         path = os.path.join(user.home if user else self.scratch, "again.json")
         if os.path.exists(path):
             os.unlink(path)
-        env = environment(python, None, user.home if user else self.scratch)
-        ended = self.run([*before, python, "-B", "-c", AGAIN, path, *names], title, 240, env, top, user)
+        env = dict(environment(python, None, user.home if user else self.scratch), CBACKUP_TEST_WHOLE="1")
+        ended = self.run([*before, python, "-B", "-c", AGAIN, path, *names], title, 480, env, top, user)
         now = self.count(ended, title, path)
         if now is not None and self.read_skips(path) is not None:
             for name in names:
@@ -294,7 +296,7 @@ def what_was_skipped(stages, python):
     if not stages.skipped:
         return
     if os.geteuid() != 0:
-        before = as_root(["env", "PATH=" + os.environ["PATH"]])
+        before = as_root(["env", "PATH=" + os.environ["PATH"], "CBACKUP_TEST_WHOLE=1"])
         if before:
             stages.again(python, "what was skipped, as root", before=before)
         return

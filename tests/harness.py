@@ -305,7 +305,7 @@ class Process:
 def plain_environment(home, **more):
     """An environment like cron's, with `home` as the user's home directory."""
     env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1",
-           "PYTHONPATH": TOP, "CBACKUP_TEST": "1"}
+           "PYTHONPATH": TOP, "CBACKUP_TEST": "1", "CBACKUP_TEST_CODE": os.environ["CBACKUP_TEST_CODE"]}
     env.update(more)
     return env
 
@@ -315,7 +315,7 @@ def program(*arguments, file=PROGRAM):
     return [sys.executable, "-B", file] + [os.fspath(argument) for argument in arguments]
 
 
-QUICK = [sys.executable, "-B", "-m", "cbackup"]
+QUICK = [sys.executable, "-B", "-m", "tests"]
 
 
 def quick_program(*arguments):
@@ -695,19 +695,20 @@ class Cluster:
         """
         if orders and isinstance(orders[0], str):
             orders = [orders]
-        figures = []
+        figures, hosts = [], self.backup_hosts()
         for turn in range(limit):
             if orders:
                 results = self.passes(orders[turn % len(orders)])
             else:
-                clients = [self.spawn(host, "client", "--json") for host in self.backup_hosts()]
+                clients = [self.spawn(host, "client", "--json", "--until-settled") for host in hosts]
                 results = [client.wait() for client in clients]
             for result in results:
-                if result.rc != 0:
+                if result.rc != 0 or result.json["failed_files"]:
                     raise AssertionError("a client's pass failed: %s" % result)
             figures += [result.json for result in results]
             if all(self._is_settled(result.json) for result in results):
                 return figures
+            hosts = [host for host, result in zip(hosts, results) if not self._is_settled(result.json)]
         raise AssertionError("not settled after %d rounds; the last one:\n%s" % (limit, "\n".join(map(str, results))))
 
     def _is_settled(self, figures):

@@ -430,7 +430,7 @@ class Trial:
             copied(base, text)
             process = subprocess.Popen(
                 [sys.executable, "-B", "-m", "unittest", "-f", *names], cwd=base, start_new_session=True,
-                env=dict(os.environ, TMPDIR=base, CBACKUP_TEST_JOBS="1"), stdin=subprocess.DEVNULL,
+                env=dict(os.environ, TMPDIR=base, CBACKUP_TEST_JOBS="1", CBACKUP_TEST_WHOLE="1"), stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             self.running.add(process)
             try:

@@ -109,7 +109,7 @@ class DiskErrorsTest(Case):
     # -- a backup's disk
 
     def test_a_backup_whose_disk_takes_no_more_says_so_and_has_no_torn_copy(self):
-        for number, words in ((errno.ENOSPC, "No space left on device"), (errno.EIO, "Input/output error")):
+        for number, words in self.todays(((errno.ENOSPC, "No space left on device"), (errno.EIO, "Input/output error")), 1):
             with self.subTest(words):
                 self.new(size=200000)
                 self.calls.fail("write", number, "*/backup/ba/.cbackup/incoming/*", skip=1)
@@ -124,7 +124,7 @@ class DiskErrorsTest(Case):
 
     def test_what_the_disk_could_not_make_durable_does_not_count_and_is_copied_again(self):
         """Its bytes are in memory still, and would be read as right; they may never have reached the disk."""
-        for syncfs in (errno.EIO, errno.ENOSYS):
+        for syncfs in self.todays((errno.EIO, errno.ENOSYS), 1):
             with self.subTest(errno.errorcode[syncfs]):
                 names = self.new()
                 self.edit("d0/f0", "edited after %d" % self.number)
@@ -156,7 +156,7 @@ class DiskErrorsTest(Case):
     # -- the books' disk
 
     def test_a_server_whose_books_cannot_be_written_counts_nothing_and_goes_on_when_they_can(self):
-        for number in (errno.EIO, errno.ENOSPC):
+        for number in self.todays((errno.EIO, errno.ENOSPC), 1):
             with self.subTest(errno.errorcode[number]):
                 before = self.copies()
                 self.new()
@@ -180,14 +180,15 @@ class DiskErrorsTest(Case):
 
     def test_whatever_fails_wherever_nothing_is_lost(self):
         dice = random.Random(12)
-        for turn in range(6 * ROUNDS):
-            calls, where, skip = dice.choice(CALLS), dice.choice(WHERE), dice.randrange(12)
+        turns = [(turn, dice.choice(CALLS), dice.choice(WHERE), dice.randrange(12), dice.choice([errno.EIO, errno.ENOSPC]),
+                  dice.choice([1, 1, 3])) for turn in range(6 * ROUNDS)]
+        for turn, calls, where, skip, number, every in self.todays(turns, 2 * ROUNDS):
             with self.subTest(turn=turn, calls=calls, where=where, skip=skip):
                 edited, before = "d1/f%d" % (1 + 3 * (turn % 4)), self.c.copies_on_disk("docs")
                 self.new(2)
                 self.edit(edited, some_bytes(4000, turn))
                 self.addCleanup(self.calls.heal)
-                self.calls.fail(calls, dice.choice([errno.EIO, errno.ENOSPC]), where, skip, dice.choice([1, 1, 3]))
+                self.calls.fail(calls, number, where, skip, every)
                 for result in self.c.passes("ab"):
                     if "/home/" not in result.stderr:       # of what every command needs it may be said as of a wrong configuration
                         self.assertIn(result.rc, (0, 1), str(result))

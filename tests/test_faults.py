@@ -255,13 +255,13 @@ class PowerFailureTest(FaultCase):
         self.assertRecovers(self.c, 3)
 
     def test_new_files(self):
-        for point in ("copied", "digested", "confirmed"):
+        for point in self.todays(("copied", "digested", "confirmed"), 1):
             with self.subTest(point=point):
                 self.fail_at(point, 1)
 
     def test_known_files(self):
         # linked:3: two of them are at their places, and not yet made durable.
-        for point in ("copied", "digested", "confirmed", "linked:3"):
+        for point in self.todays(("copied", "digested", "confirmed", "linked:3"), 2):
             with self.subTest(point=point):
                 self.fail_at(point, 2)
 
@@ -329,7 +329,7 @@ class DamageTest(FaultCase):
         self.assertNothingCopied(before)
 
     def test_a_server_with_garbage_for_its_books(self):
-        for kind in ("whole", "middle"):
+        for kind in self.todays(("whole", "middle"), 1):
             with self.subTest(kind=kind):
                 before = self.kept()
                 self.c.stop("s")
@@ -617,7 +617,7 @@ class SoakTest(Case):
     """A short random history; `python3 -m tests.soak` runs longer ones."""
 
     def test_a_short_random_history(self):
-        soak.run(seed=20, deadline=time.monotonic() + 12, out=sys.stderr, periods=2)
+        soak.run(seed=20, deadline=time.monotonic() + 12, out=sys.stderr, periods=len(self.todays(range(2), 1)))
 
 
 class TwiceTest(FaultCase):

@@ -6,13 +6,14 @@ import unittest
 
 import cbackup
 from tests.faults import folding_or_skip
-from tests.harness import Case, read_file, write_file
+from tests.harness import Case, one_in, read_file, write_file
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 PAIRS = [("Name", "name"), ("Dir/x", "dir/x"), ("dir/Deep/y", "dir/deep/y")]
 ALONE = ["Dir/one", "dir/two", "plain", "Stra\u00dfe", "strasse", NFC]
 
 
+@one_in(2)
 class FoldingTest(Case):
     """One copy wanted; the backup of a is on such a file system, that of b is not."""
 

@@ -18,7 +18,7 @@ import threading
 import unittest
 
 import cbackup
-from tests.harness import PATIENCE, Case, Process, make_tree, quick_program, read_file, tree, write_file
+from tests.harness import PATIENCE, Case, Process, make_tree, one_in, quick_program, read_file, tree, write_file
 from tests.members import between, one_pass
 
 
@@ -224,6 +224,7 @@ class HostileRsyncTest(Case):
 
 
 @unittest.skipIf(os.geteuid(), "to be an ordinary user only root can choose")
+@one_in(2)
 class AsOrdinaryUserTest(HostileRsyncTest):
     """The same where the servers are an ordinary user's, and rsync is not locked in."""
 

@@ -3,10 +3,9 @@ tells of the rest."""
 
 import os
 import subprocess
-import sys
 import unittest
 
-from tests.harness import PROGRAM, Case, plain_environment
+from tests.harness import Case, plain_environment, program, quick_program
 
 
 class StreamsTest(Case):
@@ -19,11 +18,11 @@ class StreamsTest(Case):
         cls.c.backup("ba", "a", "10M")
         cls.c.start()
 
-    def shell(self, words, redirections, **more):
-        """Runs the program by a shell, in the ordinary way; returns its exit status."""
+    def shell(self, words, redirections, start=quick_program, **more):
+        """Runs the program by a shell; returns its exit status."""
         env = plain_environment(self.c.path("a"), CBACKUP_TEST_CLOCK=self.c.path("clock"), **more)
         return subprocess.run(
-            ["sh", "-c", 'exec "$@" ' + redirections, "sh", sys.executable, "-B", PROGRAM, "--home", self.c.home("a")] + words,
+            ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + start("--home", self.c.home("a"), *words),
             env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
 
     def new_file(self, name):
@@ -36,7 +35,7 @@ class StreamsTest(Case):
     def test_a_pass_with_all_streams_closed(self):
         self.c.write_config()
         self.new_file("closed")
-        self.assertEqual(0, self.shell(["client"], "<&- >&- 2>&-").returncode)
+        self.assertEqual(0, self.shell(["client"], "<&- >&- 2>&-", start=program).returncode)
         self.assertBackedUp("closed")
 
     def test_each_closed_by_itself(self):
@@ -55,7 +54,7 @@ class StreamsTest(Case):
 
     def test_a_reader_that_has_seen_enough_is_no_complaint(self):
         self.c.write_config()
-        done = subprocess.run(["sh", "-c", '"$@" | :', "sh", sys.executable, "-B", PROGRAM, "--help"], check=False,
+        done = subprocess.run(["sh", "-c", '"$@" | :', "sh"] + quick_program("--help"), check=False,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=plain_environment("/"))
         self.assertEqual(b"", done.stderr)
 

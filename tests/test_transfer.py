@@ -6,7 +6,7 @@ import socket
 import stat
 import unittest
 
-from tests.harness import (DIRECTORY, FIFO, Case, Link, Process, differences, make_tree, plain_environment, read_file,
+from tests.harness import (DIRECTORY, FIFO, Case, Link, Process, differences, make_tree, one_in, plain_environment, read_file,
                            some_bytes, tree, wait_for, write_file)
 
 ODD_NAMES = [b"new\nline", b"\n", b"carriage\rreturn", b"trailing blank ", b" leading blank", b"two  blanks", b"tab\t",
@@ -265,6 +265,7 @@ class LeftOutTest(Case):
             self.assertEqual(read_file(os.path.join(source, name)), read_file(cluster.kept_as("b1", "docs", name)))
 
 
+@one_in(2)
 class LittleIsSentTest(Case):
     """A large file with a small change costs what the change costs, on both replicas."""
 

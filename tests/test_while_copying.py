@@ -189,12 +189,12 @@ class BetweenTwoStepsTest(WhileCopyingCase):
         self.assertTakenAgain()
 
     def test_new_files(self):
-        for point in ("copied", "confirmed", "counted"):
+        for point in self.todays(("copied", "confirmed", "counted"), 1):
             with self.subTest(point=point):
                 self.at(point, again=False)
 
     def test_known_files(self):
-        for point in ("copied", "confirmed", "in-place"):
+        for point in self.todays(("copied", "confirmed", "in-place"), 1):
             with self.subTest(point=point):
                 self.at(point, again=True)
 

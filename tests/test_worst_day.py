@@ -113,7 +113,7 @@ class CompleteOrToldTest(WorstDayCase):
         self.assertEqual(4, len({tuple(holders) for holders in self.holders.values()}))
 
     def test_any_two_hosts_gone_and_everything_is_back(self):
-        for gone in ("ab", "cd", "ad", "bc"):
+        for gone in self.todays(("ab", "cd", "ad", "bc"), 2):
             with self.subTest(gone=gone):
                 to, result = self.restored(*gone)
                 self.assertSameTree(self.tree, to)
@@ -121,7 +121,7 @@ class CompleteOrToldTest(WorstDayCase):
                 self.assertIn("everything is back", result.stdout)
 
     def test_three_hosts_gone_and_exactly_what_is_missing_is_told_with_the_hosts_that_had_it(self):
-        for gone in ("abc", "bcd"):
+        for gone in self.todays(("abc", "bcd"), 1):
             with self.subTest(gone=gone):
                 missing = self.missing_without(*gone)
                 self.assertEqual(6, len(missing), "not a test")
