@@ -172,6 +172,8 @@ class Recorder(unittest.TestResult):
         self.tell([test.id(), self.outcomes, time.monotonic() - self.began])
 
     def note(self, how, test, text):
+        if how != "skip":
+            self.errors.append((test, text))        # Case keeps its directories then
         if self.current is None:
             self.tell([str(test), [[how, None, text]], None])
         else:
