@@ -47,8 +47,19 @@ Built differently from the first design: rsync writes into `.cbackup/incoming` i
 destination, so that nothing unconfirmed ever stands at a file's place, and an update's old version is
 linked into the attic before the new one is renamed over it; a confirmation has two steps, `confirm`
 (contents) and `placed` (durable and in place), and only the second one counts; a claim leaves to hosts that
-will be short of files those of which only they could take all missing copies (`Books.candidates`): of the copies
+will be short of files those of which only they could take all missing copies (`Placement.candidates`): of the copies
 made in vain where N is 3 and hosts are unequal that spares most.
+
+The large rooms are built of smaller ones, each a class over the one before it, which it may use and which knows
+nothing of it:
+
+    the server's books     Groups, Inventory, News, Proof, Placement, Ledger = Books   (section 7)
+    a backup's directory   BackupDirectory, Folding, Attic, Journal = Vault            (section 11)
+    what a server answers  ServerState, Standings, Confirmations = Service             (section 12)
+    a pass                 Session, Copier, CatchUp, Placer, Keeper = Pass             (section 13)
+
+A copy begins to count in `Ledger.count_copies` and is let go in `Ledger.grant_drop`; a file of a backup is deleted in
+`BackupDirectory.delete`; which files are whose to take is said by `Placement`; the form of each message by `OPERATIONS`.
 """
 
 import sys
@@ -2057,6 +2068,9 @@ INSERT OR REPLACE INTO meta VALUES('regroup', 0);
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
 
+APPLY_CHUNK, SLICE = 1000, 250
+"""New rows of a scan, and others, that are entered in one transaction: clients wait for their answers meanwhile."""
+
 AMONG = 1, 20, 500
 """How many items one query of Store.rows_among asks for: an old SQLite takes 999."""
 
@@ -2253,11 +2267,12 @@ class Group:
         return len({host_of(b) for b, copy in self.members.items() if copy and b != backup and b not in self.leaving})
 
 
-class Books(Store):
-    """Everything that the server of one host knows, in one SQLite database.
+class Groups(Store):
+    """Who is there, and who has what: the sources and backups that the books know, and the groups of files that the same
+    backups have in the same way.
 
-    Every method is short, except those that say otherwise.  Methods that
-    change something open a transaction of their own, or join the caller's (`with books.write():`).
+    Every method is short, except those that say otherwise.  Methods that change something open a transaction of
+    their own, or join the caller's (`with books.write():`).
     """
 
     def __init__(self, path: str, host: str) -> None:
@@ -2287,25 +2302,16 @@ class Books(Store):
             self.id = secrets.token_hex(8)
             self.set_meta("books", self.id)
 
-    def start_again(self, config: Config, why: str) -> None:
-        """Damaged books are set aside; new ones are filled by the next scans and by what the backups report."""
-        with self.lock:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.close()
-            set_database_aside(self.path, why)
-            self._open()
-            self.configure(config)
-
     def close(self) -> None:
         with self.lock:
             self.save_up()
             self.db.close()
 
-    # -- time --
-
     def _rolled_back(self) -> None:
         self._group_ids.clear()
         self._forget_shapes()
+
+    # -- time and versions --
 
     def up(self) -> float:
         """Seconds that servers with these books have run: what leases and absence are measured in, so that
@@ -2322,42 +2328,7 @@ class Books(Store):
         self.db.execute("INSERT OR REPLACE INTO meta VALUES('version',?)", (last + count,))
         return last + 1
 
-    # -- configuration --
-
-    def configure(self, config: Config) -> None:
-        """Take over what the configuration says about sources of this host and all backups."""
-        with self.write() as db:
-            asleep = dict(db.execute("SELECT name, id FROM sources WHERE active=0"))
-            db.execute("UPDATE sources SET active=0")
-            for source in config.sources_of(self.host):
-                db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
-                db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
-                           (source.path, source.replicas, source.name))
-            before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
-            db.execute("UPDATE backups SET lost=1 WHERE configured=0")  # one that comes back counts when it was heard
-            db.execute("UPDATE backups SET configured=0")
-            for backup in config.backups.values():
-                db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
-                db.execute("UPDATE backups SET host=?, configured=1, leaving=? WHERE name=?",
-                           (backup.host, int(backup.leaving), backup.name))
-            self._forget_shapes()
-            after = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
-            if any(after[number] != facts for number, facts in before.items()):
-                self.recount_groups()
-            for source in config.sources_of(self.host):
-                if source.name in asleep:
-                    self._count_anew(asleep[source.name])
-
-    def _count_anew(self, source: int) -> None:
-        """A source is configured again: its copies may have been deleted meanwhile (`forget`).  They count when the
-        backups have reported them; until then nothing is copied again."""
-        with self.write() as db:
-            files = [row[0] for row in db.execute("SELECT DISTINCT file FROM copies WHERE source=?", (source,))]
-            db.execute("DELETE FROM copies WHERE source=?", (source,))
-            db.execute("DELETE FROM caught_up WHERE source=?", (source,))
-            self.regroup(files)
-            if files:
-                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
+    # -- sources and backups --
 
     def source_row(self, name: str) -> "Dict[str, Any]":
         """The row of an active source of this host.  Raises Refused("unknown")."""
@@ -2475,92 +2446,37 @@ class Books(Store):
         return sorted((group for group in self.groups(source, "n<?", replicas)
                        if host not in group.hosts and not group.blocked), key=lambda group: group.n)
 
-    # -- backups: their last words, absence, leases --
+    def file_counts(self, source: int) -> "Tuple[int, int]":
+        """(files, bytes) of a source, from the groups."""
+        files, size = self.one("SELECT SUM(files), SUM(bytes) FROM groups WHERE source=?", source)
+        return files or 0, size or 0
 
-    def hear(self, name: str, words: "Dict[str, Any]") -> int:
-        """Remember the last words of a backup (`capacity`, `free`, `want`, `used`, `files`, `identity`; those
-        that are given) and renew its claims.  Returns its id."""
-        number = self.backup_id(name)
-        now = self.up()
-        known = {key: value for key, value in words.items() if value is not None}
-        first = bool(known.pop("first", None))
-        if not first and self._heard_just_now(number, known, now):
-            return number
-        with self.write() as db:
-            row = db.execute("SELECT lost, heard, period, fruitless FROM backups WHERE id=?", (number,)).fetchone()
-            known.update(heard=now, heard_date=clock.now())
-            if first:
-                # What changed while it was copied may stand still now, also when it has no new version.
-                db.execute("DELETE FROM declines WHERE backup=? AND reason='changed'", (number,))
-                known["fruitless"] = row[3] + 1 if db.execute(
-                    "SELECT 1 FROM copies WHERE backup=? AND expires>0 AND state='c' LIMIT 1", (number,)).fetchone() else 0
-                if row[1] is not None:
-                    known["period"] = max(1.0, now - row[1])
-            db.execute("UPDATE backups SET %s WHERE id=?" % ", ".join("%s=?" % key for key in known),
-                       list(known.values()) + [number])
-            if known.get("fruitless", row[3]) < FRUITLESS_PASSES:  # else others are to have a try
-                db.execute("UPDATE copies SET expires=? WHERE backup=? AND state='c' AND expires<?",
-                           (now + CLAIM_LEASE, number, now + CLAIM_LEASE * 0.9))
-            if row[0]:
-                db.execute("UPDATE backups SET lost=0 WHERE id=?", (number,))
-                self.recount_groups()
-        return number
 
-    def _heard_just_now(self, number: int, words: "Dict[str, Any]", now: float) -> bool:
-        """Whether a backup has said the same a moment ago: nothing is to be written then, which would be waiting for a disk."""
-        keys = sorted(words)
-        lost, heard, *known = self.one("SELECT %s FROM backups WHERE id=?" % ", ".join(["lost", "heard"] + keys), number)
-        return not lost and heard is not None and 0 <= now - heard < HEARD_WITHIN and known == [words[key] for key in keys]
+class Inventory(Groups):
+    """What the sources consist of: entries, what is no longer there, what a scan found.  What becomes of the copies by it is
+    written down for their backups to hear."""
 
-    def renew_updates(self, backup: int, files: "List[Tuple[int, bytes]]") -> None:
-        """`backup` is at work on these (source, path) of which it has an older version: others are to wait for longer."""
-        with self.write() as db:
-            db.executemany("UPDATE copies SET expires=? WHERE backup=? AND state='s' AND file=(SELECT id FROM entries "
-                           "WHERE source=? AND path=?)", [(self.up() + STALE_LEASE, backup) + each for each in files])
+    FACTS = ("id", "version", "size", "mtime", "ino", "ctime", "digest", "doubt", "blocked", "path", "source")
 
-    def expire(self, lost_after: float) -> None:
-        """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
-        now = self.up()
-        with self.lock:
-            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id FROM backups) AND expires<=?",
-                            now)
-            lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
-            if not due and not lost:
-                return
-            with self.write() as db:
-                for number, backup, state in due:
-                    if state == "c":
-                        db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
-                    else:
-                        db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=?",
-                                   (number, backup))
-                self.regroup(row[0] for row in due)
-                for number, _, _ in due:
-                    self._retire_outdated(number)
-                for number, name in lost:
-                    log.warning("backup %s has not been heard of for %s: its copies no longer count",
-                                name, format_seconds(lost_after))
-                    db.execute("UPDATE backups SET lost=1 WHERE id=?", (number,))
-                if lost:
-                    self.recount_groups()
+    def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
+        """Facts of a file's present version, for a confirmation; None when there is no such file."""
+        return self.versions_of(source, [path]).get(path)
 
-    def last_words(self) -> "List[Dict[str, Any]]":
-        """What every configured backup said last, and the bytes that it can drop of this host's sources, now or when what
-        is claimed has arrived: or several would relieve it of the same bytes at once."""
-        spare: "Dict[int, int]" = {}
-        for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND state='ok'"):
-            for group in self.groups(source, "n>?", replicas):
-                for backup, copy in group.members.items():
-                    if copy and len({self.host_of(b) for b in group.members if b != backup and b not in group.leaving}
-                                    ) >= replicas:
-                        spare[backup] = spare.get(backup, 0) + group.bytes
-        now = self.up()
-        return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want, "used": used,
-                 "files": files, "age": None if date is None else max(0.0, now - heard), "period": period,
-                 "lost": bool(lost), "droppable": spare.get(number, 0)}
-                for number, name, host, capacity, free, want, used, files, heard, date, period, lost in self.rows(
-                    "SELECT id, name, host, capacity, free, want, used, files, heard, heard_date, period, lost "
-                    "FROM backups WHERE configured=1 ORDER BY name")]
+    def versions_of(self, source: int, paths: "Iterable[bytes]") -> "Dict[bytes, Dict[str, Any]]":
+        """The same of many files, by their paths."""
+        rows = self.rows_among("SELECT path, %s FROM entries WHERE source=? AND kind='f' AND path AMONG"
+                               % ", ".join(self.FACTS), paths, source)
+        return {row[0]: dict(zip(self.FACTS, row[1:])) for row in rows}
+
+    def files_of(self, source: int, paths: "Iterable[bytes]") -> "set[bytes]":
+        """Those of `paths` that are files of a source."""
+        return {row[0] for row in self.rows_among(
+            "SELECT path FROM entries WHERE source=? AND kind='f' AND path AMONG", paths, source)}
+
+    def facts_of(self, number: int) -> "Optional[Dict[str, Any]]":
+        """What `version_of` says, by the file's number."""
+        row = self.one("SELECT %s FROM entries WHERE id=? AND kind='f'" % ", ".join(self.FACTS), number)
+        return dict(zip(self.FACTS, row)) if row else None
 
     # -- what the scanner found --
 
@@ -2705,10 +2621,7 @@ class Books(Store):
         db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?", (TODO_MOVE, number, row["path"]))
         self.regroup([number])
 
-    def file_counts(self, source: int) -> "Tuple[int, int]":
-        """(files, bytes) of a source, from the groups."""
-        files, size = self.one("SELECT SUM(files), SUM(bytes) FROM groups WHERE source=?", source)
-        return files or 0, size or 0
+    # -- how a scan ended --
 
     def finish_scan(self, name: str, **facts: Any) -> None:
         """Record a scan's own facts: scanned, device, fsid, state, cause, reason, special, problems."""
@@ -2745,367 +2658,96 @@ class Books(Store):
             "WHERE c.source=? AND c.tag IS NOT NULL" % self.NOT_LIKE_THAT, source)
         return bad, total
 
-    # -- placing: claims, confirmations, drops, relief (the rules of a pass are in section 13) --
 
-    WANTED = "e.path, e.size, e.mtime, e.mode, e.uid, e.gid, e.version"
+class News(Inventory):
+    """The catalogs that backups fetch: generations of entries and of paths that are no more."""
 
-    def own_claims(self, backup: int, source: int, limit: int) -> "List[Tuple[Any, ...]]":
-        """Claims that this backup already has, for a client that comes back after it was killed."""
-        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND c.source=? "
-                         "AND c.state='c' ORDER BY e.path LIMIT ?" % self.WANTED, backup, source, limit)
+    def close_generation(self, source: "Dict[str, Any]") -> int:
+        """The newest complete catalog generation; what changed since the last one becomes a new one."""
+        with self.write() as db:
+            number = source["id"]
+            gen, = db.execute("SELECT gen FROM sources WHERE id=?", (number,)).fetchone()
+            changed = db.execute("SELECT 1 FROM entries WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone() or \
+                db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone()
+            if not changed:
+                return gen - 1
+            mark = "changed:%d" % number
+            db.execute("INSERT OR REPLACE INTO generations VALUES(?,?,?,?)",
+                       (number, gen, clock.now(), int(self.meta(mark) is not None)))
+            db.execute("DELETE FROM meta WHERE key=?", (mark,))
+            db.execute("UPDATE sources SET gen=gen+1 WHERE id=?", (number,))
+            return gen
 
-    def on_their_way(self, source: int, most: int) -> "List[bytes]":
-        """Paths of files that some backup has claimed, or has an older version of."""
-        return [row[0] for row in self.rows(
-            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file WHERE c.source=? AND c.state IN ('c', 's', 'o') "
-            "AND e.kind='f' LIMIT ?", source, most)]
+    def raise_generation(self, source: int, least: int) -> None:
+        """After the books were lost: go on above the generations that backups already have, and wait for their reports."""
+        with self.write() as db:
+            row = db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()
+            if row and row[0] <= least:
+                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
+                db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
+                db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
+                # Something is news in any case: the next catalog is one of these books, and newer than all others.
+                db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''", (least + 1, source))
+                db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
 
-    def candidates(self, backup: int, source: int, replicas: int, free: int, batch: "Tuple[int, int]",
-                   ) -> "Iterator[Tuple[int, int]]":
-        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any; large
-        enough for a choice when `batch` (files, bytes) is wanted.
+    def note_list(self, backup: int, source: int, newest: int) -> None:
+        """How far the list is that `backup` begins with.  When it has had a newer one it was put back as it was then: what
+        it holds under which name its sums tell, but not the modes and owners that changed since."""
+        mark = "list:%d:%d" % (backup, source)
+        known = self.meta(mark)
+        if known == newest:
+            return
+        with self.write() as db:
+            if known is not None and newest < known:
+                db.execute("UPDATE copies SET todo=todo|? WHERE backup=? AND state<>'c' AND file IN ("
+                           "SELECT id FROM entries WHERE source=? AND gen>=?)", (TODO_TOUCH, backup, source, newest))
+            self.set_meta(mark, newest)
 
-        On that level, files whose present holders have the most free room together come first: a host
-        with room can never take the same file twice, so its files must go to others.  Last of all come those (not
-        without any copy) of which hosts that will be short of files could take every copy that is missing.
-        """
-        room: "Dict[str, int]" = {}
-        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0"):
-            room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
-        levels: "Dict[Tuple[bool, int], List[Group]]" = {}
-        short = self._short_of_files(source, replicas, room) - {self.host_of(backup)}
-        for group in self.underserved(source, replicas, backup):
-            theirs = group.n > 0 and len(short.difference(group.hosts)) >= replicas - group.n
-            levels.setdefault((theirs, group.n), []).append(group)
-        for (_, level), groups in sorted(levels.items()):
-            none = True
-            files, size = sum(group.files for group in groups), sum(group.bytes for group in groups)
-            sample = max(CANDIDATES, CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
-            drawn: "Dict[int, int]" = {}
-            for group in self.random.choices(groups, weights=[group.files for group in groups], k=min(sample, 2 * files)):
-                drawn[group.id] = drawn.get(group.id, 0) + 1
-            scores = sorted((-sum(room.get(host, 0) for host in group.hosts), self.random.random(), group.id)
-                            for group in groups if group.id in drawn)
-            for _, _, number in scores:
-                for row in self._sample(number, backup, free, drawn[number]):
-                    none = False
-                    yield row
-            if none:
-                for row in self._that_fit(groups, backup, source, level, free):
-                    none = False
-                    yield row
-            if not none:
-                return
+    def note_change(self, source: int) -> None:
+        """The next generation is one in which something of the source changed."""
+        self.set_meta("changed:%d" % source, 1)
 
-    def _short_of_files(self, source: int, replicas: int, room: "Dict[str, int]") -> "set[str]":
-        """Hosts whose room is not much less than all that they can still take of a source: when others take it, room
-        is left there for which there are no files, until others are relieved of some that were placed already."""
-        missing = [group for group in self.groups(source, "n<?", replicas) if not group.blocked]
-        lacking = dict.fromkeys(room, sum(group.bytes for group in missing))
-        for group in missing:
-            for host in group.hosts:
-                if host in lacking:
-                    lacking[host] -= group.bytes
-        return {host for host in room if host != self.host and 0 < lacking[host] <= SHORT_OF_FILES * room[host]}
+    def generations(self, source: int) -> "List[Tuple[int, float, int]]":
+        """(generation, time, whether something of the source changed) of the newest catalogs, the
+        newest first; time 0 of one of which it is not known, as in `generation_time`."""
+        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
+        gen, = self.one("SELECT gen FROM sources WHERE id=?", source)
+        unknown = gen > 1 and (not rows or rows[0][0] < gen - 1)
+        return [(gen - 1, 0.0, 1)] + rows if unknown else rows
 
-    ACCEPT = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)"
+    def generation_time(self, source: int, gen: int) -> float:
+        row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
+        return row[0] if row else 0.0
 
-    def _sample(self, group: int, backup: int, free: int, count: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of up to `count` random files of a group that fit into `free` and were not declined."""
-        start, found = self.random.getrandbits(40), []
-        for side in (">=", "<"):
-            found += self.rows(
-                "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT ?) x "
-                "WHERE 1 %s LIMIT ?" % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
-                count - len(found))
-            if len(found) >= count:
+    def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]",
+                        ) -> "Tuple[List[Tuple[Any, ...]], bool]":
+        """A page of live entries of generations in (since, upto], after the cursor (gen, id);
+        whether there may be more.  It is short where names or extended attributes are long."""
+        rows = self.rows(
+            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
+            "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
+            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, "
+            "blocked IS NOT 'unreadable', LENGTH(xattrs) FROM entries "
+            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
+            "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
+        page: "List[Tuple[Any, ...]]" = []
+        size = 0
+        for row in first_page(rows):
+            size += row[-1] or 0
+            if page and size > XATTRS_PAGE:
                 break
-        return found
+            page.append(row[:-1] + (row[-1] and self.xattrs_of(row[1]),))
+        return page, len(page) == PAGE or len(page) < len(rows)
 
-    def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int, free: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of the largest files of `groups` that fit, where a random sample had none."""
-        some = {row[0] for row in self.rows(
-            "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM entries WHERE grp=g.id "
-            "AND size<=?)", source, level, free)}
-        found: "List[Tuple[int, int]]" = []
-        for group in groups:
-            if group.id in some and len(found) < CANDIDATES:
-                found += self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?" % self.ACCEPT,
-                                   group.id, free, backup, self.up(), CANDIDATES)
-        return found
+    def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "Tuple[List[bytes], bool]":
+        """A page of paths that are no more, by path; whether there may be more."""
+        return with_more([row[0] for row in self.rows(
+            "SELECT path FROM graves WHERE source=? AND gen>? AND gen<=? AND path>? ORDER BY path LIMIT ?",
+            source, since, upto, after, PAGE)])
 
-    def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int, max_bytes: int,
-              ) -> "List[Tuple[Any, ...]]":
-        """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path."""
-        taken, size = [], 0
-        with self.write() as db:
-            while len(taken) < max_files and size < max_bytes:
-                some: "List[int]" = []
-                for number, each in self.candidates(backup, source["id"], source["replicas"], free - size,
-                                                    (max_files - len(taken), max_bytes - size)):
-                    if len(taken) + len(some) >= max_files or (taken or some) and size + each > max_bytes:
-                        break
-                    if each <= free - size:
-                        some.append(number)
-                        size += each
-                self._insert_claims(some, backup, source["id"])
-                taken += some
-                if not some or size + 1 > max_bytes:
-                    break
-            wanted = self._wanted(taken)
-            rows = first_page(wanted)
-            self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
-            db.execute("UPDATE backups SET free=free-? WHERE id=?", (sum(row[2] for row in rows), backup))
-            return [row[1:] for row in rows]
 
-    def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
-        until = self.up() + CLAIM_LEASE
-        self.db.executemany("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
-                            "ON CONFLICT(file, backup) DO UPDATE SET state='s', expires=excluded.expires",
-                            [(number, backup, source, until) for number in numbers])
-        self.regroup(numbers)
-
-    def _wanted(self, numbers: "Iterable[int]") -> "List[Tuple[Any, ...]]":
-        return sorted(self.rows_among("SELECT e.id, %s FROM entries e WHERE e.id AMONG" % self.WANTED, numbers),
-                      key=lambda row: row[1])
-
-    def claim_paths(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]", relieved: "Optional[int]",
-                    ) -> "List[Tuple[Any, ...]]":
-        """Claim named files, those that the rules still allow: underserved ones, or with `relieved` such as that
-        backup holds and that have exactly N.  Returns rows of WANTED."""
-        host, taken = self.host_of(backup), []
-        with self.write():
-            for path in paths:
-                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
-                               "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
-                if not row:
-                    continue
-                group = Group(row[1:], self.facts_of_backup)
-                if relieved is None:
-                    allowed = group.n < source["replicas"] and host not in group.hosts
-                else:
-                    same_host = self.host_of(relieved) == host and backup not in group.members
-                    allowed = group.n == source["replicas"] and group.members.get(relieved) is True \
-                        and (host not in group.hosts or same_host)
-                if allowed and not group.blocked:
-                    self._insert_claims([row[0]], backup, source["id"])
-                    taken.append(row[0])
-        return [row[1:] for row in self._wanted(taken)]
-
-    def release(self, backup: int, source: int, paths: "Optional[List[bytes]]") -> None:
-        """Give claims back: those of `paths`, or all of this backup."""
-        with self.write():
-            if paths is None:
-                files = [row[0] for row in self.rows(
-                    "SELECT file FROM copies WHERE backup=? AND source=? AND state='c'", backup, source)]
-            else:
-                files = [row[0] for row in (self.one(
-                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? AND e.path=? "
-                    "AND c.backup=? AND c.state='c'", source, path, backup) for path in paths) if row]
-            self._end_claims(backup, files)
-
-    def _end_claims(self, backup: int, files: "List[int]") -> None:
-        self.db.executemany("DELETE FROM copies WHERE file=? AND backup=? AND state='c'",
-                            [(number, backup) for number in files])
-        self.regroup(files)
-
-    def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
-                             ) -> "Optional[Tuple[bytes, int]]":
-        """(path, size) of the smallest file larger than `above`, at most `most`, on the lowest level that has
-        one which `backup` could take if it had room."""
-        levels: "Dict[int, List[int]]" = {}
-        for group in self.underserved(source["id"], source["replicas"], backup):
-            levels.setdefault(group.n, []).append(group.id)
-        for level in sorted(levels):
-            found = [row for row in (self.one(
-                "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d "
-                "WHERE d.file=x.id AND d.backup=? AND d.until>?) ORDER BY size LIMIT 1",
-                number, above, most, backup, self.up()) for number in levels[level]) if row]
-            if found:
-                size, path = min(found)
-                return path, size
-        return None
-
-    def droppable(self, backup: int, source: "Dict[str, Any]", need: int) -> "List[Tuple[bytes, int]]":
-        """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
-        the largest smaller ones, up to `need`."""
-        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"],
-                                                     "*%d+*" % backup)
-                   if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
-        return self._around(numbers, need, 1 << 62, backup)
-
-    def _around(self, groups: "List[int]", need: int, most: int, backup: int, filling: bool = False,
-                ) -> "List[Tuple[bytes, int]]":
-        """The smallest file of at least `need` bytes, and the largest smaller ones: until they are together as much, or
-        with `filling` such as fit together into `need`; none over `most`, none that `backup` declined."""
-        above: "List[Tuple[int, bytes]]" = []
-        below: "List[Tuple[int, bytes]]" = []
-        free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=%d AND d.until>%f)" % (
-            backup, self.up())
-        for number in groups:
-            above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND size<=? AND %s ORDER BY size "
-                               "LIMIT 1" % free_of_declines, number, need, most)
-            total, limit = 0, min(need - 1, most)
-            while limit >= 0:
-                page = self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<=? AND %s ORDER BY size DESC LIMIT 500"
-                                 % free_of_declines, number, limit)
-                limit = -1
-                for row in page:
-                    if filling and total + row[0] > need:
-                        limit = need - total
-                        break
-                    if total >= need:
-                        break
-                    below.append(row)
-                    total += row[0]
-        chosen, total = ([(path, size) for size, path in [min(above)]] if above else []), 0
-        for size, path in sorted(below, reverse=True):
-            if total >= need or len(chosen) > 1000:
-                break
-            if not filling or total + size <= need:
-                chosen.append((path, size))
-                total += size
-        return chosen
-
-    def grant_drop(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]") -> "List[bytes]":
-        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain without it, of a content
-        that our own file was read to have.
-
-        The grant is committed before it is returned.  A caller that dies now still has the bytes: its sum
-        differs from ours then, it reports everything, and the copy counts again.
-        """
-        granted = []
-        with self.write() as db:
-            for path in paths:
-                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
-                               "ON g.id=e.grp WHERE e.source=? AND e.path=? AND e.doubt IS NULL AND e.digest IS NOT NULL",
-                               source["id"], path)
-                if not row:
-                    continue
-                group = Group(row[1:], self.facts_of_backup)
-                if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
-                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
-                    self._are_news([row[0]])
-                    self.regroup([row[0]])
-                    granted.append(path)
-        return granted
-
-    def relief_offers(self, backup: int, source: "Dict[str, Any]", relieved: int, gap: int, free: int,
-                      ) -> "List[Tuple[bytes, int]]":
-        """(path, size) of files with exactly N claims or copies that `relieved` holds and `backup`'s host lacks:
-        the smallest one of at least `gap` bytes, and the largest smaller ones up to `gap`; none over `free`."""
-        host = self.host_of(backup)
-        inside = self.host_of(relieved) == host
-        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"],
-                                                     "*%d+*" % relieved)
-                   if group.members.get(relieved) and not group.blocked
-                   and (backup not in group.members if inside else host not in group.hosts)]
-        return self._around(numbers, gap, free, backup, filling=True)
-
-    def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> "Tuple[int, int]":
-        """(bytes, files) that are underserved, at most `most` bytes each, and that `backup` lacks and may hold."""
-        size = files = 0
-        for group in self.underserved(source["id"], source["replicas"], backup):
-            large = (0, 0) if group.bytes <= most else self.one(
-                "SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?", group.id, most)
-            size, files = size + group.bytes - large[0], files + group.files - large[1]
-        declined = self.one(
-            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d CROSS JOIN entries e ON e.id=d.file JOIN groups g "
-            "ON g.id=e.grp WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
-            backup, self.up(), source["id"], source["replicas"], most)
-        return max(0, size - declined[0]), max(0, files - declined[1])
-
-    def room_of_others(self, backup: int) -> "Dict[int, int]":
-        """backup -> free bytes, as far as it is to be expected that they are offered to our files in its next pass."""
-        return {number: free for number, free in self.rows(
-            "SELECT id, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? AND host<>? AND free>0 "
-            "AND heard>=?-3*COALESCE(period, 3600)", backup, self.host, self.up())}
-
-    def beyond_room(self, source: "Dict[str, Any]", room: "Dict[int, int]") -> int:
-        """Bytes of missing copies for which there is no place in `room` (backup -> bytes); what has one is taken off it.
-
-        Only for these is it worth to make room elsewhere: the others will be taken by who has the room, without help.
-        """
-        beyond, declined = 0, self.one("SELECT 1 FROM declines WHERE until>? LIMIT 1", self.up())
-        for group in sorted(self.groups(source["id"], "n<?", source["replicas"]), key=lambda g: g.n):
-            left = 0 if group.blocked else (source["replicas"] - group.n) * group.bytes
-            taken: "Dict[str, int]" = {}
-            for backup in sorted(room, key=lambda b: (-room[b], b)) if left else ():
-                host = self.host_of(backup)
-                if host in group.hosts:
-                    continue
-                fits = group.bytes if room[backup] >= group.bytes and not declined else self.one(
-                    "SELECT COALESCE(SUM(size), 0) FROM entries x WHERE grp=? AND size<=? AND NOT EXISTS(SELECT 1 FROM "
-                    "declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)", group.id, room[backup], backup, self.up())[0]
-                able = min(fits, room[backup], left, group.bytes - taken.get(host, 0))
-                taken[host] = taken.get(host, 0) + able
-                room[backup] -= able
-                left -= able
-            beyond += left
-        return beyond
-
-    def decline(self, backup: int, source: int, rows: "List[Tuple[bytes, int, str]]") -> None:
-        """`backup` could not take these (path, version, reason): others may, for a while it is not asked again."""
-        with self.write() as db:
-            for path, version, reason in rows:
-                row = self.one("SELECT id, version FROM entries WHERE source=? AND path=? AND kind='f'", source, path)
-                if not row:
-                    continue
-                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (row[0], backup))
-                db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=? AND state='s'",
-                           (row[0], backup))
-                if row[1] == version:
-                    db.execute("INSERT OR REPLACE INTO declines VALUES(?,?,?,?,?)",
-                               (row[0], backup, version, self.up() + DECLINE_FOR, reason[:200]))
-                self.regroup([row[0]])
-                self._retire_outdated(row[0])
-
-    FACTS = ("id", "version", "size", "mtime", "ino", "ctime", "digest", "doubt", "blocked", "path", "source")
-
-    def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
-        """Facts of a file's present version, for a confirmation; None when there is no such file."""
-        return self.versions_of(source, [path]).get(path)
-
-    def versions_of(self, source: int, paths: "Iterable[bytes]") -> "Dict[bytes, Dict[str, Any]]":
-        """The same of many files, by their paths."""
-        rows = self.rows_among("SELECT path, %s FROM entries WHERE source=? AND kind='f' AND path AMONG"
-                               % ", ".join(self.FACTS), paths, source)
-        return {row[0]: dict(zip(self.FACTS, row[1:])) for row in rows}
-
-    def files_of(self, source: int, paths: "Iterable[bytes]") -> "set[bytes]":
-        """Those of `paths` that are files of a source."""
-        return {row[0] for row in self.rows_among(
-            "SELECT path FROM entries WHERE source=? AND kind='f' AND path AMONG", paths, source)}
-
-    def facts_of(self, number: int) -> "Optional[Dict[str, Any]]":
-        """What `version_of` says, by the file's number."""
-        row = self.one("SELECT %s FROM entries WHERE id=? AND kind='f'" % ", ".join(self.FACTS), number)
-        return dict(zip(self.FACTS, row)) if row else None
-
-    def record_check(self, backup: int, source: "Dict[str, Any]", results: "List[Tuple[int, int, bytes]]") -> "List[int]":
-        """Note that `backup` has the right contents of (file id, version, digest), as far as samples tell; the first digest
-        of a version is presumed until our own file was read.  Returns the ids for which the version is still the same."""
-        with self.write() as db:
-            numbers = [number for number, _, _ in results]
-            known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT id, version, digest FROM entries WHERE id AMONG", numbers)}
-            tags = dict(self.rows_among("SELECT file, tag FROM copies WHERE backup=? AND file AMONG", numbers, backup))
-            noted = [(number, version, digest) for number, version, digest in results
-                     if number in known and known[number][0] == version and known[number][1] in (None, digest)]
-            db.executemany(
-                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=? AND digest IS NULL"
-                % self.OPEN_GEN, [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"], number)
-                                  for number, _, digest in noted if known[number][1] is None])
-            db.executemany("UPDATE copies SET checked=? WHERE file=? AND backup=?",
-                           [(version, number, backup) for number, version, _ in noted])
-            new = {number: version for number, version, _ in noted if number not in tags}
-            db.executemany("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
-                           [(number, backup, source["id"], version, self.up() + CLAIM_LEASE)
-                            for number, version in new.items()])
-            self.regroup(new)
-        return [number for number, _, _ in noted]
-
-    # -- proof: what our own files have in them --
+class Proof(News):
+    """What our own files have in them: which digests are facts, and what follows where one was wrong."""
 
     def unread(self, source: int, before: "Tuple[float, int]", limit: int) -> "List[Dict[str, Any]]":
         """Facts (see version_of) of files whose digest is presumed, those of which it was presumed last first; behind
@@ -3202,6 +2844,531 @@ class Books(Store):
         files = self.file_counts(source)[0]
         return files >= HELD_SHARE_OF and others * 2 > files
 
+
+class Placement(Proof):
+    """Which copies are missing, and who should have them: reads, decides, writes nothing (the rules of a pass are in
+    section 13)."""
+
+    def candidates(self, backup: int, source: int, replicas: int, free: int, batch: "Tuple[int, int]",
+                   ) -> "Iterator[Tuple[int, int]]":
+        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any; large
+        enough for a choice when `batch` (files, bytes) is wanted.
+
+        On that level, files whose present holders have the most free room together come first: a host
+        with room can never take the same file twice, so its files must go to others.  Last of all come those (not
+        without any copy) of which hosts that will be short of files could take every copy that is missing.
+        """
+        room: "Dict[str, int]" = {}
+        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0"):
+            room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
+        levels: "Dict[Tuple[bool, int], List[Group]]" = {}
+        short = self._short_of_files(source, replicas, room) - {self.host_of(backup)}
+        for group in self.underserved(source, replicas, backup):
+            theirs = group.n > 0 and len(short.difference(group.hosts)) >= replicas - group.n
+            levels.setdefault((theirs, group.n), []).append(group)
+        for (_, level), groups in sorted(levels.items()):
+            none = True
+            files, size = sum(group.files for group in groups), sum(group.bytes for group in groups)
+            sample = max(CANDIDATES, CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
+            drawn: "Dict[int, int]" = {}
+            for group in self.random.choices(groups, weights=[group.files for group in groups], k=min(sample, 2 * files)):
+                drawn[group.id] = drawn.get(group.id, 0) + 1
+            scores = sorted((-sum(room.get(host, 0) for host in group.hosts), self.random.random(), group.id)
+                            for group in groups if group.id in drawn)
+            for _, _, number in scores:
+                for row in self._sample(number, backup, free, drawn[number]):
+                    none = False
+                    yield row
+            if none:
+                for row in self._that_fit(groups, backup, source, level, free):
+                    none = False
+                    yield row
+            if not none:
+                return
+
+    def _short_of_files(self, source: int, replicas: int, room: "Dict[str, int]") -> "set[str]":
+        """Hosts whose room is not much less than all that they can still take of a source: when others take it, room
+        is left there for which there are no files, until others are relieved of some that were placed already."""
+        missing = [group for group in self.groups(source, "n<?", replicas) if not group.blocked]
+        lacking = dict.fromkeys(room, sum(group.bytes for group in missing))
+        for group in missing:
+            for host in group.hosts:
+                if host in lacking:
+                    lacking[host] -= group.bytes
+        return {host for host in room if host != self.host and 0 < lacking[host] <= SHORT_OF_FILES * room[host]}
+
+    ACCEPT = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)"
+
+    def _sample(self, group: int, backup: int, free: int, count: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of up to `count` random files of a group that fit into `free` and were not declined."""
+        start, found = self.random.getrandbits(40), []
+        for side in (">=", "<"):
+            found += self.rows(
+                "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT ?) x "
+                "WHERE 1 %s LIMIT ?" % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
+                count - len(found))
+            if len(found) >= count:
+                break
+        return found
+
+    def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int, free: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of the largest files of `groups` that fit, where a random sample had none."""
+        some = {row[0] for row in self.rows(
+            "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM entries WHERE grp=g.id "
+            "AND size<=?)", source, level, free)}
+        found: "List[Tuple[int, int]]" = []
+        for group in groups:
+            if group.id in some and len(found) < CANDIDATES:
+                found += self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?" % self.ACCEPT,
+                                   group.id, free, backup, self.up(), CANDIDATES)
+        return found
+
+    def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
+                             ) -> "Optional[Tuple[bytes, int]]":
+        """(path, size) of the smallest file larger than `above`, at most `most`, on the lowest level that has
+        one which `backup` could take if it had room."""
+        levels: "Dict[int, List[int]]" = {}
+        for group in self.underserved(source["id"], source["replicas"], backup):
+            levels.setdefault(group.n, []).append(group.id)
+        for level in sorted(levels):
+            found = [row for row in (self.one(
+                "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d "
+                "WHERE d.file=x.id AND d.backup=? AND d.until>?) ORDER BY size LIMIT 1",
+                number, above, most, backup, self.up()) for number in levels[level]) if row]
+            if found:
+                size, path = min(found)
+                return path, size
+        return None
+
+    # -- making room --
+
+    def droppable(self, backup: int, source: "Dict[str, Any]", need: int) -> "List[Tuple[bytes, int]]":
+        """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
+        the largest smaller ones, up to `need`."""
+        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"],
+                                                     "*%d+*" % backup)
+                   if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
+        return self._around(numbers, need, 1 << 62, backup)
+
+    def _around(self, groups: "List[int]", need: int, most: int, backup: int, filling: bool = False,
+                ) -> "List[Tuple[bytes, int]]":
+        """The smallest file of at least `need` bytes, and the largest smaller ones: until they are together as much, or
+        with `filling` such as fit together into `need`; none over `most`, none that `backup` declined."""
+        above: "List[Tuple[int, bytes]]" = []
+        below: "List[Tuple[int, bytes]]" = []
+        free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=%d AND d.until>%f)" % (
+            backup, self.up())
+        for number in groups:
+            above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND size<=? AND %s ORDER BY size "
+                               "LIMIT 1" % free_of_declines, number, need, most)
+            total, limit = 0, min(need - 1, most)
+            while limit >= 0:
+                page = self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<=? AND %s ORDER BY size DESC LIMIT 500"
+                                 % free_of_declines, number, limit)
+                limit = -1
+                for row in page:
+                    if filling and total + row[0] > need:
+                        limit = need - total
+                        break
+                    if total >= need:
+                        break
+                    below.append(row)
+                    total += row[0]
+        chosen, total = ([(path, size) for size, path in [min(above)]] if above else []), 0
+        for size, path in sorted(below, reverse=True):
+            if total >= need or len(chosen) > 1000:
+                break
+            if not filling or total + size <= need:
+                chosen.append((path, size))
+                total += size
+        return chosen
+
+    def relief_offers(self, backup: int, source: "Dict[str, Any]", relieved: int, gap: int, free: int,
+                      ) -> "List[Tuple[bytes, int]]":
+        """(path, size) of files with exactly N claims or copies that `relieved` holds and `backup`'s host lacks:
+        the smallest one of at least `gap` bytes, and the largest smaller ones up to `gap`; none over `free`."""
+        host = self.host_of(backup)
+        inside = self.host_of(relieved) == host
+        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"],
+                                                     "*%d+*" % relieved)
+                   if group.members.get(relieved) and not group.blocked
+                   and (backup not in group.members if inside else host not in group.hosts)]
+        return self._around(numbers, gap, free, backup, filling=True)
+
+    def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> "Tuple[int, int]":
+        """(bytes, files) that are underserved, at most `most` bytes each, and that `backup` lacks and may hold."""
+        size = files = 0
+        for group in self.underserved(source["id"], source["replicas"], backup):
+            large = (0, 0) if group.bytes <= most else self.one(
+                "SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?", group.id, most)
+            size, files = size + group.bytes - large[0], files + group.files - large[1]
+        declined = self.one(
+            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d CROSS JOIN entries e ON e.id=d.file JOIN groups g "
+            "ON g.id=e.grp WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
+            backup, self.up(), source["id"], source["replicas"], most)
+        return max(0, size - declined[0]), max(0, files - declined[1])
+
+    def room_of_others(self, backup: int) -> "Dict[int, int]":
+        """backup -> free bytes, as far as it is to be expected that they are offered to our files in its next pass."""
+        return {number: free for number, free in self.rows(
+            "SELECT id, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? AND host<>? AND free>0 "
+            "AND heard>=?-3*COALESCE(period, 3600)", backup, self.host, self.up())}
+
+    def beyond_room(self, source: "Dict[str, Any]", room: "Dict[int, int]") -> int:
+        """Bytes of missing copies for which there is no place in `room` (backup -> bytes); what has one is taken off it.
+
+        Only for these is it worth to make room elsewhere: the others will be taken by who has the room, without help.
+        """
+        beyond, declined = 0, self.one("SELECT 1 FROM declines WHERE until>? LIMIT 1", self.up())
+        for group in sorted(self.groups(source["id"], "n<?", source["replicas"]), key=lambda g: g.n):
+            left = 0 if group.blocked else (source["replicas"] - group.n) * group.bytes
+            taken: "Dict[str, int]" = {}
+            for backup in sorted(room, key=lambda b: (-room[b], b)) if left else ():
+                host = self.host_of(backup)
+                if host in group.hosts:
+                    continue
+                fits = group.bytes if room[backup] >= group.bytes and not declined else self.one(
+                    "SELECT COALESCE(SUM(size), 0) FROM entries x WHERE grp=? AND size<=? AND NOT EXISTS(SELECT 1 FROM "
+                    "declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)", group.id, room[backup], backup, self.up())[0]
+                able = min(fits, room[backup], left, group.bytes - taken.get(host, 0))
+                taken[host] = taken.get(host, 0) + able
+                room[backup] -= able
+                left -= able
+            beyond += left
+        return beyond
+
+    def last_words(self) -> "List[Dict[str, Any]]":
+        """What every configured backup said last, and the bytes that it can drop of this host's sources, now or when what
+        is claimed has arrived: or several would relieve it of the same bytes at once."""
+        spare: "Dict[int, int]" = {}
+        for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND state='ok'"):
+            for group in self.groups(source, "n>?", replicas):
+                for backup, copy in group.members.items():
+                    if copy and len({self.host_of(b) for b in group.members if b != backup and b not in group.leaving}
+                                    ) >= replicas:
+                        spare[backup] = spare.get(backup, 0) + group.bytes
+        now = self.up()
+        return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want, "used": used,
+                 "files": files, "age": None if date is None else max(0.0, now - heard), "period": period,
+                 "lost": bool(lost), "droppable": spare.get(number, 0)}
+                for number, name, host, capacity, free, want, used, files, heard, date, period, lost in self.rows(
+                    "SELECT id, name, host, capacity, free, want, used, files, heard, heard_date, period, lost "
+                    "FROM backups WHERE configured=1 ORDER BY name")]
+
+    # -- figures --
+
+    def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
+        """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the rules)."""
+        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups WHERE source=? AND files>0 AND n<? "
+                        "AND key NOT LIKE '!%'", source["replicas"], source["id"], source["replicas"])[0]
+
+    def short_count(self, source: "Dict[str, Any]") -> int:
+        """How many files have fewer than N confirmed copies."""
+        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND k<?",
+                        source["id"], source["replicas"])[0]
+
+    def duties(self) -> "Dict[str, int]":
+        """For each backup that is leaving: how many copies in it have not been made elsewhere yet."""
+        out = {}
+        for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND configured=1"):
+            out[name] = sum(group.files for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
+                            for group in self.groups(source, "key GLOB ?", "*%d+*" % number)
+                            if number in group.leaving and group.copies_without(number, self.host_of) < replicas)
+        return out
+
+    def plan_facts(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
+        """For `plan`: files, bytes and the largest file of a source; files without any copy (`bare`); and for each host with
+        copies what is short of copies without it (`without`: host -> [files, bytes that are to be copied again])."""
+        out: "Dict[str, Any]" = {"replicas": source["replicas"], "files": 0, "bytes": 0, "bare": [0, 0], "without": {}}
+        for group in self.groups(source["id"]):
+            out["files"] += group.files
+            out["bytes"] += group.bytes
+            staying = {self.host_of(b) for b, copy in group.members.items() if copy and b not in group.leaving}
+            if not group.copy_hosts:
+                out["bare"] = [out["bare"][0] + group.files, out["bare"][1] + group.bytes]
+            for host in staying if len(staying) <= source["replicas"] else ():
+                files, size = out["without"].get(host, (0, 0))
+                out["without"][host] = [files + group.files, size + group.bytes]
+        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY size DESC LIMIT 1",
+                           source["id"])
+        out["largest"] = [largest[0], as_text(largest[1])] if largest else [0, ""]
+        return out
+
+    def figures(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
+        """What `status` says of one source; costs the same with a thousand files and with a million."""
+        replicas, histogram = source["replicas"], {}
+        out = {"files": 0, "bytes": 0, "underserved_files": 0, "underserved_bytes": 0, "overserved_files": 0,
+               "missing_bytes": 0, "claimed_files": 0, "blocked_files": 0}
+        for k, n, blocked, files, size in self.rows(
+                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups WHERE source=? AND files>0 GROUP BY 1, 2, 3",
+                source["id"]):
+            out["files"] += files
+            out["bytes"] += size
+            histogram[k] = histogram.get(k, 0) + files
+            if k < replicas:
+                out["underserved_files"] += files
+                out["underserved_bytes"] += size
+                out["missing_bytes"] += (replicas - k) * size
+            if k > replicas:
+                out["overserved_files"] += files
+            if n > k:
+                out["claimed_files"] += files
+            if blocked:
+                out["blocked_files"] += files
+        out["copies"] = {str(k): histogram[k] for k in sorted(histogram)}
+        out["unproven_files"], since = self.unread_count(source["id"])
+        out["unproven_since"] = None if since is None else max(0.0, clock.now() - since)
+        return out
+
+    def short_since(self, source: int, replicas: int) -> "Optional[float]":
+        """For how many seconds at most, by their ctime, files have been as they are and short of copies; None: there is none."""
+        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id WHERE g.source=? AND g.k<? "
+                          "AND g.files>0", source, replicas)[0]
+        return None if oldest is None else max(0.0, clock.now() - oldest / 1e9)
+
+    def stuck_files(self, source: int, replicas: int, limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
+        """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
+        their contents cannot be trusted; without those that cannot be read, which the scan names, and those that were being
+        written to."""
+        rows = self.rows(
+            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 "
+            "AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) "
+            "FROM declines d CROSS JOIN entries e ON e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 "
+            "AND g.k<?2 AND d.version=e.version AND d.reason NOT IN ('no room', 'changed') GROUP BY e.id "
+            "ORDER BY 1", source, replicas)
+        return len(rows), rows[:limit]
+
+    def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
+        """(path, size, why) of files that are short of copies, the largest first: what fits nowhere is among them."""
+        largest: "Dict[str, int]" = {}
+        for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND "
+                                        "host<>? AND capacity IS NOT NULL", self.host):
+            largest[host] = max(capacity, largest.get(host, 0))
+        found, short = [], []
+        for (group,) in self.rows("SELECT id FROM groups WHERE source=? AND files>0 AND k<?", source, replicas):
+            short += self.rows(  # group by group, which is by index: a pass asks for this, also when a million are short
+                "SELECT path, size, COALESCE(blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
+                "FROM entries e WHERE grp=? ORDER BY size DESC LIMIT ?", group, limit)
+        for path, size, why in sorted(short, key=lambda row: -row[1])[:limit]:
+            able = sum(capacity >= size for capacity in largest.values())
+            if not why and largest and able < replicas:
+                why = "it fits into no backup" if not able else "it fits into the backups of only %s" % count_of(able, "host")
+            found.append((path, size, why))
+        return found
+
+
+class Ledger(Placement):
+    """Copies, from the claim to where they count (`count_copies`), and the grant that lets one go (`grant_drop`): nobody
+    else grants."""
+
+    # -- backups: their last words, absence, leases --
+
+    def hear(self, name: str, words: "Dict[str, Any]") -> int:
+        """Remember the last words of a backup (`capacity`, `free`, `want`, `used`, `files`, `identity`; those
+        that are given) and renew its claims.  Returns its id."""
+        number = self.backup_id(name)
+        now = self.up()
+        known = {key: value for key, value in words.items() if value is not None}
+        first = bool(known.pop("first", None))
+        if not first and self._heard_just_now(number, known, now):
+            return number
+        with self.write() as db:
+            row = db.execute("SELECT lost, heard, period, fruitless FROM backups WHERE id=?", (number,)).fetchone()
+            known.update(heard=now, heard_date=clock.now())
+            if first:
+                # What changed while it was copied may stand still now, also when it has no new version.
+                db.execute("DELETE FROM declines WHERE backup=? AND reason='changed'", (number,))
+                known["fruitless"] = row[3] + 1 if db.execute(
+                    "SELECT 1 FROM copies WHERE backup=? AND expires>0 AND state='c' LIMIT 1", (number,)).fetchone() else 0
+                if row[1] is not None:
+                    known["period"] = max(1.0, now - row[1])
+            db.execute("UPDATE backups SET %s WHERE id=?" % ", ".join("%s=?" % key for key in known),
+                       list(known.values()) + [number])
+            if known.get("fruitless", row[3]) < FRUITLESS_PASSES:  # else others are to have a try
+                db.execute("UPDATE copies SET expires=? WHERE backup=? AND state='c' AND expires<?",
+                           (now + CLAIM_LEASE, number, now + CLAIM_LEASE * 0.9))
+            if row[0]:
+                db.execute("UPDATE backups SET lost=0 WHERE id=?", (number,))
+                self.recount_groups()
+        return number
+
+    def _heard_just_now(self, number: int, words: "Dict[str, Any]", now: float) -> bool:
+        """Whether a backup has said the same a moment ago: nothing is to be written then, which would be waiting for a disk."""
+        keys = sorted(words)
+        lost, heard, *known = self.one("SELECT %s FROM backups WHERE id=?" % ", ".join(["lost", "heard"] + keys), number)
+        return not lost and heard is not None and 0 <= now - heard < HEARD_WITHIN and known == [words[key] for key in keys]
+
+    def renew_updates(self, backup: int, files: "List[Tuple[int, bytes]]") -> None:
+        """`backup` is at work on these (source, path) of which it has an older version: others are to wait for longer."""
+        with self.write() as db:
+            db.executemany("UPDATE copies SET expires=? WHERE backup=? AND state='s' AND file=(SELECT id FROM entries "
+                           "WHERE source=? AND path=?)", [(self.up() + STALE_LEASE, backup) + each for each in files])
+
+    def expire(self, lost_after: float) -> None:
+        """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
+        now = self.up()
+        with self.lock:
+            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id FROM backups) AND expires<=?",
+                            now)
+            lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
+            if not due and not lost:
+                return
+            with self.write() as db:
+                for number, backup, state in due:
+                    if state == "c":
+                        db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                    else:
+                        db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=?",
+                                   (number, backup))
+                self.regroup(row[0] for row in due)
+                for number, _, _ in due:
+                    self._retire_outdated(number)
+                for number, name in lost:
+                    log.warning("backup %s has not been heard of for %s: its copies no longer count",
+                                name, format_seconds(lost_after))
+                    db.execute("UPDATE backups SET lost=1 WHERE id=?", (number,))
+                if lost:
+                    self.recount_groups()
+
+    # -- claims --
+
+    WANTED = "e.path, e.size, e.mtime, e.mode, e.uid, e.gid, e.version"
+
+    def own_claims(self, backup: int, source: int, limit: int) -> "List[Tuple[Any, ...]]":
+        """Claims that this backup already has, for a client that comes back after it was killed."""
+        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND c.source=? "
+                         "AND c.state='c' ORDER BY e.path LIMIT ?" % self.WANTED, backup, source, limit)
+
+    def on_their_way(self, source: int, most: int) -> "List[bytes]":
+        """Paths of files that some backup has claimed, or has an older version of."""
+        return [row[0] for row in self.rows(
+            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file WHERE c.source=? AND c.state IN ('c', 's', 'o') "
+            "AND e.kind='f' LIMIT ?", source, most)]
+
+    def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int, max_bytes: int,
+              ) -> "List[Tuple[Any, ...]]":
+        """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path."""
+        taken, size = [], 0
+        with self.write() as db:
+            while len(taken) < max_files and size < max_bytes:
+                some: "List[int]" = []
+                for number, each in self.candidates(backup, source["id"], source["replicas"], free - size,
+                                                    (max_files - len(taken), max_bytes - size)):
+                    if len(taken) + len(some) >= max_files or (taken or some) and size + each > max_bytes:
+                        break
+                    if each <= free - size:
+                        some.append(number)
+                        size += each
+                self._insert_claims(some, backup, source["id"])
+                taken += some
+                if not some or size + 1 > max_bytes:
+                    break
+            wanted = self._wanted(taken)
+            rows = first_page(wanted)
+            self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
+            db.execute("UPDATE backups SET free=free-? WHERE id=?", (sum(row[2] for row in rows), backup))
+            return [row[1:] for row in rows]
+
+    def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
+        until = self.up() + CLAIM_LEASE
+        self.db.executemany("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
+                            "ON CONFLICT(file, backup) DO UPDATE SET state='s', expires=excluded.expires",
+                            [(number, backup, source, until) for number in numbers])
+        self.regroup(numbers)
+
+    def _wanted(self, numbers: "Iterable[int]") -> "List[Tuple[Any, ...]]":
+        return sorted(self.rows_among("SELECT e.id, %s FROM entries e WHERE e.id AMONG" % self.WANTED, numbers),
+                      key=lambda row: row[1])
+
+    def claim_paths(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]", relieved: "Optional[int]",
+                    ) -> "List[Tuple[Any, ...]]":
+        """Claim named files, those that the rules still allow: underserved ones, or with `relieved` such as that
+        backup holds and that have exactly N.  Returns rows of WANTED."""
+        host, taken = self.host_of(backup), []
+        with self.write():
+            for path in paths:
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
+                               "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
+                if not row:
+                    continue
+                group = Group(row[1:], self.facts_of_backup)
+                if relieved is None:
+                    allowed = group.n < source["replicas"] and host not in group.hosts
+                else:
+                    same_host = self.host_of(relieved) == host and backup not in group.members
+                    allowed = group.n == source["replicas"] and group.members.get(relieved) is True \
+                        and (host not in group.hosts or same_host)
+                if allowed and not group.blocked:
+                    self._insert_claims([row[0]], backup, source["id"])
+                    taken.append(row[0])
+        return [row[1:] for row in self._wanted(taken)]
+
+    def release(self, backup: int, source: int, paths: "Optional[List[bytes]]") -> None:
+        """Give claims back: those of `paths`, or all of this backup."""
+        with self.write():
+            if paths is None:
+                files = [row[0] for row in self.rows(
+                    "SELECT file FROM copies WHERE backup=? AND source=? AND state='c'", backup, source)]
+            else:
+                files = [row[0] for row in (self.one(
+                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? AND e.path=? "
+                    "AND c.backup=? AND c.state='c'", source, path, backup) for path in paths) if row]
+            self._end_claims(backup, files)
+
+    def _end_claims(self, backup: int, files: "List[int]") -> None:
+        self.db.executemany("DELETE FROM copies WHERE file=? AND backup=? AND state='c'",
+                            [(number, backup) for number in files])
+        self.regroup(files)
+
+    def decline(self, backup: int, source: int, rows: "List[Tuple[bytes, int, str]]") -> None:
+        """`backup` could not take these (path, version, reason): others may, for a while it is not asked again."""
+        with self.write() as db:
+            for path, version, reason in rows:
+                row = self.one("SELECT id, version FROM entries WHERE source=? AND path=? AND kind='f'", source, path)
+                if not row:
+                    continue
+                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (row[0], backup))
+                db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=? AND state='s'",
+                           (row[0], backup))
+                if row[1] == version:
+                    db.execute("INSERT OR REPLACE INTO declines VALUES(?,?,?,?,?)",
+                               (row[0], backup, version, self.up() + DECLINE_FOR, reason[:200]))
+                self.regroup([row[0]])
+                self._retire_outdated(row[0])
+
+    def _retire_outdated(self, number: int) -> None:
+        """Older versions for which nobody waits any more go to the attic when enough other hosts have the present one: their
+        backups had no room for it, or were away for long."""
+        if self.one("SELECT 1 FROM copies WHERE file=? AND state='o'", number) and self.one(
+                "SELECT 1 FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON s.id=e.source WHERE e.id=? "
+                "AND g.k>=s.replicas", number):
+            self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'", (TODO_RETIRE, number))
+
+    # -- confirmations --
+
+    def record_check(self, backup: int, source: "Dict[str, Any]", results: "List[Tuple[int, int, bytes]]") -> "List[int]":
+        """Note that `backup` has the right contents of (file id, version, digest), as far as samples tell; the first digest
+        of a version is presumed until our own file was read.  Returns the ids for which the version is still the same."""
+        with self.write() as db:
+            numbers = [number for number, _, _ in results]
+            known = {row[0]: row[1:] for row in self.rows_among(
+                "SELECT id, version, digest FROM entries WHERE id AMONG", numbers)}
+            tags = dict(self.rows_among("SELECT file, tag FROM copies WHERE backup=? AND file AMONG", numbers, backup))
+            noted = [(number, version, digest) for number, version, digest in results
+                     if number in known and known[number][0] == version and known[number][1] in (None, digest)]
+            db.executemany(
+                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=? AND digest IS NULL"
+                % self.OPEN_GEN, [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"], number)
+                                  for number, _, digest in noted if known[number][1] is None])
+            db.executemany("UPDATE copies SET checked=? WHERE file=? AND backup=?",
+                           [(version, number, backup) for number, version, _ in noted])
+            new = {number: version for number, version, _ in noted if number not in tags}
+            db.executemany("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
+                           [(number, backup, source["id"], version, self.up() + CLAIM_LEASE)
+                            for number, version in new.items()])
+            self.regroup(new)
+        return [number for number, _, _ in noted]
+
     def count_copies(self, backup: int, source: int, rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         """The second step of a confirmation: (path, version, tag) are durable at their place in `backup`.
         Returns the paths that count from now on; the others are of a version that is no longer known."""
@@ -3224,31 +3391,81 @@ class Books(Store):
                 db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
         return [row[0] for row in counted]
 
-    def _retire_outdated(self, number: int) -> None:
-        """Older versions for which nobody waits any more go to the attic when enough other hosts have the present one: their
-        backups had no room for it, or were away for long."""
-        if self.one("SELECT 1 FROM copies WHERE file=? AND state='o'", number) and self.one(
-                "SELECT 1 FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON s.id=e.source WHERE e.id=? "
-                "AND g.k>=s.replicas", number):
-            self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'", (TODO_RETIRE, number))
+    # -- drops --
 
-    def forget_copies(self, backup: int, source: int, paths: "List[bytes]") -> None:
-        """`backup` says that it does not (or no longer) hold what the books say it has under these paths."""
+    def grant_drop(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]") -> "List[bytes]":
+        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain without it, of a content
+        that our own file was read to have.
+
+        The grant is committed before it is returned.  A caller that dies now still has the bytes: its sum
+        differs from ours then, it reports everything, and the copy counts again.
+        """
+        granted = []
         with self.write() as db:
             for path in paths:
-                for (number,) in self.rows(
-                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? UNION SELECT c.file FROM entries e "
-                        "CROSS JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.source=? AND e.path=? AND c.path IS NULL "
-                        "UNION SELECT c.file FROM gone g CROSS JOIN copies c ON c.file=g.id AND c.backup=? "
-                        "WHERE g.source=? AND g.path=? AND c.path IS NULL", *(backup, source, path) * 3):
-                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
-                    self._after_retire(number)
-                    self._are_news([number])
-                    self.regroup([number])
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
+                               "ON g.id=e.grp WHERE e.source=? AND e.path=? AND e.doubt IS NULL AND e.digest IS NOT NULL",
+                               source["id"], path)
+                if not row:
+                    continue
+                group = Group(row[1:], self.facts_of_backup)
+                if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
+                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
+                    self._are_news([row[0]])
+                    self.regroup([row[0]])
+                    granted.append(path)
+        return granted
 
-    def _after_retire(self, number: int) -> None:
-        if not self.db.execute("SELECT 1 FROM copies WHERE file=?", (number,)).fetchone():
-            self.db.execute("DELETE FROM gone WHERE id=?", (number,))
+
+class Books(Ledger):
+    """Everything that the server of one host knows, in one SQLite database: each of the classes above is one reason to
+    open it.  Here is what backups tell of their copies and are told of them, and what the configuration says."""
+
+    def start_again(self, config: Config, why: str) -> None:
+        """Damaged books are set aside; new ones are filled by the next scans and by what the backups report."""
+        with self.lock:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.close()
+            set_database_aside(self.path, why)
+            self._open()
+            self.configure(config)
+
+    # -- configuration --
+
+    def configure(self, config: Config) -> None:
+        """Take over what the configuration says about sources of this host and all backups."""
+        with self.write() as db:
+            asleep = dict(db.execute("SELECT name, id FROM sources WHERE active=0"))
+            db.execute("UPDATE sources SET active=0")
+            for source in config.sources_of(self.host):
+                db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
+                db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
+                           (source.path, source.replicas, source.name))
+            before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
+            db.execute("UPDATE backups SET lost=1 WHERE configured=0")  # one that comes back counts when it was heard
+            db.execute("UPDATE backups SET configured=0")
+            for backup in config.backups.values():
+                db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
+                db.execute("UPDATE backups SET host=?, configured=1, leaving=? WHERE name=?",
+                           (backup.host, int(backup.leaving), backup.name))
+            self._forget_shapes()
+            after = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
+            if any(after[number] != facts for number, facts in before.items()):
+                self.recount_groups()
+            for source in config.sources_of(self.host):
+                if source.name in asleep:
+                    self._count_anew(asleep[source.name])
+
+    def _count_anew(self, source: int) -> None:
+        """A source is configured again: its copies may have been deleted meanwhile (`forget`).  They count when the
+        backups have reported them; until then nothing is copied again."""
+        with self.write() as db:
+            files = [row[0] for row in db.execute("SELECT DISTINCT file FROM copies WHERE source=?", (source,))]
+            db.execute("DELETE FROM copies WHERE source=?", (source,))
+            db.execute("DELETE FROM caught_up WHERE source=?", (source,))
+            self.regroup(files)
+            if files:
+                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
 
     # -- what a backup must hear --
 
@@ -3283,6 +3500,26 @@ class Books(Store):
         """(files, bytes, sum of tags) that these books believe `backup` holds of a source."""
         row = self.one("SELECT files, bytes, tags FROM sums WHERE backup=? AND source=?", backup, source)
         return (row[0], row[1], row[2]) if row else (0, 0, 0)
+
+    # -- what a backup reports --
+
+    def forget_copies(self, backup: int, source: int, paths: "List[bytes]") -> None:
+        """`backup` says that it does not (or no longer) hold what the books say it has under these paths."""
+        with self.write() as db:
+            for path in paths:
+                for (number,) in self.rows(
+                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? UNION SELECT c.file FROM entries e "
+                        "CROSS JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.source=? AND e.path=? AND c.path IS NULL "
+                        "UNION SELECT c.file FROM gone g CROSS JOIN copies c ON c.file=g.id AND c.backup=? "
+                        "WHERE g.source=? AND g.path=? AND c.path IS NULL", *(backup, source, path) * 3):
+                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                    self._after_retire(number)
+                    self._are_news([number])
+                    self.regroup([number])
+
+    def _after_retire(self, number: int) -> None:
+        if not self.db.execute("SELECT 1 FROM copies WHERE file=?", (number,)).fetchone():
+            self.db.execute("DELETE FROM gone WHERE id=?", (number,))
 
     def start_report(self) -> int:
         serial = int(self.meta("report") or 0) + 1
@@ -3377,192 +3614,6 @@ class Books(Store):
         with self.write() as db:
             db.execute("INSERT OR IGNORE INTO caught_up VALUES(?,?)", (backup, source))
 
-    # -- catalogs --
-
-    def close_generation(self, source: "Dict[str, Any]") -> int:
-        """The newest complete catalog generation; what changed since the last one becomes a new one."""
-        with self.write() as db:
-            number = source["id"]
-            gen, = db.execute("SELECT gen FROM sources WHERE id=?", (number,)).fetchone()
-            changed = db.execute("SELECT 1 FROM entries WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone() or \
-                db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone()
-            if not changed:
-                return gen - 1
-            mark = "changed:%d" % number
-            db.execute("INSERT OR REPLACE INTO generations VALUES(?,?,?,?)",
-                       (number, gen, clock.now(), int(self.meta(mark) is not None)))
-            db.execute("DELETE FROM meta WHERE key=?", (mark,))
-            db.execute("UPDATE sources SET gen=gen+1 WHERE id=?", (number,))
-            return gen
-
-    def raise_generation(self, source: int, least: int) -> None:
-        """After the books were lost: go on above the generations that backups already have, and wait for their reports."""
-        with self.write() as db:
-            row = db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()
-            if row and row[0] <= least:
-                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
-                db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
-                db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
-                # Something is news in any case: the next catalog is one of these books, and newer than all others.
-                db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''", (least + 1, source))
-                db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
-
-    def note_list(self, backup: int, source: int, newest: int) -> None:
-        """How far the list is that `backup` begins with.  When it has had a newer one it was put back as it was then: what
-        it holds under which name its sums tell, but not the modes and owners that changed since."""
-        mark = "list:%d:%d" % (backup, source)
-        known = self.meta(mark)
-        if known == newest:
-            return
-        with self.write() as db:
-            if known is not None and newest < known:
-                db.execute("UPDATE copies SET todo=todo|? WHERE backup=? AND state<>'c' AND file IN ("
-                           "SELECT id FROM entries WHERE source=? AND gen>=?)", (TODO_TOUCH, backup, source, newest))
-            self.set_meta(mark, newest)
-
-    def note_change(self, source: int) -> None:
-        """The next generation is one in which something of the source changed."""
-        self.set_meta("changed:%d" % source, 1)
-
-    def generations(self, source: int) -> "List[Tuple[int, float, int]]":
-        """(generation, time, whether something of the source changed) of the newest catalogs, the
-        newest first; time 0 of one of which it is not known, as in `generation_time`."""
-        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
-        gen, = self.one("SELECT gen FROM sources WHERE id=?", source)
-        unknown = gen > 1 and (not rows or rows[0][0] < gen - 1)
-        return [(gen - 1, 0.0, 1)] + rows if unknown else rows
-
-    def generation_time(self, source: int, gen: int) -> float:
-        row = self.one("SELECT time FROM generations WHERE source=? AND gen=?", source, gen)
-        return row[0] if row else 0.0
-
-    def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]",
-                        ) -> "Tuple[List[Tuple[Any, ...]], bool]":
-        """A page of live entries of generations in (since, upto], after the cursor (gen, id);
-        whether there may be more.  It is short where names or extended attributes are long."""
-        rows = self.rows(
-            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
-            "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
-            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, "
-            "blocked IS NOT 'unreadable', LENGTH(xattrs) FROM entries "
-            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
-            "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
-        page: "List[Tuple[Any, ...]]" = []
-        size = 0
-        for row in first_page(rows):
-            size += row[-1] or 0
-            if page and size > XATTRS_PAGE:
-                break
-            page.append(row[:-1] + (row[-1] and self.xattrs_of(row[1]),))
-        return page, len(page) == PAGE or len(page) < len(rows)
-
-    def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "Tuple[List[bytes], bool]":
-        """A page of paths that are no more, by path; whether there may be more."""
-        return with_more([row[0] for row in self.rows(
-            "SELECT path FROM graves WHERE source=? AND gen>? AND gen<=? AND path>? ORDER BY path LIMIT ?",
-            source, since, upto, after, PAGE)])
-
-    # -- figures --
-
-    def figures(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
-        """What `status` says of one source; costs the same with a thousand files and with a million."""
-        replicas, histogram = source["replicas"], {}
-        out = {"files": 0, "bytes": 0, "underserved_files": 0, "underserved_bytes": 0, "overserved_files": 0,
-               "missing_bytes": 0, "claimed_files": 0, "blocked_files": 0}
-        for k, n, blocked, files, size in self.rows(
-                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups WHERE source=? AND files>0 GROUP BY 1, 2, 3",
-                source["id"]):
-            out["files"] += files
-            out["bytes"] += size
-            histogram[k] = histogram.get(k, 0) + files
-            if k < replicas:
-                out["underserved_files"] += files
-                out["underserved_bytes"] += size
-                out["missing_bytes"] += (replicas - k) * size
-            if k > replicas:
-                out["overserved_files"] += files
-            if n > k:
-                out["claimed_files"] += files
-            if blocked:
-                out["blocked_files"] += files
-        out["copies"] = {str(k): histogram[k] for k in sorted(histogram)}
-        out["unproven_files"], since = self.unread_count(source["id"])
-        out["unproven_since"] = None if since is None else max(0.0, clock.now() - since)
-        return out
-
-    def duties(self) -> "Dict[str, int]":
-        """For each backup that is leaving: how many copies in it have not been made elsewhere yet."""
-        out = {}
-        for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND configured=1"):
-            out[name] = sum(group.files for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
-                            for group in self.groups(source, "key GLOB ?", "*%d+*" % number)
-                            if number in group.leaving and group.copies_without(number, self.host_of) < replicas)
-        return out
-
-    def plan_facts(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
-        """For `plan`: files, bytes and the largest file of a source; files without any copy (`bare`); and for each host with
-        copies what is short of copies without it (`without`: host -> [files, bytes that are to be copied again])."""
-        out: "Dict[str, Any]" = {"replicas": source["replicas"], "files": 0, "bytes": 0, "bare": [0, 0], "without": {}}
-        for group in self.groups(source["id"]):
-            out["files"] += group.files
-            out["bytes"] += group.bytes
-            staying = {self.host_of(b) for b, copy in group.members.items() if copy and b not in group.leaving}
-            if not group.copy_hosts:
-                out["bare"] = [out["bare"][0] + group.files, out["bare"][1] + group.bytes]
-            for host in staying if len(staying) <= source["replicas"] else ():
-                files, size = out["without"].get(host, (0, 0))
-                out["without"][host] = [files + group.files, size + group.bytes]
-        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY size DESC LIMIT 1",
-                           source["id"])
-        out["largest"] = [largest[0], as_text(largest[1])] if largest else [0, ""]
-        return out
-
-    def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
-        """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the rules)."""
-        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups WHERE source=? AND files>0 AND n<? "
-                        "AND key NOT LIKE '!%'", source["replicas"], source["id"], source["replicas"])[0]
-
-    def short_count(self, source: "Dict[str, Any]") -> int:
-        """How many files have fewer than N confirmed copies."""
-        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND k<?",
-                        source["id"], source["replicas"])[0]
-
-    def short_since(self, source: int, replicas: int) -> "Optional[float]":
-        """For how many seconds at most, by their ctime, files have been as they are and short of copies; None: there is none."""
-        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id WHERE g.source=? AND g.k<? "
-                          "AND g.files>0", source, replicas)[0]
-        return None if oldest is None else max(0.0, clock.now() - oldest / 1e9)
-
-    def stuck_files(self, source: int, replicas: int, limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
-        """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
-        their contents cannot be trusted; without those that cannot be read, which the scan names, and those that were being
-        written to."""
-        rows = self.rows(
-            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 "
-            "AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) "
-            "FROM declines d CROSS JOIN entries e ON e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 "
-            "AND g.k<?2 AND d.version=e.version AND d.reason NOT IN ('no room', 'changed') GROUP BY e.id "
-            "ORDER BY 1", source, replicas)
-        return len(rows), rows[:limit]
-
-    def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
-        """(path, size, why) of files that are short of copies, the largest first: what fits nowhere is among them."""
-        largest: "Dict[str, int]" = {}
-        for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND "
-                                        "host<>? AND capacity IS NOT NULL", self.host):
-            largest[host] = max(capacity, largest.get(host, 0))
-        found, short = [], []
-        for (group,) in self.rows("SELECT id FROM groups WHERE source=? AND files>0 AND k<?", source, replicas):
-            short += self.rows(  # group by group, which is by index: a pass asks for this, also when a million are short
-                "SELECT path, size, COALESCE(blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
-                "FROM entries e WHERE grp=? ORDER BY size DESC LIMIT ?", group, limit)
-        for path, size, why in sorted(short, key=lambda row: -row[1])[:limit]:
-            able = sum(capacity >= size for capacity in largest.values())
-            if not why and largest and able < replicas:
-                why = "it fits into no backup" if not able else "it fits into the backups of only %s" % count_of(able, "host")
-            found.append((path, size, why))
-        return found
-
 
 # ==== 8. The scanner, and what the server reads of its own files ======================================
 
@@ -3586,8 +3637,6 @@ REPRESENTABLE = 1 << 62
 
 FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
                  "target", "blocked", "xattrs")
-APPLY_CHUNK, SLICE = 1000, 250
-"""New rows, and others, that a scan applies in one transaction: clients wait for their answers meanwhile."""
 
 
 class Held(CBackupError):
@@ -5716,12 +5765,11 @@ DATABASE_ROOM = 64 << 20
 is full to the last byte cannot even be told what to delete."""
 
 
-class Vault(Store):
-    """One backup: the only code that writes or deletes below its directory.
+class BackupDirectory(Store):
+    """One backup: whose directory it is, what it holds, how much room it has, and the only function that deletes in it.
 
-    Paths given to methods are those of the source; `place_of` says where they lie.  Methods that change the
-    database and the disk write down the intention first, so that `recover` can finish what was cut off.
-    Use it by one thread at a time (`lock` guards the database for the confirming thread).
+    Paths given to methods are those of the source; `place_of` says where they lie.  Use it by one thread at a
+    time (`lock` guards the database for the confirming thread).
     """
 
     def __init__(self, spec: Backup, cluster: str, expected: "Optional[str]" = None, adopt: bool = False,
@@ -5807,6 +5855,48 @@ class Vault(Store):
                 raise Busy("%s: another client is at work in %s" % (self.name, self.spec.path))
             yield
 
+    # -- places --
+
+    @staticmethod
+    def place_of(source: str, path: bytes) -> bytes:
+        return source.encode() + b"/" + path
+
+    @staticmethod
+    def incoming(source: str, path: bytes = b"") -> bytes:
+        return META_DIR + b"/incoming/" + source.encode() + (b"/" + path if path else b"")
+
+    # -- deleting, the dangerous verb --
+
+    def delete(self, rel: bytes, grant: "Optional[Grant]") -> None:
+        """Delete one file: the only place in the program that does so in a backup.
+
+        Outside of .cbackup/ it wants the server's grant for just this file.  A file that is gone already is
+        no error: the grant may be carried out twice.
+        """
+        own = rel.startswith(tuple(META_DIR + b"/%s/" % kind for kind in (b"attic", b"incoming", b"bad", b"moving")))
+        if not own and (grant is None or self.place_of(grant.source, grant.path) != rel):
+            raise AssertionError("deleting %r without a grant" % rel)
+        try:
+            self.tree.unlink(rel)
+        except OSError as error:
+            info = self.tree.lstat(rel)
+            if info is not None and stat.S_ISDIR(info.st_mode):  # in `incoming`: at its source it became one
+                self.tree.clear_empty(rel)
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR) + Tree.IMPOSSIBLE:
+                raise
+        if own and not rel.startswith(META_DIR + b"/incoming/"):
+            self._prune(rel)  # not in `incoming`, where an rsync may be about to use the directory
+
+    def _prune(self, rel: bytes) -> None:
+        """Remove the directories above a deleted file as far as they are empty; never .cbackup's own."""
+        above = rel.rpartition(b"/")[0]
+        while above.count(b"/") >= 2:
+            try:
+                self.tree.rmdir(above)
+            except OSError:
+                return
+            above = above.rpartition(b"/")[0]
+
     # -- room --
 
     def used(self) -> int:
@@ -5828,6 +5918,163 @@ class Vault(Store):
         """Room for copies, bytes; negative when over capacity.  Old versions do not count against it: they go
         when the room is needed (`make_room`), but for those that are to be kept (`keep_old`)."""
         return self.capacity() - self.used() + self.attic_bytes() - self._kept_bytes
+
+    # -- copies --
+
+    def hold(self, source: str, path: bytes, size: int, mtime: int, digest: bytes, checked: float) -> None:
+        self.hold_all(source, [(path, size, mtime, digest, checked)])
+
+    def hold_all(self, source: str, rows: "Iterable[Tuple[bytes, int, int, bytes, float]]") -> None:
+        """Enter copies: (path, size, mtime, digest, when it was read)."""
+        rows = list(rows)
+        with self.write() as db:
+            db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, row[0]) for row in rows])
+            db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
+                           [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked)
+                            for path, size, mtime, digest, checked in rows])
+
+    def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
+        """(size, mtime, digest, tag) of a copy; None when we have none."""
+        return self.one("SELECT size, mtime, digest, tag FROM held WHERE source=? AND path=?", source, path)
+
+    def is_known(self, source: str, path: bytes) -> bool:
+        """Whether a file may lie at the place of `path`: a copy, one that is about to be, or one that is to be deleted."""
+        return self.one("SELECT 1 FROM held WHERE source=? AND path=? UNION SELECT 1 FROM coming WHERE source=? AND path=? "
+                        "AND stage=1 UNION SELECT 1 FROM dropping WHERE source=? AND path=?", *(source, path) * 3) is not None
+
+    def held_page(self, source: str, after: bytes, limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
+        """(path, size, mtime, digest, tag) of copies, by path."""
+        return self.rows("SELECT path, size, mtime, digest, tag FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
+                         source, after, limit)
+
+    def sum_of(self, source: str) -> "Tuple[int, int, int]":
+        row = self.one("SELECT files, bytes, tags FROM sums WHERE source=?", source)
+        return (row[0], row[1], row[2]) if row else (0, 0, 0)
+
+    def sources(self) -> "List[str]":
+        return [row[0] for row in self.rows("SELECT source FROM sums WHERE files>0 ORDER BY source")]
+
+
+class Folding(BackupDirectory):
+    """What this file system makes of names and of metadata: some take two names for one."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether this file system takes names for the same that differ."""
+        if self._folding is None:
+            self._folding = self._learn_folding()
+        return "c" in self._folding or "f" in self._folding
+
+    def _learn_folding(self) -> str:
+        """What this file system does with names: c, case is the same; f, normal forms are the same; n, a name comes back in
+        another form than it was given.  Tried out once, and again on a disk to which all was copied from one of another kind,
+        as far as that shows without writing."""
+        known, case = self.meta("folding"), self.tree.lstat(META_DIR.upper()) is not None
+        if known is not None and ("c" in known) == case:
+            return str(known)
+        known, probe = "c" if case else "", META_DIR + "/probe-\u00e9".encode()
+        with contextlib.suppress(OSError):  # without such letters there are no forms of them
+            self.tree.make_directory(probe)
+            known += "f" if self.tree.lstat(META_DIR + "/probe-e\u0301".encode()) is not None else ""
+            known += "n" if probe.rpartition(b"/")[2] not in self.tree.list(META_DIR) else ""
+            self.tree.rmdir(probe)
+        self.set_meta("folding", known)
+        return known
+
+    def anothers(self, place: bytes) -> "Optional[bytes]":
+        """The path of the file whose place this is, when that is another one that this file system takes for the same; also of
+        a file that is not ours."""
+        if not self.folds or self.tree.lstat(place) is None:
+            return None
+        name, _, path = place.partition(b"/")
+        source, here = as_text(name), self._listed(place)
+        self._fold_all()
+        for (other,) in self.rows("SELECT path FROM temp.folded WHERE source=? AND key=? AND path<>?", source, fold_key(path), path):
+            if self._listed(name + b"/" + other) == here:
+                return other
+        strange = here.rpartition(b"/")[2] != place.rpartition(b"/")[2] and "n" not in str(self._folding)
+        return here[len(name) + 1:] if strange and not self.held(source, path) else None
+
+    def _listed(self, rel: bytes) -> bytes:
+        """The path under which a file system that folds names lists what it finds at `rel`."""
+        above = b""
+        for part in rel.split(b"/"):
+            names = self.tree.list(above)
+            if part not in names:
+                part = next((name for name in names if fold_key(name) == fold_key(part)), part)
+            above = above + b"/" + part if above else part
+        return above
+
+    def _fold_all(self) -> None:
+        """Make the table of the folded names of our copies, and keep it up to date; once, when something is to be done."""
+        with self.lock:
+            if self.db.execute("SELECT 1 FROM temp.sqlite_master WHERE name='folded'").fetchone():
+                return
+            self.db.create_function("fold_key", 1, fold_key)
+            self.db.execute("CREATE TEMP TABLE folded(source TEXT, key BLOB, path BLOB, PRIMARY KEY(source, key, path)) "
+                            "WITHOUT ROWID")
+            for table, which in (("held", ""), ("coming", " WHERE stage=1")):
+                self.db.execute("INSERT OR IGNORE INTO folded SELECT source, fold_key(path), path FROM main.%s%s" % (table, which))
+            added = "BEGIN INSERT OR IGNORE INTO folded VALUES(NEW.source, fold_key(NEW.path), NEW.path); END"
+            self.db.execute("CREATE TEMP TRIGGER folded_held AFTER INSERT ON main.held " + added)
+            self.db.execute("CREATE TEMP TRIGGER folded_coming AFTER UPDATE OF stage ON main.coming " + added)
+            for table, other in (("held", "coming"), ("coming", "held")):
+                self.db.execute(
+                    "CREATE TEMP TRIGGER folded_not_%s AFTER DELETE ON main.%s WHEN NOT EXISTS(SELECT 1 FROM main.%s o WHERE "
+                    "o.source=OLD.source AND o.path=OLD.path) BEGIN DELETE FROM folded WHERE source=OLD.source AND "
+                    "key=fold_key(OLD.path) AND path=OLD.path; END" % (table, table, other))
+
+    def is_here_as(self, source: str, path: bytes) -> bool:
+        """Whether `path`, as this file system lists it, is one of our copies under a name that it has folded."""
+        if not self.folds:
+            return False
+        self._fold_all()
+        return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source, fold_key(path)) is not None
+
+    def _own_at(self, source: str, path: bytes) -> "Optional[os.stat_result]":
+        """The stat of what stands at a file's place; None also when that is another's."""
+        place = self.place_of(source, path)
+        return None if self.anothers(place) is not None else self.tree.lstat(place)
+
+    def clear_the_way(self, place: bytes) -> None:
+        """Remove what our skeleton (empty directories, symlinks) has at a file's place.
+
+        Raises OSError for a directory with files in it, and for a name that this file system takes for another.
+        """
+        info, other = self.tree.lstat(place), self.anothers(place)
+        if info is None:
+            return
+        if other is not None:
+            raise OSError(errno.EEXIST, "it %s, which is here" % difference(other, place.partition(b"/")[2]))
+        if stat.S_ISLNK(info.st_mode):
+            self.tree.unlink(place)
+        elif stat.S_ISDIR(info.st_mode):
+            self.tree.clear_empty(place, links=True)
+            if self.tree.lstat(place) is not None:
+                raise OSError(errno.ENOTEMPTY, "a directory with other files is in its place")
+
+    def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int,
+                     info: "Optional[os.stat_result]" = None) -> None:
+        """Mode, times and, as root, owner, where they are others; `info`: its stat, when it was asked for just now.  What the
+        file system cannot do is no error: the catalog has it, and with it what a copy never has: a program here is not to run
+        as somebody else."""
+        info, mode = info or self.tree.lstat(rel), mode & 0o777
+        if os.geteuid() != 0:
+            mode |= 0o400  # we must be able to read it back
+        elif info is None or (info.st_uid, info.st_gid) != (uid, gid):
+            with contextlib.suppress(OSError):
+                self.tree.chown(rel, uid, gid)
+            info = info and self.tree.lstat(rel)  # a new owner may have cost it some of its mode
+        if info is None or stat.S_IMODE(info.st_mode) != mode:
+            with contextlib.suppress(OSError):
+                self.tree.chmod(rel, mode)
+        if info is None or info.st_mtime_ns != mtime:
+            with contextlib.suppress(OSError):
+                self.tree.set_mtime(rel, mtime)
+
+
+class Attic(Folding):
+    """Old versions, below .cbackup/, and what goes by the server's grant."""
 
     def keep_old(self, sources: "Iterable[str]", clock_wrong: bool) -> None:
         """What holds until the next call: old versions of `sources` (those that are held) neither expire nor give room, and
@@ -5881,16 +6128,6 @@ class Vault(Store):
         with self.write() as db:
             db.executemany("DELETE FROM attic WHERE id=?", [(number,) for number, _ in rows])
 
-    # -- where things lie --
-
-    @staticmethod
-    def place_of(source: str, path: bytes) -> bytes:
-        return source.encode() + b"/" + path
-
-    @staticmethod
-    def incoming(source: str, path: bytes = b"") -> bytes:
-        return META_DIR + b"/incoming/" + source.encode() + (b"/" + path if path else b"")
-
     def attic_name(self, source: str, path: bytes, kind: bytes = b"attic") -> bytes:
         """A free name (below .cbackup) for an old version: attic/SOURCE/TIME/path."""
         for count in range(1000):
@@ -5915,84 +6152,6 @@ class Vault(Store):
             if info is not None:
                 return not stat.S_ISDIR(info.st_mode)
         return False
-
-    # -- deleting, the dangerous verb --
-
-    def delete(self, rel: bytes, grant: "Optional[Grant]") -> None:
-        """Delete one file: the only place in the program that does so in a backup.
-
-        Outside of .cbackup/ it wants the server's grant for just this file.  A file that is gone already is
-        no error: the grant may be carried out twice.
-        """
-        own = rel.startswith(tuple(META_DIR + b"/%s/" % kind for kind in (b"attic", b"incoming", b"bad", b"moving")))
-        if not own and (grant is None or self.place_of(grant.source, grant.path) != rel):
-            raise AssertionError("deleting %r without a grant" % rel)
-        try:
-            self.tree.unlink(rel)
-        except OSError as error:
-            info = self.tree.lstat(rel)
-            if info is not None and stat.S_ISDIR(info.st_mode):  # in `incoming`: at its source it became one
-                self.tree.clear_empty(rel)
-            elif error.errno not in (errno.ENOENT, errno.ENOTDIR) + Tree.IMPOSSIBLE:
-                raise
-        if own and not rel.startswith(META_DIR + b"/incoming/"):
-            self._prune(rel)  # not in `incoming`, where an rsync may be about to use the directory
-
-    def _prune(self, rel: bytes) -> None:
-        """Remove the directories above a deleted file as far as they are empty; never .cbackup's own."""
-        above = rel.rpartition(b"/")[0]
-        while above.count(b"/") >= 2:
-            try:
-                self.tree.rmdir(above)
-            except OSError:
-                return
-            above = above.rpartition(b"/")[0]
-
-    def drop(self, grants: "List[Grant]") -> int:
-        """Carry out grants; returns the bytes freed.  The rows go first: a row without a file would be counted as a copy;
-        what is still to be deleted is written down with it."""
-        freed = 0
-        with self.write() as db:
-            for grant in grants:
-                row = self.one("SELECT size FROM held WHERE source=? AND path=?", grant.source, grant.path)
-                freed += row[0] if row else 0
-                db.execute("DELETE FROM held WHERE source=? AND path=?", (grant.source, grant.path))
-                db.execute("INSERT OR IGNORE INTO dropping VALUES(?,?)", (grant.source, grant.path))
-        test_point("drop-before-delete")
-        self._carry_out_drops()
-        return freed
-
-    def _carry_out_drops(self) -> None:
-        rows = self.rows("SELECT source, path FROM dropping")
-        for source, path in rows:
-            self.delete(self.place_of(source, path), Grant(source, path))
-        if rows:
-            self.tree.sync([self.place_of(source, path) for source, path in rows])
-            with self.write() as db:
-                db.executemany("DELETE FROM dropping WHERE source=? AND path=?", rows)
-
-    def forget_source(self, source: str) -> int:
-        """Delete all copies and old versions of a source that is no longer configured: the user's word is the grant.
-        Returns how many copies went."""
-        count = 0
-        while True:
-            page = self.held_page(source, b"")
-            if not page:
-                break
-            self.drop([Grant(source, row[0]) for row in page])
-            count += len(page)
-        for old in in_batches(self.rows("SELECT id, stored FROM attic WHERE source=?", source)):
-            self._delete_old(old)
-        self.tree.clear_empty(source.encode(), links=True)
-        shutil.rmtree(os.path.join(self.meta_path, "catalog", source), ignore_errors=True)
-        return count
-
-    # -- setting aside --
-
-    def _own_at(self, source: str, path: bytes) -> "Optional[os.stat_result]":
-        """The stat of what stands at a file's place; None also when that is another's."""
-        place = self.place_of(source, path)
-        return None if self.anothers(place) is not None else self.tree.lstat(place)
 
     def set_aside(self, source: str, paths: "List[bytes]", why: str) -> None:
         """Move files of this backup into the attic (`why`: changed, deleted, found or bad) and forget them as copies."""
@@ -6037,6 +6196,52 @@ class Vault(Store):
                 self.tree.sync([META_DIR + b"/" + stored, place])
             with self.write() as db:
                 db.execute("UPDATE attic SET done=1 WHERE id=?", (number,))
+
+    # -- drops --
+
+    def drop(self, grants: "List[Grant]") -> int:
+        """Carry out grants; returns the bytes freed.  The rows go first: a row without a file would be counted as a copy;
+        what is still to be deleted is written down with it."""
+        freed = 0
+        with self.write() as db:
+            for grant in grants:
+                row = self.one("SELECT size FROM held WHERE source=? AND path=?", grant.source, grant.path)
+                freed += row[0] if row else 0
+                db.execute("DELETE FROM held WHERE source=? AND path=?", (grant.source, grant.path))
+                db.execute("INSERT OR IGNORE INTO dropping VALUES(?,?)", (grant.source, grant.path))
+        test_point("drop-before-delete")
+        self._carry_out_drops()
+        return freed
+
+    def _carry_out_drops(self) -> None:
+        rows = self.rows("SELECT source, path FROM dropping")
+        for source, path in rows:
+            self.delete(self.place_of(source, path), Grant(source, path))
+        if rows:
+            self.tree.sync([self.place_of(source, path) for source, path in rows])
+            with self.write() as db:
+                db.executemany("DELETE FROM dropping WHERE source=? AND path=?", rows)
+
+    def forget_source(self, source: str) -> int:
+        """Delete all copies and old versions of a source that is no longer configured: the user's word is the grant.
+        Returns how many copies went."""
+        count = 0
+        while True:
+            page = self.held_page(source, b"")
+            if not page:
+                break
+            self.drop([Grant(source, row[0]) for row in page])
+            count += len(page)
+        for old in in_batches(self.rows("SELECT id, stored FROM attic WHERE source=?", source)):
+            self._delete_old(old)
+        self.tree.clear_empty(source.encode(), links=True)
+        shutil.rmtree(os.path.join(self.meta_path, "catalog", source), ignore_errors=True)
+        return count
+
+
+class Journal(Attic):
+    """Steps that are written down before they are done on the disk, so that `recover` finishes what was cut off: files on
+    their way in, and renames."""
 
     # -- files on their way in --
 
@@ -6132,115 +6337,6 @@ class Vault(Store):
         self.set_metadata(staged, mode, uid, gid, mtime, info)
         self.tree.rename(staged, place)
 
-    def clear_the_way(self, place: bytes) -> None:
-        """Remove what our skeleton (empty directories, symlinks) has at a file's place.
-
-        Raises OSError for a directory with files in it, and for a name that this file system takes for another.
-        """
-        info, other = self.tree.lstat(place), self.anothers(place)
-        if info is None:
-            return
-        if other is not None:
-            raise OSError(errno.EEXIST, "it %s, which is here" % difference(other, place.partition(b"/")[2]))
-        if stat.S_ISLNK(info.st_mode):
-            self.tree.unlink(place)
-        elif stat.S_ISDIR(info.st_mode):
-            self.tree.clear_empty(place, links=True)
-            if self.tree.lstat(place) is not None:
-                raise OSError(errno.ENOTEMPTY, "a directory with other files is in its place")
-
-    @property
-    def folds(self) -> bool:
-        """Whether this file system takes names for the same that differ."""
-        if self._folding is None:
-            self._folding = self._learn_folding()
-        return "c" in self._folding or "f" in self._folding
-
-    def _learn_folding(self) -> str:
-        """What this file system does with names: c, case is the same; f, normal forms are the same; n, a name comes back in
-        another form than it was given.  Tried out once, and again on a disk to which all was copied from one of another kind,
-        as far as that shows without writing."""
-        known, case = self.meta("folding"), self.tree.lstat(META_DIR.upper()) is not None
-        if known is not None and ("c" in known) == case:
-            return str(known)
-        known, probe = "c" if case else "", META_DIR + "/probe-\u00e9".encode()
-        with contextlib.suppress(OSError):  # without such letters there are no forms of them
-            self.tree.make_directory(probe)
-            known += "f" if self.tree.lstat(META_DIR + "/probe-e\u0301".encode()) is not None else ""
-            known += "n" if probe.rpartition(b"/")[2] not in self.tree.list(META_DIR) else ""
-            self.tree.rmdir(probe)
-        self.set_meta("folding", known)
-        return known
-
-    def anothers(self, place: bytes) -> "Optional[bytes]":
-        """The path of the file whose place this is, when that is another one that this file system takes for the same; also of
-        a file that is not ours."""
-        if not self.folds or self.tree.lstat(place) is None:
-            return None
-        name, _, path = place.partition(b"/")
-        source, here = as_text(name), self._listed(place)
-        self._fold_all()
-        for (other,) in self.rows("SELECT path FROM temp.folded WHERE source=? AND key=? AND path<>?", source, fold_key(path), path):
-            if self._listed(name + b"/" + other) == here:
-                return other
-        strange = here.rpartition(b"/")[2] != place.rpartition(b"/")[2] and "n" not in str(self._folding)
-        return here[len(name) + 1:] if strange and not self.held(source, path) else None
-
-    def _listed(self, rel: bytes) -> bytes:
-        """The path under which a file system that folds names lists what it finds at `rel`."""
-        above = b""
-        for part in rel.split(b"/"):
-            names = self.tree.list(above)
-            if part not in names:
-                part = next((name for name in names if fold_key(name) == fold_key(part)), part)
-            above = above + b"/" + part if above else part
-        return above
-
-    def _fold_all(self) -> None:
-        """Make the table of the folded names of our copies, and keep it up to date; once, when something is to be done."""
-        with self.lock:
-            if self.db.execute("SELECT 1 FROM temp.sqlite_master WHERE name='folded'").fetchone():
-                return
-            self.db.create_function("fold_key", 1, fold_key)
-            self.db.execute("CREATE TEMP TABLE folded(source TEXT, key BLOB, path BLOB, PRIMARY KEY(source, key, path)) "
-                            "WITHOUT ROWID")
-            for table, which in (("held", ""), ("coming", " WHERE stage=1")):
-                self.db.execute("INSERT OR IGNORE INTO folded SELECT source, fold_key(path), path FROM main.%s%s" % (table, which))
-            added = "BEGIN INSERT OR IGNORE INTO folded VALUES(NEW.source, fold_key(NEW.path), NEW.path); END"
-            self.db.execute("CREATE TEMP TRIGGER folded_held AFTER INSERT ON main.held " + added)
-            self.db.execute("CREATE TEMP TRIGGER folded_coming AFTER UPDATE OF stage ON main.coming " + added)
-            for table, other in (("held", "coming"), ("coming", "held")):
-                self.db.execute(
-                    "CREATE TEMP TRIGGER folded_not_%s AFTER DELETE ON main.%s WHEN NOT EXISTS(SELECT 1 FROM main.%s o WHERE "
-                    "o.source=OLD.source AND o.path=OLD.path) BEGIN DELETE FROM folded WHERE source=OLD.source AND "
-                    "key=fold_key(OLD.path) AND path=OLD.path; END" % (table, table, other))
-
-    def is_here_as(self, source: str, path: bytes) -> bool:
-        """Whether `path`, as this file system lists it, is one of our copies under a name that it has folded."""
-        if not self.folds:
-            return False
-        self._fold_all()
-        return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source, fold_key(path)) is not None
-
-    def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int,
-                     info: "Optional[os.stat_result]" = None) -> None:
-        """Mode, times and, as root, owner, where they are others; `info`: its stat, when it was asked for just now.  What the
-        file system cannot do is no error: the catalog has it, and with it what a copy never has: a program here is not to run
-        as somebody else."""
-        info, mode = info or self.tree.lstat(rel), mode & 0o777
-        if os.geteuid() != 0:
-            mode |= 0o400  # we must be able to read it back
-        elif info is None or (info.st_uid, info.st_gid) != (uid, gid):
-            with contextlib.suppress(OSError):
-                self.tree.chown(rel, uid, gid)
-            info = info and self.tree.lstat(rel)  # a new owner may have cost it some of its mode
-        if info is None or stat.S_IMODE(info.st_mode) != mode:
-            with contextlib.suppress(OSError):
-                self.tree.chmod(rel, mode)
-        if info is None or info.st_mtime_ns != mtime:
-            with contextlib.suppress(OSError):
-                self.tree.set_mtime(rel, mtime)
-
     def sync_places(self, source: str, paths: "Iterable[bytes]") -> None:
         """Make durable that files are at their places, and the versions before them in the attic.  Where that fails they are
         not what was confirmed any more, whatever is still read of them now: `recover` is to set them aside."""
@@ -6264,39 +6360,6 @@ class Vault(Store):
             keys = [(source, path) for path in paths]
             db.executemany("DELETE FROM coming WHERE source=? AND path=?", keys)
             db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0", keys)
-
-    def hold(self, source: str, path: bytes, size: int, mtime: int, digest: bytes, checked: float) -> None:
-        self.hold_all(source, [(path, size, mtime, digest, checked)])
-
-    def hold_all(self, source: str, rows: "Iterable[Tuple[bytes, int, int, bytes, float]]") -> None:
-        """Enter copies: (path, size, mtime, digest, when it was read)."""
-        rows = list(rows)
-        with self.write() as db:
-            db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, row[0]) for row in rows])
-            db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
-                           [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked)
-                            for path, size, mtime, digest, checked in rows])
-
-    def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
-        """(size, mtime, digest, tag) of a copy; None when we have none."""
-        return self.one("SELECT size, mtime, digest, tag FROM held WHERE source=? AND path=?", source, path)
-
-    def is_known(self, source: str, path: bytes) -> bool:
-        """Whether a file may lie at the place of `path`: a copy, one that is about to be, or one that is to be deleted."""
-        return self.one("SELECT 1 FROM held WHERE source=? AND path=? UNION SELECT 1 FROM coming WHERE source=? AND path=? "
-                        "AND stage=1 UNION SELECT 1 FROM dropping WHERE source=? AND path=?", *(source, path) * 3) is not None
-
-    def held_page(self, source: str, after: bytes, limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
-        """(path, size, mtime, digest, tag) of copies, by path."""
-        return self.rows("SELECT path, size, mtime, digest, tag FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
-                         source, after, limit)
-
-    def sum_of(self, source: str) -> "Tuple[int, int, int]":
-        row = self.one("SELECT files, bytes, tags FROM sums WHERE source=?", source)
-        return (row[0], row[1], row[2]) if row else (0, 0, 0)
-
-    def sources(self) -> "List[str]":
-        return [row[0] for row in self.rows("SELECT source FROM sums WHERE files>0 ORDER BY source")]
 
     # -- renames --
 
@@ -6417,6 +6480,13 @@ class Vault(Store):
         if found != digest and not staged and (digest is None or not before or before[2] != found):
             self.set_aside(source, [path], "bad")
         return bool(found == digest)
+
+
+class Vault(Journal):
+    """One backup: the only code that writes or deletes below its directory; each of the classes above is one reason to.  Here
+    are what is made again when the database was lost, catalogs, and the directories and symlinks around the copies."""
+
+    # -- after the database was lost --
 
     def needs_rebuild(self) -> bool:
         """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
@@ -7206,7 +7276,7 @@ class Reader(threading.Thread):
         return fresh
 
 
-class Service:
+class ServerState:
     """What a server answers.  Knows nothing of sockets: `handle` takes a request and returns the answer, so that
     the same decisions can be tried without a network."""
 
@@ -7255,6 +7325,8 @@ class Service:
         return "no operation is called %s; update cbackup on %s: this server is version %s (level %d)" % (
             repr(op)[:40], "the machine that asks" if older else self.host, __version__, LEVEL)
 
+    # -- looks at the sources --
+
     def scan(self, name: str, consent: bool = False) -> None:
         source = self.config.sources.get(name)
         if source is None:
@@ -7288,6 +7360,19 @@ class Service:
         return {"last_scan": ago, "late": ago is not None and ago > self.overdue_after(),
                 "failed": self.failures.get(row["name"]), "problems": json.loads(row["problems"] or "{}")}
 
+    def _look_after_restores(self) -> None:
+        """A restore that began or ended since the last look is not news for later: look at its
+        source at once."""
+        changed = []
+        for name in self.books.active_sources():
+            row = self.books.source_row(name)
+            if (row["cause"] == "restore") != restore_unfinished(os.fsencode(row["path"])):
+                changed.append(name)
+        if changed and self.scanner is not None:
+            self.scanner.look_at(changed, LOOK_WAIT)
+
+    # -- the configuration --
+
     def catch_up_with_home(self) -> None:
         """Take over the configuration as it is in the file, when it is another.  Raises ConfigError for a wrong one."""
         config = self.home.config()
@@ -7320,6 +7405,44 @@ class Service:
             log.warning("%s", held_config_text([self.host], held["removes"]))
         self._said_held = held.get("sha256")
 
+    # -- backups of this host --
+
+    def _open_backups(self) -> "List[Backup]":
+        return [spec for spec in self.config.backups_of(self.host) if not self.home.outside(spec.path)]
+
+    def _own_backup(self, name: str) -> Backup:
+        """A backup of this host, at a place where it may be."""
+        spec = self.config.backups.get(name)
+        if spec is None or spec.host != self.host:
+            raise Refused("unknown", "%s has no backup %s" % (self.host, name))
+        if self.home.outside(spec.path):
+            raise Refused("unknown", self.home.outside(spec.path))
+        return spec
+
+    def _own_backups(self) -> "Dict[str, Any]":
+        """The backups of this host as they lie here now: used bytes, files, capacity, and what is wrong with them.  `new`: no
+        client has been at work in it."""
+        out: "Dict[str, Any]" = {}
+        known = read_json(os.path.join(self.home.state_path, "backups.json"))
+        for spec in self.config.backups_of(self.host):
+            reader, facts = VaultReader(spec), {}
+            try:
+                wrong = self.home.outside(spec.path)
+                if wrong:
+                    raise Refused("unknown", wrong)
+                wrong = reader.misplaced(self.home.cluster_id(), known.get(spec.name)) or reader.not_writable()
+                facts = {"state": wrong or "ok", "new": not wrong and spec.name not in known}
+                facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev, **({"state": wrong} if wrong else {}))
+            except (CBackupError, OSError) as error:
+                if facts.get("state", "ok") == "ok":
+                    facts["state"] = str(error)
+            out[spec.name] = facts
+        return out
+
+
+class Standings(ServerState):
+    """How a pass begins, and what became of the copies that a backup has."""
+
     # -- a pass begins --
 
     @answers("look")
@@ -7333,17 +7456,6 @@ class Service:
         if not waiting:
             self.reader.catch_up(READ_WAIT)
         return {"waiting": waiting}
-
-    def _look_after_restores(self) -> None:
-        """A restore that began or ended since the last look is not news for later: look at its
-        source at once."""
-        changed = []
-        for name in self.books.active_sources():
-            row = self.books.source_row(name)
-            if (row["cause"] == "restore") != restore_unfinished(os.fsencode(row["path"])):
-                changed.append(name)
-        if changed and self.scanner is not None:
-            self.scanner.look_at(changed, LOOK_WAIT)
 
     @answers("begin")
     def op_begin(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7459,7 +7571,9 @@ class Service:
         self.books.end_report(backup, row, request["serial"])
         return self._standing(backup, self.books.source_row(request["source"]))
 
-    # -- claims and confirmations --
+
+class Confirmations(Standings):
+    """Claims, and what makes a copy count or lets it go."""
 
     @answers("claim")
     def op_claim(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7491,6 +7605,8 @@ class Service:
         self.books.release(self.books.backup_id(request["backup"]), row["id"],
                            None if request["all"] else _paths_of(request))
         return {}
+
+    # -- confirmations --
 
     @answers("confirm")
     def op_confirm(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7615,6 +7731,11 @@ class Service:
             request["most"])
         return {"rows": _files_out(first_page(rows))}
 
+
+class Service(Confirmations):
+    """What a server answers: the operations of the classes above, catalogs, what status and restore ask for, and what may be
+    read by rsync."""
+
     # -- catalogs --
 
     @answers("catalog")
@@ -7671,26 +7792,6 @@ class Service:
     def _stuck(self, row: "Dict[str, Any]") -> "Dict[str, Any]":
         count, some = self.books.stuck_files(row["id"], row["replicas"], 20)
         return {"count": count, "some": ["%s: %s" % (shown(path), why) for path, why in some]}
-
-    def _own_backups(self) -> "Dict[str, Any]":
-        """The backups of this host as they lie here now: used bytes, files, capacity, and what is wrong with them.  `new`: no
-        client has been at work in it."""
-        out: "Dict[str, Any]" = {}
-        known = read_json(os.path.join(self.home.state_path, "backups.json"))
-        for spec in self.config.backups_of(self.host):
-            reader, facts = VaultReader(spec), {}
-            try:
-                wrong = self.home.outside(spec.path)
-                if wrong:
-                    raise Refused("unknown", wrong)
-                wrong = reader.misplaced(self.home.cluster_id(), known.get(spec.name)) or reader.not_writable()
-                facts = {"state": wrong or "ok", "new": not wrong and spec.name not in known}
-                facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev, **({"state": wrong} if wrong else {}))
-            except (CBackupError, OSError) as error:
-                if facts.get("state", "ok") == "ok":
-                    facts["state"] = str(error)
-            out[spec.name] = facts
-        return out
 
     @answers("plan")
     def op_plan(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7766,6 +7867,15 @@ class Service:
         return {"rows": [[as_text(row[0])] + list(row[1:]) for row in rows],
                 "next": None if following is None else as_text(following)}
 
+    @answers("held_files")
+    def op_held_files(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
+        """A page of the files for which a source is held, by path: [path, "gone" or "changed"]."""
+        source = self.books.source_row(request["source"])["id"]
+        rows, more = with_more(self.books.held_page(source, as_raw(request["after"]), PAGE))
+        return {"rows": _files_out(rows), "more": more}
+
+    # -- the configuration and consent --
+
     @answers("forget_source")
     def op_forget_source(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """Remember that the copies of a source that is no longer configured may go; the clients of this host do it."""
@@ -7788,13 +7898,6 @@ class Service:
         self.catch_up_with_home()  # also when an edit made here is the newer one
         return {"taken": taken}
 
-    @answers("held_files")
-    def op_held_files(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """A page of the files for which a source is held, by path: [path, "gone" or "changed"]."""
-        source = self.books.source_row(request["source"])["id"]
-        rows, more = with_more(self.books.held_page(source, as_raw(request["after"]), PAGE))
-        return {"rows": _files_out(rows), "more": more}
-
     @answers("accept")
     def op_accept(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
@@ -7806,17 +7909,7 @@ class Service:
         self.scan(request["source"], consent=True)
         return {"text": "source %s: accepted" % request["source"]}
 
-    def _open_backups(self) -> "List[Backup]":
-        return [spec for spec in self.config.backups_of(self.host) if not self.home.outside(spec.path)]
-
-    def _own_backup(self, name: str) -> Backup:
-        """A backup of this host, at a place where it may be."""
-        spec = self.config.backups.get(name)
-        if spec is None or spec.host != self.host:
-            raise Refused("unknown", "%s has no backup %s" % (self.host, name))
-        if self.home.outside(spec.path):
-            raise Refused("unknown", self.home.outside(spec.path))
-        return spec
+    # -- rsync --
 
     def root_for(self, request: "Dict[str, Any]") -> "Tuple[str, Optional[List[bytes]]]":
         """(the directory that an rsync request may read, of a source nothing but these paths in it)."""
@@ -8612,8 +8705,8 @@ class Rsync:
                     limit, always, on_bytes, most=max(1, *(f.size for f in files)), plain=plain)
 
 
-class Pass:
-    """One pass over one backup, by the rules in PLACEMENT order: over capacity, claim, make room, relieve.
+class Session:
+    """What a pass over one backup knows and says: its servers, how their sources stand, its last words.
 
     `links`: host -> Link (or anything with `call` and `again`), for all hosts with sources but our own.  `own`: a link to
     our own host's server when it has sources: their files are not for us, but what they lack is a reason for relief.
@@ -8639,44 +8732,49 @@ class Pass:
         self._told: "Dict[str, Dict[str, Any]]" = {}  # host -> our last words
         self._actions = figures.actions
 
-    # -- the whole pass --
-
-    def run(self) -> None:
+    def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
+        """Do a step for a source; a source whose host fails or refuses is out for the rest of the pass."""
+        if not standing.usable:
+            return None
         try:
-            with self.renewing():
-                self.prepare()
-                for standing in list(self.standings.values()):
-                    self.guarded(standing, self.catch_up)
-                self.place()
-            for standing in list(self.standings.values()):
-                self.guarded(standing, self.fetch_catalog)
-            self.fetch_own_catalogs()
-            self.clean_up()
-            self.scrub()
-            self.tell()
-            for link in self.links.values():
-                link.done()
-        except Exception:
-            self.give_all_back()
-            raise
-        finally:
-            if self._early[0]:
-                self.figures.remark("%s: %s (%s) %s deleted before their time: their room was needed" % (
-                    self.name, count_of(self._early[0], "old version"), format_size(self._early[1]),
-                    "was" if self._early[0] == 1 else "were"))
-            for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
-                link.close()
+            return step(standing)
+        except Unreachable as error:
+            self.figures.gone(error)
+            for other in self.standings.values():
+                if other.host == standing.host:
+                    other.out = True
+        except Refused as error:
+            standing.out = True
+            self.figures.complain("%s: %s" % (self.name, error))
+        except ProtocolError as error:
+            standing.out = True
+            self.figures.gone(Unreachable(standing.host, "talks nonsense: %s" % error))
+        return None
 
-    def give_all_back(self) -> None:
-        """After an error that ends the pass: what is claimed and has not arrived is for others to take."""
-        with contextlib.suppress(Exception):
-            self.pipeline.drain()
-        for standing in self.usable():
-            with contextlib.suppress(Exception):  # whatever is wrong with the server or the database: the lease ends too
-                paths = [as_text(path) for (path,) in self.vault.rows(
-                    "SELECT path FROM coming WHERE source=? AND stage=0", standing.name)]
-                for page in in_pages(paths):
-                    self.links[standing.host].call("release", backup=self.name, source=standing.name, paths=page, all=False)
+    def usable(self) -> "List[Standing]":
+        return [standing for standing in self.standings.values() if standing.usable]
+
+    def _standing(self, standing: Standing) -> "Dict[str, Any]":
+        return self.links[standing.host].call("standing", backup=self.name, source=standing.name)
+
+    # -- words to the servers --
+
+    def offered(self) -> int:
+        """The room that we offer: none in a backup that is leaving, or on a disk that cannot be written to."""
+        free = self.vault.free()
+        return min(0, free) if self.stuck or self.vault.spec.leaving else free
+
+    def tell(self, want: "Optional[int]" = None) -> None:
+        vault = self.vault
+        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
+        if want is not None:
+            words["want"] = want
+        for host in sorted({standing.host for standing in self.standings.values() if not standing.out}):
+            if dict(self._told.get(host, {}), **words) == self._told.get(host):
+                continue
+            with contextlib.suppress(Unreachable, Refused):
+                self.links[host].call("told", backup=self.name, **words)
+                self._told[host] = words
 
     @contextlib.contextmanager
     def renewing(self) -> "Iterator[None]":
@@ -8721,51 +8819,34 @@ class Pass:
                 words = {"rows": [[s, as_text(p)] for s, p in first_page(coming[host])]} if links[host].peer_level() > 1 else {}
                 links[host].call("told", backup=self.name, free=free, **words)
 
-    def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
-        """Do a step for a source; a source whose host fails or refuses is out for the rest of the pass."""
-        if not standing.usable:
-            return None
-        try:
-            return step(standing)
-        except Unreachable as error:
-            self.figures.gone(error)
-            for other in self.standings.values():
-                if other.host == standing.host:
-                    other.out = True
-        except Refused as error:
-            standing.out = True
-            self.figures.complain("%s: %s" % (self.name, error))
-        except ProtocolError as error:
-            standing.out = True
-            self.figures.gone(Unreachable(standing.host, "talks nonsense: %s" % error))
-        return None
+    def give_back(self, standing: Standing, link: Any, files: "List[Wanted]") -> None:
+        """Release claims of files that may be claimed again at once, by us too; parts of them stay."""
+        self.vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
+        for page in in_pages(as_text(f.path) for f in files):
+            link.call("release", backup=self.name, source=standing.name, paths=page, all=False)
 
-    def usable(self) -> "List[Standing]":
-        return [standing for standing in self.standings.values() if standing.usable]
+    def give_all_back(self) -> None:
+        """After an error that ends the pass: what is claimed and has not arrived is for others to take."""
+        with contextlib.suppress(Exception):
+            self.pipeline.drain()
+        for standing in self.usable():
+            with contextlib.suppress(Exception):  # whatever is wrong with the server or the database: the lease ends too
+                paths = [as_text(path) for (path,) in self.vault.rows(
+                    "SELECT path FROM coming WHERE source=? AND stage=0", standing.name)]
+                for page in in_pages(paths):
+                    self.links[standing.host].call("release", backup=self.name, source=standing.name, paths=page, all=False)
 
-    def prepare(self) -> None:
-        """Finish what was left half done, have every server look at its sources, learn how they stand."""
-        vault = self.vault
-        vault.recover()
-        if vault.needs_rebuild():
-            found = vault.rebuild(self.config.sources, lambda path: self.progress.say(
-                "%s: reading what lies here: %s" % (self.name, shown(path))))
-            if found:
-                self.figures.complain("%s: its database was lost; it was made again from %s" % (
-                    self.name, count_of(found, "file")))
-                self.find_strangers()
-            vault.set_meta("complete", 1)
-        in_parallel(self._begin, sorted(self.links))
-        self.keep_what_is_held()
-        if self.misplaced:  # so one server says: nothing is done for the others either
-            for standing in self.standings.values():
-                standing.out = True
-        if self.own is not None:
-            with contextlib.suppress(Unreachable, Refused):
-                answer = self._introduce(self.own, self.host)
-                self.own_standings = [Standing(name, self.host, None, str(answer["books"]), facts)
-                                      for name, facts in sorted(answer["sources"].items())
-                                      if name in self.config.sources and self.config.sources[name].host == self.host]
+    def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
+        """Leave files to others for a while, and forget what came of them."""
+        for page in in_pages([as_text(f.path), f.version, why] for f, why in rows):
+            link.call("decline", backup=self.name, source=standing.name, rows=page)
+        self.vault.give_up(standing.name, [f.path for f, _ in rows])
+        if failed:
+            self.figures.add(failed_files=len(rows))
+            for f, why in rows:
+                self.figures.complain("%s: %s: %s: %s" % (self.name, standing.name, shown(f.path), why))
+
+    # -- old versions --
 
     def keep_what_is_held(self) -> None:
         """Old versions of held sources stay.  A source whose host cannot be asked is what it was when it last could: a machine
@@ -8777,87 +8858,285 @@ class Pass:
             self.vault.set_meta("held", json.dumps(sorted(held)))
         self.vault.keep_old(held, self.clock_wrong)
 
-    def _begin(self, host: str) -> None:
-        link = self.links[host]
+    def make_room(self, need: int) -> None:
+        """Let old versions go where copies of current files need their room; the user wanted to keep them, and is told."""
+        files, size = self.vault.make_room(need, self.config.keep)
+        self._early = self._early[0] + files, self._early[1] + size
+
+
+class Copier(Session):
+    """The way of files from the claim to where they count: fetched, digested, confirmed, put in place, counted."""
+
+    @staticmethod
+    def _next_part(files: "List[Wanted]", most: int = BATCH_BYTES) -> "List[Wanted]":
+        """As many as are fetched, or with `most` bytes asked about, at once."""
+        size = text = 0
+        for count, f in enumerate(files):
+            size, text = size + f.size, text + len(f.path)
+            if count and (size > most or count >= BATCH_FILES or text > PAGE_TEXT):
+                return files[:count]
+        return list(files)
+
+    def confirm_again(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
+        """Have the server confirm copies that we hold already (it lost its books, or its file changed).  Returns those
+        that are not copies of the present version and must be fetched; those about which the server cannot say yet stay
+        what they are, and are asked about again by the next pass."""
+        vault, link = self.vault, self.links[standing.host]
+        wrong: "List[Wanted]" = []
+        while files:
+            batch, part, rows = self._next_part(files, 1 << 62), [], []
+            files = files[len(batch):]
+            for f in batch:
+                held, row = vault.held(standing.name, f.path), None
+                try:
+                    row, _ = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else (None, None)
+                except OSError as error:
+                    log.info("%s: %s: %s", self.name, shown(f.path), reason_of(error))
+                if row is None:
+                    wrong.append(f)
+                else:
+                    part.append(f)
+                    rows.append(row)
+            if not rows:
+                continue
+            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
+            good = []
+            for f, verdict, row in zip(part, verdicts, rows):
+                if verdict == "ok":
+                    vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
+                    digest = bytes.fromhex(row[2])
+                    held = vault.held(standing.name, f.path)
+                    if (f.mtime, digest) != held[1:3]:  # mended by hand, or entered with a disk's coarse time
+                        vault.hold(standing.name, f.path, f.size, f.mtime, digest, clock.now())
+                    good.append([as_text(f.path), f.version, tag_of(f.path, f.size, f.mtime, digest)])
+                elif verdict in ("bad", "rotten"):
+                    wrong.append(f)
+            link.call("placed", backup=self.name, source=standing.name, rows=good)
+            self.figures.acted()
+        return wrong
+
+    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None,
+                  ) -> "Tuple[Optional[List[Any]], Optional[os.stat_result]]":
+        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest], and its stat; the
+        digest is read from the file unless given.  None when it is no regular file of that size.  Raises OSError when it is
+        one and cannot be read."""
         try:
-            self._wait_for_look(link, host)
-            answer = self._introduce(link, host)
-        except Unreachable as error:
-            self.figures.gone(error)
-            return
-        except Refused as error:
-            self.misplaced = self.misplaced or error.reason == "identity"
-            self.figures.complain("%s: %s" % (self.name, error))
-            return
-        for name, facts in sorted(answer["sources"].items()):
-            spec = self.config.sources.get(name)
-            if spec is None:  # not in our configuration yet, or not any more
-                continue
-            if spec.host != host:
-                self.figures.complain("%s speaks for the source %s, which is %s's by the configuration: not listened to"
-                                      % (host, name, spec.host))
-                continue
-            with self.figures.lock:
-                self.standings[name] = Standing(name, host, spec, str(answer["books"]), facts)
-            if facts["state"] != "ok":
-                self.figures.complain("%s is held: %s" % (name, held_advice(name, facts)))
+            descriptor, info = self.vault.tree.open_file(rel)
+        except OSError:
+            return None, None
+        try:
+            if info.st_size != f.size:
+                return None, None
+            offsets = choose_samples(f.size)
+            if digest is None or not offsets:
+                digest = digest_descriptor(descriptor, size=f.size)[0]
+            return [as_text(f.path), f.version, digest.hex(), offsets,
+                    digest_samples(descriptor, offsets).hex() if offsets else ""], info
+        finally:
+            os.close(descriptor)
 
-    def _wait_for_look(self, link: Any, host: str) -> None:
-        deadline = time.monotonic() + LOOK_LIMIT
-        while link.call("look")["waiting"]:
-            self.progress.say("%s: %s is looking at its sources" % (self.name, host))
-            if time.monotonic() > deadline:
+    # -- copying --
+
+    def fetch(self, standing: Standing, files: "List[Wanted]", updating: bool = False) -> None:
+        """Copy a batch, and have it checked while the next one is copied."""
+        vault = self.vault
+        if vault.folds:
+            files, later = self._that_can_stand_here(standing, files)
+            if later:  # when the first of two names is in place, the file system says whether the other is the same to it
+                for part in (files, later):
+                    self.fetch(standing, part, updating)
+                    self.pipeline.drain()
                 return
-            time.sleep(0.1)  # its answer takes LOOK_WAIT, unless it is broken
+        files = self._that_fit(standing, files, updating, vault.free())  # no old version goes for what does not fit even so
+        need = sum(f.size for f in files)
+        self.make_room(need)
+        files = self._that_fit(standing, files, updating, vault.capacity() - vault.used())
+        if not files:
+            return
+        vault.expect(standing.name, standing.books, files)
+        test_point("claimed")
+        if updating:
+            for f in files:
+                vault.prepare_basis(standing.name, f.path)
+        total, begun = need + self._moved, self._moved
+        most = 2 * need + EXCESS_PER_FILE * len(files) + EXCESS_BYTES
 
-    def _introduce(self, link: Any, host: str) -> "Dict[str, Any]":
-        vault = self.vault
-        sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
-        return link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
-                         capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
+        def on_bytes(count: int) -> None:
+            self._moved += count
+            if self._moved - begun > most:
+                raise Unreachable(standing.host, "talks nonsense: it sends much more than the %s of the files that it "
+                                  "handed out" % format_size(need))
+            self.progress.update("%s: %s" % (self.name, standing.name), self._moved, max(total, self._total))
 
-    def offered(self) -> int:
-        """The room that we offer: none in a backup that is leaving, or on a disk that cannot be written to."""
-        free = self.vault.free()
-        return min(0, free) if self.stuck or self.vault.spec.leaving else free
+        # What an earlier pass has left here may have the right size and time and be other bytes.
+        always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None for f in files)
+        try:
+            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always, on_bytes)
+        except (Refused, Unreachable) as error:
+            vault.give_up(standing.name, [f.path for f in files], keep_parts=isinstance(error, Refused))
+            raise
+        except OwnFailure:
+            self.give_back(standing, self.links[standing.host], files)
+            raise
+        test_point("copied")
+        self.figures.add(wire_bytes=outcome.wire)
+        self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, outcome, updating)))
 
-    def _newest(self, source: str) -> int:
-        files = catalogs_in(self.vault.catalog_directory(source))
-        return files[0].upto if files else 0
+    _total = 0
 
-    def clean_up(self) -> None:
-        """Give back claims that were not carried out, delete what arrived of them, and versions older than `keep`."""
-        vault = self.vault
-        for standing in self.usable():
-            paths = [path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)
-                     if (standing.name, path) not in self.waiting]
-            vault.give_up(standing.name, paths)
-            for page in in_pages(paths):
-                self.guarded(standing, lambda s: self.links[s.host].call(
-                    "release", backup=self.name, source=s.name, all=False, paths=[as_text(path) for path in page]))
-        vault.sweep_incoming()
-        vault.keep_text("cbackup.conf", self.config.text)
-        self.keep_what_is_held()
-        vault.expire_attic(self.config.keep)
-        if abs(clock.now() - (vault.meta("pruned") or 0)) > PRUNE_EVERY and not self.clock_wrong:
-            for name in self.config.sources:
-                if not vault.keeps_old(name):
-                    prune_catalogs(vault.catalog_directory(name), self.config.keep)
-            vault.set_meta("pruned", clock.now())
+    def _that_can_stand_here(self, standing: Standing, files: "List[Wanted]") -> "Tuple[List[Wanted], List[Wanted]]":
+        """On a file system that folds names: those files whose names are not taken, and those of which only the arrival of the
+        others will tell.  The rest is left to other backups."""
+        vault, now, later, taken = self.vault, [], [], []
+        keys = {fold_key(path): path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)}
+        if any(keys.get(fold_key(f.path), f.path) != f.path for f in files):
+            self.pipeline.drain()
+            keys = {}
+        for f in files:
+            other = None if vault.held(standing.name, f.path) else vault.anothers(vault.place_of(standing.name, f.path))
+            if other is not None:
+                taken.append((f, "%s, and %s takes both for one name" % (
+                    difference(other, f.path), vault.spec.path)))
+            elif keys.setdefault(fold_key(f.path), f.path) != f.path:
+                later.append(f)
+            else:
+                now.append(f)
+        if taken:
+            self.decline(standing, self.links[standing.host], taken)
+        return now, later
 
-    def tell(self, want: "Optional[int]" = None) -> None:
-        vault = self.vault
-        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
-        if want is not None:
-            words["want"] = want
-        for host in sorted({standing.host for standing in self.standings.values() if not standing.out}):
-            if dict(self._told.get(host, {}), **words) == self._told.get(host):
+    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool, room: int) -> "List[Wanted]":
+        """The files for which there is `room`.  The others are given back: the room went while they were claimed, and what is
+        claimed next would not fit either.  Where there is an older version here, others are asked to take the new one."""
+        vault, link = self.vault, self.links[standing.host]
+        expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
+        kept, refused = [], []
+        for f in files:
+            need = f.size - expected.get(f.path, 0)
+            if need > max(0, room):
+                refused.append(f)
+            else:
+                room -= need
+                kept.append(f)
+        if refused and updating:
+            self.decline(standing, link, [(f, "no room") for f in refused], failed=False)
+        elif refused:
+            self.stuck = True
+            self.give_back(standing, link, refused)
+        return kept
+
+    # -- checking --
+
+    def _look_at_batch(self, standing: Standing, files: "List[Wanted]", outcome: Pull) -> "Tuple[Any, ...]":
+        """What came of a batch: evidence, (file, stat) that it is of, the files that are not here, and (file, why) of those
+        that are and cannot be read."""
+        rows: "List[List[Any]]" = []
+        arrived, missed, refused = [], [], []
+        for f in files:
+            try:
+                row, info = self._evidence(self.vault.incoming(standing.name, f.path), f)
+            except OSError as error:
+                refused.append((f, "cannot be read back from %s: %s" % (self.vault.spec.path, reason_of(error))))
                 continue
-            with contextlib.suppress(Unreachable, Refused):
-                self.links[host].call("told", backup=self.name, **words)
-                self._told[host] = words
+            if row is not None:
+                rows.append(row)
+                arrived.append((f, info))
+            elif outcome.how == "done" and not outcome.full_disk:
+                missed.append(f)
+        return rows, arrived, missed, refused
 
-    # -- catching up: what became of the copies here --
+    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
+        """Digest what arrived, have it confirmed, put it into place, have it counted."""
+        vault, link = self.vault, self.check_links[standing.host]
+        rows, arrived, missed, refused = self._look_at_batch(standing, files, outcome)
+        blamed = [f for f in missed if outcome.blames(f.path)] or missed
+        refused += [(f, self._why_missing(standing, f, outcome)) for f in blamed]
+        test_point("digested")
+        good = []
+        if rows:
+            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
+            for (f, info), verdict, row in zip(arrived, verdicts, rows):
+                if verdict == "ok":
+                    good.append((f, bytes.fromhex(row[2]), info))
+                elif verdict == "unproven":
+                    self.waiting.add((standing.name, f.path))
+                    self.figures.acted()
+                else:
+                    refused.append((f, self.VERDICTS.get(verdict, verdict)))
+        self._place(standing, link, good, refused, updating)
+        changed = [(f, why) for f, why in refused if why == "changed"]
+        failed = [(f, why) for f, why in refused if why != "changed"]
+        if changed:
+            self.decline(standing, link, changed, failed=False)
+            self.figures.acted()
+        if failed:
+            self.decline(standing, link, failed)
+        if len(blamed) < len(missed):  # not its fault: to be claimed again
+            self.give_back(standing, link, [f for f in missed if f not in blamed])
+        if outcome.full_disk:
+            self.stuck = True
+            self.figures.complain("%s: %s is full or cannot be written: %s" % (
+                self.name, self.vault.spec.path, outcome.full_disk[:160]))
+        elif outcome.how == "own":
+            here = {f.path for f, _ in arrived}
+            self.give_back(standing, link, [f for f in files if f.path not in here])
+            raise outcome.own_failure()
+        elif outcome.how != "done":
+            raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
+
+    VERDICTS = {"bad": "it did not arrive whole", "unreadable": "its host cannot read it",
+                "rotten": "at its source the content changed while size and times did not: it may have rotted there"}
+
+    def _why_missing(self, standing: Standing, f: Wanted, outcome: Pull) -> str:
+        """Why a file of the batch is not there as expected: "changed" when the source has another version by now."""
+        why = outcome.why(f.path)
+        if outcome.not_made(f.path):
+            return "its name cannot be in %s: %s" % (self.vault.spec.path, why) if "No such" in why else why
+        info = self.vault.tree.lstat(self.vault.incoming(standing.name, f.path))
+        if info is not None and outcome.said_of(os.path.basename(f.path)) is None:  # else it is the part that got there
+            return "changed"
+        another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
+        return "changed" if another or not outcome.errors else why
+
+    def _place(self, standing: Standing, link: Any, good: "List[Tuple[Wanted, bytes, os.stat_result]]",
+               refused: "List[Tuple[Wanted, str]]", updating: bool) -> None:
+        """Put (file, digest, stat) that were confirmed into their places and have them counted; to `refused` goes what cannot
+        be there."""
+        vault, source = self.vault, standing.name
+        bare = vault.plan_places(source, [(f.path, digest) for f, digest, _ in good])
+        test_point("confirmed")
+        placed, digests, planned = [], [], vault.planned(source)
+        for f, digest, info in good:
+            try:
+                vault.put_in_place(source, f.path, planned[f.path], f.path in bare, info)
+                placed.append(f)
+                digests.append(digest)
+            except OSError as error:
+                if error.errno in DISK_ERRORS:
+                    raise
+                refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
+        vault.sync_places(source, [f.path for f in placed])
+        test_point("in-place")
+        self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digest))
+                                        for f, digest in zip(placed, digests)])
+        if updating:
+            self.figures.add(updated_files=len(placed))
+        else:
+            self.figures.add(copied_files=len(placed), copied_bytes=sum(f.size for f in placed))
+
+    def _count_in(self, standing: Standing, link: Any, rows: "List[Tuple[bytes, int, int]]") -> None:
+        """Second step of a confirmation.  What the server does not count after all is ours all the same: it is told
+        of it by the next report."""
+        if rows:
+            standing.barren = 0
+            for page in in_pages([as_text(path), version, tag] for path, version, tag in rows):
+                link.call("placed", backup=self.name, source=standing.name, rows=page)
+            test_point("counted")
+            self.vault.arrived(standing.name, [row[0] for row in rows])
+
+
+class CatchUp(Copier):
+    """What became of the copies here: moves, updates, retirements; and a report when the server believes something else."""
 
     def catch_up(self, standing: Standing) -> None:
         """Moves, updates, retirements; and a full report when the server's sum of our copies is not ours."""
@@ -8884,9 +9163,6 @@ class Pass:
             del files[:len(part)]
             self.fetch(standing, part)
         self.pipeline.drain()
-
-    def _standing(self, standing: Standing) -> "Dict[str, Any]":
-        return self.links[standing.host].call("standing", backup=self.name, source=standing.name)
 
     def finish_placing(self, standing: Standing) -> None:
         """Files that were confirmed when an earlier pass ended: they lie at their places now, the server may count them."""
@@ -9028,293 +9304,9 @@ class Pass:
                 self.fetch(standing, part, updating=True)
         self.pipeline.drain()
 
-    @staticmethod
-    def _next_part(files: "List[Wanted]", most: int = BATCH_BYTES) -> "List[Wanted]":
-        """As many as are fetched, or with `most` bytes asked about, at once."""
-        size = text = 0
-        for count, f in enumerate(files):
-            size, text = size + f.size, text + len(f.path)
-            if count and (size > most or count >= BATCH_FILES or text > PAGE_TEXT):
-                return files[:count]
-        return list(files)
 
-    def confirm_again(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
-        """Have the server confirm copies that we hold already (it lost its books, or its file changed).  Returns those
-        that are not copies of the present version and must be fetched; those about which the server cannot say yet stay
-        what they are, and are asked about again by the next pass."""
-        vault, link = self.vault, self.links[standing.host]
-        wrong: "List[Wanted]" = []
-        while files:
-            batch, part, rows = self._next_part(files, 1 << 62), [], []
-            files = files[len(batch):]
-            for f in batch:
-                held, row = vault.held(standing.name, f.path), None
-                try:
-                    row, _ = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else (None, None)
-                except OSError as error:
-                    log.info("%s: %s: %s", self.name, shown(f.path), reason_of(error))
-                if row is None:
-                    wrong.append(f)
-                else:
-                    part.append(f)
-                    rows.append(row)
-            if not rows:
-                continue
-            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
-            good = []
-            for f, verdict, row in zip(part, verdicts, rows):
-                if verdict == "ok":
-                    vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
-                    digest = bytes.fromhex(row[2])
-                    held = vault.held(standing.name, f.path)
-                    if (f.mtime, digest) != held[1:3]:  # mended by hand, or entered with a disk's coarse time
-                        vault.hold(standing.name, f.path, f.size, f.mtime, digest, clock.now())
-                    good.append([as_text(f.path), f.version, tag_of(f.path, f.size, f.mtime, digest)])
-                elif verdict in ("bad", "rotten"):
-                    wrong.append(f)
-            link.call("placed", backup=self.name, source=standing.name, rows=good)
-            self.figures.acted()
-        return wrong
-
-    def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None,
-                  ) -> "Tuple[Optional[List[Any]], Optional[os.stat_result]]":
-        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest], and its stat; the
-        digest is read from the file unless given.  None when it is no regular file of that size.  Raises OSError when it is
-        one and cannot be read."""
-        try:
-            descriptor, info = self.vault.tree.open_file(rel)
-        except OSError:
-            return None, None
-        try:
-            if info.st_size != f.size:
-                return None, None
-            offsets = choose_samples(f.size)
-            if digest is None or not offsets:
-                digest = digest_descriptor(descriptor, size=f.size)[0]
-            return [as_text(f.path), f.version, digest.hex(), offsets,
-                    digest_samples(descriptor, offsets).hex() if offsets else ""], info
-        finally:
-            os.close(descriptor)
-
-    # -- copying --
-
-    def fetch(self, standing: Standing, files: "List[Wanted]", updating: bool = False) -> None:
-        """Copy a batch, and have it checked while the next one is copied."""
-        vault = self.vault
-        if vault.folds:
-            files, later = self._that_can_stand_here(standing, files)
-            if later:  # when the first of two names is in place, the file system says whether the other is the same to it
-                for part in (files, later):
-                    self.fetch(standing, part, updating)
-                    self.pipeline.drain()
-                return
-        files = self._that_fit(standing, files, updating, vault.free())  # no old version goes for what does not fit even so
-        need = sum(f.size for f in files)
-        self.make_room(need)
-        files = self._that_fit(standing, files, updating, vault.capacity() - vault.used())
-        if not files:
-            return
-        vault.expect(standing.name, standing.books, files)
-        test_point("claimed")
-        if updating:
-            for f in files:
-                vault.prepare_basis(standing.name, f.path)
-        total, begun = need + self._moved, self._moved
-        most = 2 * need + EXCESS_PER_FILE * len(files) + EXCESS_BYTES
-
-        def on_bytes(count: int) -> None:
-            self._moved += count
-            if self._moved - begun > most:
-                raise Unreachable(standing.host, "talks nonsense: it sends much more than the %s of the files that it "
-                                  "handed out" % format_size(need))
-            self.progress.update("%s: %s" % (self.name, standing.name), self._moved, max(total, self._total))
-
-        # What an earlier pass has left here may have the right size and time and be other bytes.
-        always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None for f in files)
-        try:
-            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always, on_bytes)
-        except (Refused, Unreachable) as error:
-            vault.give_up(standing.name, [f.path for f in files], keep_parts=isinstance(error, Refused))
-            raise
-        except OwnFailure:
-            self.give_back(standing, self.links[standing.host], files)
-            raise
-        test_point("copied")
-        self.figures.add(wire_bytes=outcome.wire)
-        self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, outcome, updating)))
-
-    _total = 0
-
-    def make_room(self, need: int) -> None:
-        """Let old versions go where copies of current files need their room; the user wanted to keep them, and is told."""
-        files, size = self.vault.make_room(need, self.config.keep)
-        self._early = self._early[0] + files, self._early[1] + size
-
-    def _that_can_stand_here(self, standing: Standing, files: "List[Wanted]") -> "Tuple[List[Wanted], List[Wanted]]":
-        """On a file system that folds names: those files whose names are not taken, and those of which only the arrival of the
-        others will tell.  The rest is left to other backups."""
-        vault, now, later, taken = self.vault, [], [], []
-        keys = {fold_key(path): path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)}
-        if any(keys.get(fold_key(f.path), f.path) != f.path for f in files):
-            self.pipeline.drain()
-            keys = {}
-        for f in files:
-            other = None if vault.held(standing.name, f.path) else vault.anothers(vault.place_of(standing.name, f.path))
-            if other is not None:
-                taken.append((f, "%s, and %s takes both for one name" % (
-                    difference(other, f.path), vault.spec.path)))
-            elif keys.setdefault(fold_key(f.path), f.path) != f.path:
-                later.append(f)
-            else:
-                now.append(f)
-        if taken:
-            self.decline(standing, self.links[standing.host], taken)
-        return now, later
-
-    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool, room: int) -> "List[Wanted]":
-        """The files for which there is `room`.  The others are given back: the room went while they were claimed, and what is
-        claimed next would not fit either.  Where there is an older version here, others are asked to take the new one."""
-        vault, link = self.vault, self.links[standing.host]
-        expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
-        kept, refused = [], []
-        for f in files:
-            need = f.size - expected.get(f.path, 0)
-            if need > max(0, room):
-                refused.append(f)
-            else:
-                room -= need
-                kept.append(f)
-        if refused and updating:
-            self.decline(standing, link, [(f, "no room") for f in refused], failed=False)
-        elif refused:
-            self.stuck = True
-            self.give_back(standing, link, refused)
-        return kept
-
-    def give_back(self, standing: Standing, link: Any, files: "List[Wanted]") -> None:
-        """Release claims of files that may be claimed again at once, by us too; parts of them stay."""
-        self.vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
-        for page in in_pages(as_text(f.path) for f in files):
-            link.call("release", backup=self.name, source=standing.name, paths=page, all=False)
-
-    def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
-        """Leave files to others for a while, and forget what came of them."""
-        for page in in_pages([as_text(f.path), f.version, why] for f, why in rows):
-            link.call("decline", backup=self.name, source=standing.name, rows=page)
-        self.vault.give_up(standing.name, [f.path for f, _ in rows])
-        if failed:
-            self.figures.add(failed_files=len(rows))
-            for f, why in rows:
-                self.figures.complain("%s: %s: %s: %s" % (self.name, standing.name, shown(f.path), why))
-
-    def _look_at_batch(self, standing: Standing, files: "List[Wanted]", outcome: Pull) -> "Tuple[Any, ...]":
-        """What came of a batch: evidence, (file, stat) that it is of, the files that are not here, and (file, why) of those
-        that are and cannot be read."""
-        rows: "List[List[Any]]" = []
-        arrived, missed, refused = [], [], []
-        for f in files:
-            try:
-                row, info = self._evidence(self.vault.incoming(standing.name, f.path), f)
-            except OSError as error:
-                refused.append((f, "cannot be read back from %s: %s" % (self.vault.spec.path, reason_of(error))))
-                continue
-            if row is not None:
-                rows.append(row)
-                arrived.append((f, info))
-            elif outcome.how == "done" and not outcome.full_disk:
-                missed.append(f)
-        return rows, arrived, missed, refused
-
-    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
-        """Digest what arrived, have it confirmed, put it into place, have it counted."""
-        vault, link = self.vault, self.check_links[standing.host]
-        rows, arrived, missed, refused = self._look_at_batch(standing, files, outcome)
-        blamed = [f for f in missed if outcome.blames(f.path)] or missed
-        refused += [(f, self._why_missing(standing, f, outcome)) for f in blamed]
-        test_point("digested")
-        good = []
-        if rows:
-            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
-            for (f, info), verdict, row in zip(arrived, verdicts, rows):
-                if verdict == "ok":
-                    good.append((f, bytes.fromhex(row[2]), info))
-                elif verdict == "unproven":
-                    self.waiting.add((standing.name, f.path))
-                    self.figures.acted()
-                else:
-                    refused.append((f, self.VERDICTS.get(verdict, verdict)))
-        self._place(standing, link, good, refused, updating)
-        changed = [(f, why) for f, why in refused if why == "changed"]
-        failed = [(f, why) for f, why in refused if why != "changed"]
-        if changed:
-            self.decline(standing, link, changed, failed=False)
-            self.figures.acted()
-        if failed:
-            self.decline(standing, link, failed)
-        if len(blamed) < len(missed):  # not its fault: to be claimed again
-            self.give_back(standing, link, [f for f in missed if f not in blamed])
-        if outcome.full_disk:
-            self.stuck = True
-            self.figures.complain("%s: %s is full or cannot be written: %s" % (
-                self.name, self.vault.spec.path, outcome.full_disk[:160]))
-        elif outcome.how == "own":
-            here = {f.path for f, _ in arrived}
-            self.give_back(standing, link, [f for f in files if f.path not in here])
-            raise outcome.own_failure()
-        elif outcome.how != "done":
-            raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
-
-    VERDICTS = {"bad": "it did not arrive whole", "unreadable": "its host cannot read it",
-                "rotten": "at its source the content changed while size and times did not: it may have rotted there"}
-
-    def _why_missing(self, standing: Standing, f: Wanted, outcome: Pull) -> str:
-        """Why a file of the batch is not there as expected: "changed" when the source has another version by now."""
-        why = outcome.why(f.path)
-        if outcome.not_made(f.path):
-            return "its name cannot be in %s: %s" % (self.vault.spec.path, why) if "No such" in why else why
-        info = self.vault.tree.lstat(self.vault.incoming(standing.name, f.path))
-        if info is not None and outcome.said_of(os.path.basename(f.path)) is None:  # else it is the part that got there
-            return "changed"
-        another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
-        return "changed" if another or not outcome.errors else why
-
-    def _place(self, standing: Standing, link: Any, good: "List[Tuple[Wanted, bytes, os.stat_result]]",
-               refused: "List[Tuple[Wanted, str]]", updating: bool) -> None:
-        """Put (file, digest, stat) that were confirmed into their places and have them counted; to `refused` goes what cannot
-        be there."""
-        vault, source = self.vault, standing.name
-        bare = vault.plan_places(source, [(f.path, digest) for f, digest, _ in good])
-        test_point("confirmed")
-        placed, digests, planned = [], [], vault.planned(source)
-        for f, digest, info in good:
-            try:
-                vault.put_in_place(source, f.path, planned[f.path], f.path in bare, info)
-                placed.append(f)
-                digests.append(digest)
-            except OSError as error:
-                if error.errno in DISK_ERRORS:
-                    raise
-                refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
-        vault.sync_places(source, [f.path for f in placed])
-        test_point("in-place")
-        self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digest))
-                                        for f, digest in zip(placed, digests)])
-        if updating:
-            self.figures.add(updated_files=len(placed))
-        else:
-            self.figures.add(copied_files=len(placed), copied_bytes=sum(f.size for f in placed))
-
-    def _count_in(self, standing: Standing, link: Any, rows: "List[Tuple[bytes, int, int]]") -> None:
-        """Second step of a confirmation.  What the server does not count after all is ours all the same: it is told
-        of it by the next report."""
-        if rows:
-            standing.barren = 0
-            for page in in_pages([as_text(path), version, tag] for path, version, tag in rows):
-                link.call("placed", backup=self.name, source=standing.name, rows=page)
-            test_point("counted")
-            self.vault.arrived(standing.name, [row[0] for row in rows])
-
-    # -- placing --
+class Placer(CatchUp):
+    """Rules 0 to 5 of placing: over capacity, claim, make room, relieve.  Touches no file."""
 
     def place(self) -> None:
         """Rules 0 to 5: until nothing applies."""
@@ -9532,7 +9524,11 @@ class Pass:
         self.pipeline.drain()
         return done
 
-    # -- catalogs and scrub --
+
+class Keeper(Placer):
+    """Catalogs, and the reading of old copies."""
+
+    # -- catalogs --
 
     def fetch_own_catalogs(self) -> None:
         """The catalogs of our own host's sources: nothing of them lies here, but any backup knows what there was."""
@@ -9628,6 +9624,8 @@ class Pass:
                             (1, as_raw(after)) if cursor[0] == -1 else (2,))
             header["upto"], header["time"] = upto, page["time"]
             since, rows = upto, rounds.rows
+
+    # -- scrub --
 
     def scrub(self) -> None:
         """Read a few copies again: each once in the scrub period, the oldest reading first.
@@ -9737,6 +9735,123 @@ class Pass:
             with contextlib.suppress(Unreachable, Refused):
                 self.links[standing.host].call("forget", backup=self.name, source=source,
                                                paths=[as_text(path) for path, _ in rows])
+
+
+class Pass(Keeper):
+    """One pass over one backup, from its begin to its end; each of the classes above is a part of it."""
+
+    def run(self) -> None:
+        try:
+            with self.renewing():
+                self.prepare()
+                for standing in list(self.standings.values()):
+                    self.guarded(standing, self.catch_up)
+                self.place()
+            for standing in list(self.standings.values()):
+                self.guarded(standing, self.fetch_catalog)
+            self.fetch_own_catalogs()
+            self.clean_up()
+            self.scrub()
+            self.tell()
+            for link in self.links.values():
+                link.done()
+        except Exception:
+            self.give_all_back()
+            raise
+        finally:
+            if self._early[0]:
+                self.figures.remark("%s: %s (%s) %s deleted before their time: their room was needed" % (
+                    self.name, count_of(self._early[0], "old version"), format_size(self._early[1]),
+                    "was" if self._early[0] == 1 else "were"))
+            for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
+                link.close()
+
+    def prepare(self) -> None:
+        """Finish what was left half done, have every server look at its sources, learn how they stand."""
+        vault = self.vault
+        vault.recover()
+        if vault.needs_rebuild():
+            found = vault.rebuild(self.config.sources, lambda path: self.progress.say(
+                "%s: reading what lies here: %s" % (self.name, shown(path))))
+            if found:
+                self.figures.complain("%s: its database was lost; it was made again from %s" % (
+                    self.name, count_of(found, "file")))
+                self.find_strangers()
+            vault.set_meta("complete", 1)
+        in_parallel(self._begin, sorted(self.links))
+        self.keep_what_is_held()
+        if self.misplaced:  # so one server says: nothing is done for the others either
+            for standing in self.standings.values():
+                standing.out = True
+        if self.own is not None:
+            with contextlib.suppress(Unreachable, Refused):
+                answer = self._introduce(self.own, self.host)
+                self.own_standings = [Standing(name, self.host, None, str(answer["books"]), facts)
+                                      for name, facts in sorted(answer["sources"].items())
+                                      if name in self.config.sources and self.config.sources[name].host == self.host]
+
+    def _begin(self, host: str) -> None:
+        link = self.links[host]
+        try:
+            self._wait_for_look(link, host)
+            answer = self._introduce(link, host)
+        except Unreachable as error:
+            self.figures.gone(error)
+            return
+        except Refused as error:
+            self.misplaced = self.misplaced or error.reason == "identity"
+            self.figures.complain("%s: %s" % (self.name, error))
+            return
+        for name, facts in sorted(answer["sources"].items()):
+            spec = self.config.sources.get(name)
+            if spec is None:  # not in our configuration yet, or not any more
+                continue
+            if spec.host != host:
+                self.figures.complain("%s speaks for the source %s, which is %s's by the configuration: not listened to"
+                                      % (host, name, spec.host))
+                continue
+            with self.figures.lock:
+                self.standings[name] = Standing(name, host, spec, str(answer["books"]), facts)
+            if facts["state"] != "ok":
+                self.figures.complain("%s is held: %s" % (name, held_advice(name, facts)))
+
+    def _wait_for_look(self, link: Any, host: str) -> None:
+        deadline = time.monotonic() + LOOK_LIMIT
+        while link.call("look")["waiting"]:
+            self.progress.say("%s: %s is looking at its sources" % (self.name, host))
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)  # its answer takes LOOK_WAIT, unless it is broken
+
+    def _introduce(self, link: Any, host: str) -> "Dict[str, Any]":
+        vault = self.vault
+        sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
+        return link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
+                         capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
+
+    def _newest(self, source: str) -> int:
+        files = catalogs_in(self.vault.catalog_directory(source))
+        return files[0].upto if files else 0
+
+    def clean_up(self) -> None:
+        """Give back claims that were not carried out, delete what arrived of them, and versions older than `keep`."""
+        vault = self.vault
+        for standing in self.usable():
+            paths = [path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)
+                     if (standing.name, path) not in self.waiting]
+            vault.give_up(standing.name, paths)
+            for page in in_pages(paths):
+                self.guarded(standing, lambda s: self.links[s.host].call(
+                    "release", backup=self.name, source=s.name, all=False, paths=[as_text(path) for path in page]))
+        vault.sweep_incoming()
+        vault.keep_text("cbackup.conf", self.config.text)
+        self.keep_what_is_held()
+        vault.expire_attic(self.config.keep)
+        if abs(clock.now() - (vault.meta("pruned") or 0)) > PRUNE_EVERY and not self.clock_wrong:
+            for name in self.config.sources:
+                if not vault.keeps_old(name):
+                    prune_catalogs(vault.catalog_directory(name), self.config.keep)
+            vault.set_meta("pruned", clock.now())
 
 
 def choose_around(offers: "List[Tuple[Any, bytes, int]]", need: int) -> "List[Tuple[Any, bytes, int]]":

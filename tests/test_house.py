@@ -7,6 +7,9 @@ import unittest
 
 from tests.harness import TOP
 
+LINES, METHODS = 450, 35        # of one class
+
+
 def sections(text):
     """[(first line, title)] of the banners, in order."""
     return [(number, line.strip("# =")) for number, line in enumerate(text.splitlines(), 1) if line.startswith("# ==== ")]
@@ -55,6 +58,50 @@ class HouseTest(unittest.TestCase):
                     if there > here:
                         wrong.add("%s uses %s of %s" % (here[1], name.id, there[1]))
         self.assertEqual(sorted(wrong), [])
+
+    def rooms(self):
+        """{class: [itself, the class that it is built on, ...]} of the module's own."""
+        classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
+
+        def chain(node):
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
+            return [node] + (chain(classes[bases[0]]) if bases else [])
+        return {name: chain(node) for name, node in classes.items()}
+
+    @staticmethod
+    def names_of(node):
+        """What an instance of a class has by it: methods, constants, and what it enters into itself."""
+        found = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+        found |= {name.id for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign))
+                  for name in ast.walk(part) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        return found | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)
+                        and isinstance(part.ctx, ast.Store) and isinstance(part.value, ast.Name) and part.value.id == "self"}
+
+    def test_a_room_knows_nothing_of_those_that_are_built_on_it(self):
+        rooms, wrong, built_on = self.rooms(), set(), {}
+        for chain in rooms.values():
+            for below in chain[1:]:
+                built_on.setdefault(below.name, set()).update(self.names_of(chain[0]))
+        for name, chain in rooms.items():
+            own = set().union(*map(self.names_of, chain))
+            wrong |= {"%s uses %s" % (name, part.attr) for part in ast.walk(chain[0]) if isinstance(part, ast.Attribute)
+                      and isinstance(part.value, ast.Name) and part.value.id == "self"
+                      and part.attr in built_on.get(name, set()) - own}
+        self.assertEqual(sorted(wrong), [])
+
+    def test_no_room_is_a_hall(self):
+        large = {}
+        for name, (node, *_) in self.rooms().items():
+            methods = sum(isinstance(part, ast.FunctionDef) for part in node.body)
+            if node.end_lineno - node.lineno + 1 > LINES or methods > METHODS:
+                large[name] = (node.end_lineno - node.lineno + 1, methods)
+        self.assertEqual(large, {})
+
+    def test_placement_writes_nothing(self):
+        node = self.rooms()["Placement"][0]
+        words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        self.assertEqual([], [word for word in words if re.match(r"\s*(INSERT|UPDATE|DELETE|REPLACE)\b", word)])
+        self.assertNotIn("write", {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)})
 
     def test_the_sections_are_numbered_in_their_order(self):
         numbers = [int(re.match(r"(\d+)\.", title).group(1)) for _, title in self.banners]
