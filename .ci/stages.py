@@ -1,7 +1,7 @@
 """What .ci/run does. Stage 1: the README's two commands, with the newest Python that is here as their python3, and nothing
 installed before them but by themselves. Stage 2: what single tests need besides is installed where that is possible (that it is
-not is no failure), what was skipped runs again, as an ordinary user where it was run as root and the reverse; a good part of the
-tests with Python 3.8; some thousand mutated messages; a short soak.
+not is no failure), what was skipped runs again, in full (of some lists stage 1 has another part each day), as an ordinary user where
+it was run as root and the reverse; a good part of the tests with Python 3.8; some thousand mutated messages; a short soak.
 
 The last line is "N passed, N failed, N skipped": tests over all runs, a test skipped when it has run nowhere. A step that
 is not a test adds one failure when it fails. All of it is to stay below 20 minutes on two quiet cores; a slow machine has

@@ -56,17 +56,19 @@ CLIENT_KEYS = {"copied_files", "copied_bytes", "updated_files", "moved_files", "
 
 # ---- waiting ----------------------------------------------------------------------------------------------------
 
-def wait_for(predicate, timeout, message, pause=0.005):
+def wait_for(predicate, timeout, message):
     """Returns the first true value of predicate(); fails with `message` (text, or a function giving it) after
-    `timeout` seconds. pause: seconds between two looks, more where a look starts programs."""
+    `timeout` seconds. Looks that take long, such as programs, are not taken one right after the other."""
     deadline = time.monotonic() + timeout * PATIENCE
     while True:
+        began = time.monotonic()
         value = predicate()
         if value:
             return value
-        if time.monotonic() > deadline:
+        ended = time.monotonic()
+        if ended > deadline:
             raise AssertionError("after %g s: %s" % (timeout * PATIENCE, message() if callable(message) else message))
-        time.sleep(pause)
+        time.sleep(max(0.005, 2 * (ended - began)))
 
 
 # ---- processes --------------------------------------------------------------------------------------------------

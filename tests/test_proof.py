@@ -68,7 +68,7 @@ class ProofTest(unittest.TestCase):
             if not self.unproven(c):
                 return quiet
             # What is fresh is read after two seconds: passes do not hasten it.
-            return wait_for(lambda: self.unproven(c) == 0, 60, "not proven", 0.2) is None
+            return wait_for(lambda: self.unproven(c) == 0, 60, "not proven") is None
         wait_for(settled, 60, "not settled and proven")
 
     def assertTrue_copies(self, c, number=2):
