@@ -179,7 +179,7 @@ MUTANTS = [
     ("check-exits-0", "return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE", "return EXIT_DONE",
      "status --check exits 1 when not safe", "test_status.CheckTest"),
     ("status-exits-0", 'return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) '
-     'else EXIT_DONE', "return EXIT_DONE", "status exits 1 when a source is unreachable", "test_status.JsonTest.test_a_source_whose_host_is_down_is_unreachable_and_the_others_are_not"),
+     'else EXIT_DONE', "return EXIT_DONE", "status exits 1 when a source is unreachable", "test_status.StagesTest.test_a_source_whose_host_is_down_is_unreachable_and_the_others_are_not"),
     ("status-lacks-a-key", '"overserved_files", "state", "last_scan", "unproven_files", "unproven_since"),',
      '"state", "last_scan", "unproven_files", "unproven_since"),', "the keys of status --json", "test_status.JsonTest.test_the_keys_and_kinds_are_those_of_the_contract"),
     ("error-without-json", 'print(json.dumps(dict(vars(args).get("failed", {}), error=text)))', "pass",

@@ -15,15 +15,24 @@ BACKUP_KEYS = {"host", "path", "capacity", "used", "files", "last_seen", "state"
 
 
 class StatusCase(Case):
-    """A source of 10 files on s (2 copies wanted), and three backups that have not yet been used."""
+    """A source of 10 files on s (2 copies wanted), and three backups; none of them was used before the test."""
+
+    SIZES = [1000 + number for number in range(10)]
+
+    @classmethod
+    def begin(cls, cluster):
+        cluster.source("docs", "s", {"f%d" % number: size for number, size in enumerate(cls.SIZES)})
+        for host in "abc":
+            cluster.backup("b" + host, host, "7M")
+        cluster.start()
+        return cluster
 
     def setUp(self):
-        self.c = self.cluster("s", "a", "b", "c", name="casa")
-        self.source = self.c.source("docs", "s", {"f%d" % number: 1000 + number for number in range(10)})
-        self.bytes = sum(1000 + number for number in range(10))
-        for host in "abc":
-            self.c.backup("b" + host, host, "7M")
-        self.c.start()
+        self.c = self.begin(self.cluster("s", "a", "b", "c", name="casa"))
+
+    @property
+    def source(self):
+        return self.c.sources["docs"].path
 
     def docs(self):
         docs = self.c.status()["sources"]["docs"]
@@ -34,8 +43,15 @@ class StatusCase(Case):
 class JsonTest(StatusCase):
     """`status --json` has exactly the keys of the contract, and its figures are those on the disks."""
 
-    def test_the_keys_and_kinds_are_those_of_the_contract(self):
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.begin(cls.share_cluster("s", "a", "b", "c", name="casa"))
+
+    def setUp(self):
+        make_tree(self.source, {"f3": self.SIZES[3]})
         self.c.settle()
+
+    def test_the_keys_and_kinds_are_those_of_the_contract(self):
         result = self.c.run("b", "status", "--json")
         self.assertRc(0, result)
         self.assertEqual("", result.stderr)
@@ -46,7 +62,7 @@ class JsonTest(StatusCase):
         self.assertEqual({"ba", "bb", "bc"}, set(status["backups"]))
         docs = status["sources"]["docs"]
         self.assertEqual(SOURCE_KEYS, set(docs))
-        self.assertEqual(("s", self.source, 2, 10, self.bytes, 0, 0, 0, "ok"), tuple(docs[key] for key in (
+        self.assertEqual(("s", self.source, 2, 10, sum(self.SIZES), 0, 0, 0, "ok"), tuple(docs[key] for key in (
             "host", "path", "replicas", "files", "bytes", "underserved_files", "underserved_bytes", "overserved_files",
             "state")))
         self.assertTrue(0 <= docs["last_scan"] < 60, docs)
@@ -59,9 +75,43 @@ class JsonTest(StatusCase):
             self.assertTrue(0 <= backup["last_seen"] < 60, backup)
             self.assertIsInstance(backup["state"], str)
 
+    def test_a_confirmed_copy_of_an_old_version_does_not_count(self):
+        write_file(os.path.join(self.source, "f3"), "changed")
+        self.c.client("c")
+        docs = self.docs()
+        self.assertLess(sum(int(count) * files for count, files in docs["copies"].items()), 20 + 1)
+        self.assertEqual(sum(len(backups) for backups in self.c.copies_on_disk("docs").values()),
+                         sum(int(count) * files for count, files in docs["copies"].items()))
+
+    def test_every_host_says_the_same(self):
+        answers = [self.c.status(host) for host in "sabc"]
+        for answer in answers:
+            answer["sources"]["docs"].pop("last_scan")
+            for backup in answer["backups"].values():
+                backup.pop("last_seen")
+        self.assertEqual([answers[0]] * 4, answers)
+
+    def test_last_seen_and_last_scan_are_seconds(self):
+        self.c.advance(3600)
+        status = self.c.status()
+        for age in (status["sources"]["docs"]["last_scan"], status["backups"]["ba"]["last_seen"]):
+            self.assertTrue(3600 <= age < 3700 or age < 60, age)
+        self.assertGreaterEqual(status["backups"]["ba"]["last_seen"], 3600)
+
+    def test_asking_changes_nothing(self):
+        before = [self.c.kept_inodes(backup) for backup in self.c.backups]
+        for _ in range(2):
+            self.c.run("a", "status")
+        self.assertEqual(before, [self.c.kept_inodes(backup) for backup in self.c.backups])
+        self.assertTrue(self.c.client("a").json["settled"])
+
+
+class StagesTest(StatusCase):
+    """The figures follow what happens."""
+
     def test_copies_counts_hosts_at_every_stage(self):
         self.assertEqual({"0": 10}, self.docs()["copies"])
-        self.assertEqual((10, self.bytes), (self.docs()["underserved_files"], self.docs()["underserved_bytes"]))
+        self.assertEqual((10, sum(self.SIZES)), (self.docs()["underserved_files"], self.docs()["underserved_bytes"]))
         self.c.client("a")
         self.assertEqual(({"1": 10}, 10), (self.docs()["copies"], self.docs()["underserved_files"]))
         self.c.client("b")
@@ -72,15 +122,6 @@ class JsonTest(StatusCase):
         docs = self.docs()
         self.assertEqual(({"1": 2, "2": 9}, 2, 57, 11), (docs["copies"], docs["underserved_files"],
                                                         docs["underserved_bytes"], docs["files"]))
-
-    def test_a_confirmed_copy_of_an_old_version_does_not_count(self):
-        self.c.settle()
-        write_file(os.path.join(self.source, "f3"), "changed")
-        self.c.client("c")
-        docs = self.docs()
-        self.assertLess(sum(int(count) * files for count, files in docs["copies"].items()), 20 + 1)
-        self.assertEqual(sum(len(backups) for backups in self.c.copies_on_disk("docs").values()),
-                         sum(int(count) * files for count, files in docs["copies"].items()))
 
     def test_fewer_replicas_make_files_overserved(self):
         self.c.settle()
@@ -102,31 +143,6 @@ class JsonTest(StatusCase):
                                                       for name in ("docs", "mine")))
         self.assertEqual(SOURCE_KEYS, set(result.json["sources"]["docs"]))
         self.assertRc(1, result)
-
-    def test_every_host_says_the_same(self):
-        self.c.settle()
-        answers = [self.c.status(host) for host in "sabc"]
-        for answer in answers:
-            answer["sources"]["docs"].pop("last_scan")
-            for backup in answer["backups"].values():
-                backup.pop("last_seen")
-        self.assertEqual([answers[0]] * 4, answers)
-
-    def test_last_seen_and_last_scan_are_seconds(self):
-        self.c.settle()
-        self.c.advance(3600)
-        status = self.c.status()
-        for age in (status["sources"]["docs"]["last_scan"], status["backups"]["ba"]["last_seen"]):
-            self.assertTrue(3600 <= age < 3700 or age < 60, age)
-        self.assertGreaterEqual(status["backups"]["ba"]["last_seen"], 3600)
-
-    def test_asking_changes_nothing(self):
-        self.c.settle()
-        before = [self.c.kept_inodes(backup) for backup in self.c.backups]
-        for _ in range(2):
-            self.c.run("a", "status")
-        self.assertEqual(before, [self.c.kept_inodes(backup) for backup in self.c.backups])
-        self.assertTrue(self.c.client("a").json["settled"])
 
 
 class CheckTest(StatusCase):
