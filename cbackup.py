@@ -10034,9 +10034,9 @@ class Client:
 
 # ==== 14. Restore =====================================================================================
 #
-# Holders (who can be reached, and their catalogs) -> Plan (what is wanted, and who has it) -> Target
-# (what is there already) -> Schedule (who fetches what next) -> Target (checked, renamed into place,
-# linked) -> Restore puts them together, and says what became of it.
+# Holders (who can be reached, and their catalogs) -> Plan (what is wanted, and who has it)
+# -> Target (what is there already) -> Schedule (who fetches what next) -> Target (checked, renamed
+# into place, linked).  Restore puts them together, and says what became of it.
 
 PLAN_SCHEMA = """
 -- What is to be restored.  state: 0 open | 1 in place | 3 a hard link to another path
@@ -10071,7 +10071,7 @@ CREATE TABLE queue(turn INTEGER, path BLOB, PRIMARY KEY(turn, path)) WITHOUT ROW
 """
 
 METADATA = "mode, uid, gid, user, grp, mtime, xattrs"
-"""The columns of `want` that say what a path is to look like, in the order that `Metadata` takes."""
+"""The columns of `want` that say what a path is to look like, in the order of `Metadata`."""
 
 HAS = "EXISTS(SELECT 1 FROM have h WHERE h.path=want.path)"
 """Whether somebody has a wanted file."""
@@ -10095,13 +10095,19 @@ LISTS = {
     "open files and who has them": (
         "size, (SELECT group_concat(DISTINCT holder) FROM have h WHERE h.path=want.path)",
         "kind='f' AND state=0 AND " + HAS),
-    "open links": ("link, digest", "kind='f' AND link IS NOT NULL AND state IN (0, 3)"),
+    "files of nobody": ("size", "kind='f' AND NOT " + HAS),
+    "open links": (
+        "(SELECT path FROM want w WHERE w.link=want.link AND w.digest IS want.digest "
+        "AND w.kind='f' AND w.state=1 ORDER BY path LIMIT 1)",
+        "kind='f' AND link IS NOT NULL AND state IN (0, 3)"),
     "symlinks": ("target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"),
     "directories": ("asked", "kind='d' AND path<>x''"),
     "directories to make": ("state", "kind='d' AND asked=1 AND path<>x'' AND state<>4"),
     "directories, the deepest first": (
         "asked, " + METADATA, "kind='d' AND state<>4", "deepest first"),
-    "missing or refused": ("state, note, holders", "state IN (4, 5) AND asked=1"),
+    "missing or refused": (
+        "state, note, holders, readable, (SELECT group_concat(DISTINCT holder) FROM other o "
+        "WHERE o.path=want.path)", "state IN (4, 5) AND asked=1"),
     "missing": ("state", "state=5 AND asked=1"),
     "refused": ("state", "state=4 AND asked=1"),
     "unproven": ("state", "kind='f' AND state=1 AND proven=0"),
@@ -10170,8 +10176,8 @@ def parse_time(word: str) -> float:
     match = _TIME.match(word)
     with contextlib.suppress(ValueError, OverflowError):
         year, month, day, hour, minute, second, zone = match.groups() if match else ("x",) * 7
-        when = datetime.datetime(int(year), int(month), int(day), int(hour or 23), int(minute or 59),
-                                 int(second or 59), fold=1)
+        when = datetime.datetime(int(year), int(month), int(day), int(hour or 23),
+                                 int(minute or 59), int(second or 59), fold=1)
         plain = (when - datetime.datetime(1970, 1, 1)).total_seconds()
         if zone:
             digits = zone.replace(":", "").replace("Z", "+0000")
@@ -10382,7 +10388,7 @@ class Holders:
         self.source = source
         self.each: "List[Any]" = list(each)  # known from here on by their number in it
         self.down: "Dict[str, str]" = {}  # backup -> its name for people, of those not reachable
-        self.differs: "Dict[int, bool]" = {}  # generation -> whether something of the source changed
+        self.differs: "Dict[int, bool]" = {}  # generation -> whether something changed in it
         self._lock = threading.Lock()
 
     def find(self, config: Config, dialer: Dialer) -> None:
@@ -10596,13 +10602,10 @@ class Plan:
         nothing."""
         with self.at_once():
             self._db.execute("DELETE FROM want")
-            for rows in files:
-                rows = iter(rows)
-                while True:
-                    news = {row.path: row for row in itertools.islice(rows, 1000)}
-                    if not news:
-                        break
-                    self._enter([row for path, row in news.items() if asked.takes(path)])
+            for rows in map(iter, files):
+                for page in iter(lambda: list(itertools.islice(rows, 1000)), []):
+                    news = {row.path: row for row in page if asked.takes(row.path)}
+                    self._enter(list(news.values()))
 
     def _enter(self, rows: "List[CatalogRow]") -> None:
         """Rows of different paths."""
@@ -10634,8 +10637,9 @@ class Plan:
         order, beyond = ("DESC", "<") if deepest else ("", ">")
         after: "Tuple[Any, ...]" = ()
         while True:
-            page = self._rows("SELECT path, %s FROM want WHERE %s %s ORDER BY path %s LIMIT 1000" % (
-                columns, condition, "AND path%s?" % beyond if after else "", order), *after)
+            page = self._rows(
+                "SELECT path, %s FROM want WHERE %s %s ORDER BY path %s LIMIT 1000" % (
+                    columns, condition, "AND path%s?" % beyond if after else "", order), *after)
             yield from page
             if len(page) < 1000:
                 return
@@ -10643,7 +10647,8 @@ class Plan:
 
     def count(self, what: str) -> "Tuple[int, int]":
         """(how many, bytes) of a list of LISTS."""
-        return self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE " + LISTS[what][1])
+        return self._one("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM want WHERE "
+                         + LISTS[what][1])
 
     def set_state(self, path: bytes, state: int, note: "Optional[str]" = None) -> None:
         with self._lock:
@@ -10662,10 +10667,6 @@ class Plan:
     def is_file(self, path: bytes) -> bool:
         return self._one("SELECT 1 FROM want WHERE path=? AND kind='f'", path) is not None
 
-    def was_readable(self, path: bytes) -> bool:
-        """Whether the source's host could read it."""
-        return bool(self._one("SELECT readable FROM want WHERE path=?", path)[0])
-
     def leads_to(self, path: bytes, *state: int) -> bool:
         """Whether a directory is above something that is wanted, or that is in this state."""
         return self._one("SELECT 1 FROM want WHERE path>? AND path<? AND kind<>'d' %s LIMIT 1" % (
@@ -10682,18 +10683,11 @@ class Plan:
     # -- who has it --
 
     def enter_holdings(self, number: int, rows: "Iterable[Holding]") -> None:
-        """What a holder has; `match` says what of it is wanted.  What was entered before something
-        is raised stays."""
+        """What a holder has; `match` says what of it is wanted.  The pages before something is
+        raised stay."""
         rows = iter(rows)
-        while True:
-            page: "List[Tuple[Any, ...]]" = []
-            try:
-                for row in itertools.islice(rows, 2000):
-                    page.append((number,) + row)
-            finally:
-                self._many("INSERT INTO came VALUES(?,?,?,?,?,?)", page)
-            if not page:
-                return
+        for page in iter(lambda: list(itertools.islice(rows, PAGE)), []):
+            self._many("INSERT INTO came VALUES(%d,?,?,?,?,?)" % number, page)
 
     def match(self) -> None:
         """Find among what was entered the wanted versions; the rest may be one by another name."""
@@ -10704,8 +10698,9 @@ class Plan:
                 "ON w.path=c.path WHERE w.kind='f' AND " + SAME_VERSION)
             self._db.execute(
                 "INSERT INTO other SELECT c.path, c.holder, CASE c.place WHEN x'' THEN "
-                "CAST('/' || c.path AS BLOB) ELSE c.place END, c.size, c.mtime, c.digest FROM came c "
-                "LEFT JOIN want w ON w.path=c.path AND w.kind='f' WHERE w.path IS NULL OR NOT "
+                "CAST('/' || c.path AS BLOB) ELSE c.place END, c.size, c.mtime, c.digest "
+                "FROM came c LEFT JOIN want w ON w.path=c.path AND w.kind='f' "
+                "WHERE w.path IS NULL OR NOT "
                 + SAME_VERSION)
             self._db.execute("DELETE FROM came")
 
@@ -10719,39 +10714,26 @@ class Plan:
                           "FROM want w JOIN other o ON %s WHERE w.kind='f' AND NOT EXISTS("
                           "SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
 
-    def lacks(self) -> bool:
-        """Whether there are files that nobody is known to have."""
-        return self._one("SELECT 1 FROM want WHERE kind='f' AND NOT %s LIMIT 1" % HAS) is not None
-
-    def who_has_another(self, path: bytes) -> "List[int]":
-        """The numbers of holders with other versions of a path."""
-        return [n for (n,) in self._rows("SELECT DISTINCT holder FROM other WHERE path=?", path)]
-
     def lead_links(self) -> None:
         """Of hard links one path is fetched: one that somebody has, if not one of them is there
         already."""
         self._one(
             "UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND state=0 AND EXISTS("
-            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND w.digest IS want.digest "
-            "AND w.path<>want.path AND (w.state=1 OR w.state=0 AND %s AND (NOT %s "
-            "OR w.path<want.path)))" % (HAS.replace("want.", "w."), HAS))
+            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' "
+            "AND w.digest IS want.digest AND w.path<>want.path "
+            "AND (w.state=1 OR w.state=0 AND %s AND (NOT %s OR w.path<want.path)))" % (
+                HAS.replace("want.", "w."), HAS))
 
     def lead_other_links(self) -> bool:
         """Where the path that was to be fetched did not come: another one of the same links.  False
         when there is none."""
         with self.at_once():
             changed = self._db.execute(
-                "UPDATE want SET state=0 WHERE kind='f' AND link IS NOT NULL AND state=3 AND %s AND "
-                "NOT EXISTS(SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND "
+                "UPDATE want SET state=0 WHERE kind='f' AND link IS NOT NULL AND state=3 AND %s "
+                "AND NOT EXISTS(SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND "
                 "w.digest IS want.digest AND w.state=1)" % HAS).rowcount
             self.lead_links()
         return changed > 0
-
-    def first_of_links(self, link: int, digest: "Optional[bytes]") -> "Optional[bytes]":
-        """The path of a file that is there."""
-        row = self._one("SELECT path FROM want WHERE link=? AND digest IS ? AND kind='f' AND state=1 "
-                        "ORDER BY path LIMIT 1", link, digest)
-        return row[0] if row else None
 
     # -- what is still to be fetched --
 
@@ -10775,8 +10757,8 @@ class Plan:
         return self._one("SELECT 1 FROM queue LIMIT 1") is not None
 
     def page(self, number: int, turn: int, after: bytes, most: int) -> "List[Item]":
-        """Open files of one turn (see PLAN_SCHEMA) that a holder has, behind a path, by path; a file
-        that it has at several places comes once, and a place, too."""
+        """Open files of one turn (see PLAN_SCHEMA) that a holder has, behind a path, by path; a
+        file that it has at several places comes once, and a place, too."""
         rows = map(Item._make, self._rows(
             "SELECT w.path, w.size, h.place, w.digest, %s FROM queue q CROSS JOIN have h "
             "ON h.path=q.path AND h.holder=? CROSS JOIN want w ON w.path=q.path WHERE q.turn=? "
@@ -10795,8 +10777,8 @@ class Plan:
         """Those of the files that a holder has, and where."""
         found = []
         for item in items:
-            row = self._one("SELECT place FROM have WHERE holder=? AND path=? ORDER BY doubt, place "
-                            "LIMIT 1", number, item.path)
+            row = self._one("SELECT place FROM have WHERE holder=? AND path=? "
+                            "ORDER BY doubt, place LIMIT 1", number, item.path)
             if row:
                 found.append(item._replace(place=row[0]))
         return found
@@ -10817,8 +10799,8 @@ class Plan:
 
 
 class Done:
-    """What this and earlier runs put into place: kept while the restore is not over, so that nothing
-    is read or fetched twice.  May touch: its database."""
+    """What this and earlier runs put into place: kept while the restore is not over, so that
+    nothing is read or fetched twice.  May touch: its database."""
 
     def __init__(self, work: str) -> None:
         self._lock = threading.Lock()
@@ -10865,9 +10847,9 @@ class Metadata:
 
     def is_right(self, info: os.stat_result, look: "Tuple[Any, ...]") -> bool:
         """Whether nothing is left to be set.  look: see METADATA."""
-        mode, uid, gid, user, group, mtime, xattrs = look
+        mode, *owner, mtime, xattrs = look
         return xattrs is None and info.st_mtime_ns == mtime and stat.S_IMODE(info.st_mode) == mode \
-            and (not self._root or (info.st_uid, info.st_gid) == self.owner(uid, gid, user, group))
+            and (not self._root or (info.st_uid, info.st_gid) == self.owner(*owner))
 
     def set(self, tree: Tree, rel: bytes, look: "Tuple[Any, ...]") -> None:
         """Of a file or a directory, where they are others: what is right already is not touched."""
@@ -10881,8 +10863,8 @@ class Metadata:
         except OSError as error:
             self.note("modes or times could not be set (%s)" % reason_of(error))
 
-    def set_owner(self, tree: Tree, rel: bytes, info: "Optional[os.stat_result]", uid: int, gid: int,
-                  user: str, group: str) -> None:
+    def set_owner(self, tree: Tree, rel: bytes, info: "Optional[os.stat_result]", uid: int,
+                  gid: int, user: str, group: str) -> None:
         """As root, where it is another one than in `info`."""
         owner = self.owner(uid, gid, user, group)
         if not self._root or info is not None and (info.st_uid, info.st_gid) == owner:
@@ -11007,8 +10989,8 @@ class Work:
 
 
 class Target:
-    """The tree that is written.  May touch: everything below its path, and never through a link; the
-    states in the plan."""
+    """The tree that is written.  May touch: everything below its path, and never through a link;
+    the states in the plan."""
 
     def __init__(self, path: str, force: bool, progress: Progress) -> None:
         self.path, self.force, self.progress = path, force, progress
@@ -11099,8 +11081,8 @@ class Target:
         return True
 
     def _is_one_name(self, one: bytes, other: bytes) -> bool:
-        """Whether the target takes two paths, alike but for case or forms of letters, for one: tried
-        out part by part."""
+        """Whether the target takes two paths, alike but for case or forms of letters, for one:
+        tried out part by part."""
         probe = RESTORE_DIR + b"/probe"
         try:
             for part, same in zip(one.split(b"/"), other.split(b"/")):
@@ -11148,8 +11130,8 @@ class Target:
             return False
 
     def _what_is_at(self, path: bytes, plan: Plan) -> "Optional[os.stat_result]":
-        """lstat; a path that cannot be there, such as one with a name too long for this file system,
-        has its reason noted."""
+        """lstat; a path that cannot be there, such as one with a name too long for this file
+        system, has its reason noted."""
         try:
             return self.tree.lstat(path, strict=True)
         except OSError as error:
@@ -11222,8 +11204,7 @@ class Target:
     def links(self, plan: Plan) -> int:
         """Hard links: to whichever of their paths is there.  Returns how many were made."""
         made = 0
-        for path, link, digest in plan.each("open links"):
-            first = plan.first_of_links(link, digest)
+        for path, first in plan.each("open links"):
             if first is None:
                 continue
             try:
@@ -11515,8 +11496,8 @@ class Schedule:
 
     @staticmethod
     def _is_quicker_whole(flight: Flight) -> bool:
-        """Whether a batch comes sooner from its beginning than behind the parts that are there: what
-        is behind them is compared with them byte by byte."""
+        """Whether a batch comes sooner from its beginning than behind the parts that are there:
+        what is behind them is compared with them byte by byte."""
         if not flight.rate or not flight.parts:
             return False
         rest = (flight.asked - flight.parts) / min(flight.rate, COMPARE_RATE)
@@ -11583,8 +11564,8 @@ class Schedule:
 
     def _settle(self, flight: Flight, placed: "List[Any]", again: "List[bytes]",
                 without: "List[Tuple[bytes, bytes]]") -> None:
-        """The end of a batch.  What did not arrive is for everybody, but for what another one has in
-        hand already; `without`: this holder does not deliver it from that place after all."""
+        """The end of a batch.  What did not arrive is for everybody, but for what another one has
+        in hand already; `without`: this holder does not deliver it from that place after all."""
         self.plan.settle(row[0] for row in placed)
         self._done.add(placed)
         with self._changed:
@@ -11676,7 +11657,7 @@ class Restore:
         prefixes = self.asked.prefixes()
         if prefixes is not None:
             self._ask_holders(prefixes)
-        if prefixes is None or self.plan.lacks():
+        if prefixes is None or self.plan.count("files of nobody")[0]:
             self._ask_holders([b""])
         self.plan.match_renamed()
 
@@ -11773,8 +11754,8 @@ class Restore:
         needed, free = self.room()
         if needed > free:
             raise CBackupError(
-                "%s has no space for all of %s: %s are needed, %s are free; make room, say --to for "
-                "another disk, or name the PATHs to begin with ('*' tries all of it)" % (
+                "%s has no space for all of %s: %s are needed, %s are free; make room, say --to "
+                "for another disk, or name the PATHs to begin with ('*' tries all of it)" % (
                     self.target.path, self.source, format_size(needed), format_size(free)))
 
     def dry_run(self, scratch: str) -> "Dict[str, Any]":
@@ -11789,9 +11770,9 @@ class Restore:
         schedule.measure(scratch)
         share = schedule.forecast()
         seconds = max([seconds for _, _, seconds in share.values()], default=0.0)
+        missing = self.plan.count("open files of nobody")[0]
         return {"needed_bytes": needed, "free_bytes": free, "kept_files": there,
-                "refused_files": differ, "missing_files": self.plan.count("open files of nobody")[0],
-                "seconds": round(seconds, 1),
+                "refused_files": differ, "missing_files": missing, "seconds": round(seconds, 1),
                 "holders": {self.holders.each[n].name: {
                     "files": files, "bytes": size, "rate": int(schedule.flights[n].rate or 0)}
                     for n, (files, size, _) in sorted(share.items())}}
@@ -11808,29 +11789,31 @@ class Restore:
         """(path, reason) of what could not be restored."""
         for pattern in self.unmatched:
             yield pattern, "nothing in %s is called so, or matches it" % self.source
-        for path, state, note, holders in self.plan.each("missing or refused"):
+        for path, state, note, *facts in self.plan.each("missing or refused"):
             if state == 5:
-                yield path, self._why_missing(path, note, holders)
+                yield path, self._why_missing(note, *facts)
             else:
                 yield path, note or "a different file is there; --force moves it aside"
 
-    def _why_missing(self, path: bytes, note: "Optional[str]", holders: str) -> str:
+    def _why_missing(self, note: "Optional[str]", holders: str, readable: int,
+                     others: "Optional[str]") -> str:
+        """holders: the backups that had it by the catalog; others: the numbers of holders with
+        other versions, both with commas."""
         down, each = self.holders.down, self.holders.each
-        if not holders and not self.plan.was_readable(path):
-            return "its own host could not read it, so that it was never backed up%s" % (
-                self.holders.unreachable())
         if holders:
             up = {holder.backup: holder.name for holder in each}
             known = ["%s (not reachable)" % down[name] if name in down else "%s (%s)" % (
                 up.get(name, name), "it has no good copy now" if name in up
                 else "no longer in the configuration") for name in holders.split(",")]
             return "its last known holders: %s%s" % (", ".join(known), "; " + note if note else "")
-        others = sorted(each[number].name for number in self.plan.who_has_another(path))
-        if others:
-            return "only other versions of it are at hand (%s)%s" % (
-                ", ".join(others), self.holders.unreachable())
-        return "no backup is known to have had it: not copied yet when the catalog was made" \
-            + self.holders.unreachable()
+        if not readable:
+            why = "its own host could not read it, so that it was never backed up"
+        elif others:
+            why = "only other versions of it are at hand (%s)" % ", ".join(
+                sorted(each[int(number)].name for number in others.split(",")))
+        else:
+            why = "no backup is known to have had it: not copied yet when the catalog was made"
+        return why + self.holders.unreachable()
 
     def unproven(self) -> "Iterator[bytes]":
         """Files that were brought back although the catalog does not call their contents proven."""
