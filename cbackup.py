@@ -3577,14 +3577,16 @@ class Books(Ledger):
     def end_report(self, backup: int, source: "Dict[str, Any]", serial: int) -> None:
         """The report is complete: what was not in it is not there.  A source of which these books have never
         counted a copy, and that has less than half of what is reported, is held."""
-        with self.write() as db:
-            missing = [row[0] for row in self.rows(
-                "SELECT file FROM copies WHERE backup=? AND source=? AND tag IS NOT NULL AND seen IS NOT ?",
-                backup, source["id"], serial)]
-            for number in missing:
-                db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
-                self._after_retire(number)
-            self.regroup(missing)
+        missing = [row[0] for row in self.rows(
+            "SELECT file FROM copies WHERE backup=? AND source=? AND tag IS NOT NULL AND seen IS NOT ?",
+            backup, source["id"], serial)]
+        for some in in_batches(missing, SLICE):  # who is cut off meanwhile has another sum, and reports again
+            with self.write() as db:
+                for number in some:
+                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                    self._after_retire(number)
+                self.regroup(some)
+        with self.write():
             counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0", source["id"])[0]
             if source["state"] != "ok" or counted or self.meta("accepted:" + source["name"]):
                 return
@@ -3625,6 +3627,7 @@ CREATE TEMP TABLE IF NOT EXISTS found(
 CREATE TEMP TABLE IF NOT EXISTS lost(
     id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER, replaced INTEGER);
 CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
+CREATE INDEX IF NOT EXISTS temp.lost_path ON lost(path);
 CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
 DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
 """

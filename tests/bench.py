@@ -4,12 +4,17 @@
     python3 -m tests.bench transfer [--files 20000] [--large 1G]
     python3 -m tests.bench idle [--files 100000]
     python3 -m tests.bench restore [--rate 4M] [--size 64M]
+    python3 -m tests.bench lock [--files 1000000]
+    python3 -m tests.bench against DIRECTORY [--files 20000] [--rounds 2]
 
 `transfer`: a first pass and a restore of many small files and of a large one, over the time of a plain local rsync of the
 same files in the same run; and what the bookkeeping takes.
 `idle`: what a pass with nothing to do costs with few and with many files (their source was looked at shortly before), and the
 memory of client and server.
 `restore`: how much faster three backups behind limited lines are than one of them; three times would be perfect.
+`lock`: for how long a server with many files holds its books up, and nobody else is answered.
+`against`: the processor time of a copy, a restored file, a pass that finds nothing changed and one with nothing to do, of this
+tree and of another one (an older commit), in turn; the least of the rounds, on tmpfs.
 `claims`: what a batch costs the server (milliseconds of CPU for the question what is missing, the claim, and the
 confirmation) while the clients of many hosts fill their backups with many files, from the first batch to the last.
 Every client claims in turn and keeps what it claimed until its next turn, as if all of them were copying.
@@ -24,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import cbackup
@@ -134,6 +140,79 @@ def measured(bench):
     return "%5.1f%%  %9d" % (share, groups) + "".join("  %9.1f %9.1f %9.1f" % tuple(found[n:n + 3]) for n in (0, 3))
 
 
+class TimedLock:
+    """A lock like Store.lock that remembers how long it was held at most, for each `what`."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+        self._depth, self._since, self.what, self.longest = 0, (0.0, 0.0), "", {}
+
+    def __enter__(self):
+        self._lock.acquire()
+        if not self._depth:
+            self._since = time.perf_counter(), time.thread_time()
+        self._depth += 1
+
+    def __exit__(self, *exc):
+        self._depth -= 1
+        if not self._depth:
+            held = time.perf_counter() - self._since[0], time.thread_time() - self._since[1]
+            self.longest[self.what] = tuple(map(max, self.longest.get(self.what, (0.0, 0.0)), held))
+        self._lock.release()
+
+
+def bench_lock(args):
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    base = tempfile.mkdtemp(prefix="cbackup-bench-", dir=place)
+    top, part = os.path.join(base, "docs"), max(1, args.files // 10)
+    try:
+        for number in range(args.files):
+            folder = os.path.join(top, "p%d" % (number // part), "d%d" % (number // 1000))
+            if number % min(part, 1000) == 0:
+                os.makedirs(folder, exist_ok=True)
+            os.close(os.open(os.path.join(folder, "f%d" % number), os.O_CREAT))
+        config = cbackup.parse_config("[cluster]\nname = t\nreplicas = 1\n[hosts]\ns = x\na = x\n[sources]\ndocs = s:%s\n"
+                                      "[backups]\nba = a:/ba size=1T\n" % top)
+        service = cbackup.Service(cbackup.Home(os.path.join(base, "home"), "s"), config, "s")
+        books = service.books
+        books.lock = lock = TimedLock()
+        lock.what = "a first scan"
+        cbackup.run_scan(books, config.sources["docs"])
+        row, backup = books.source_row("docs"), books.hear("ba", {"free": 1 << 40})
+        while True:
+            lock.what = "a claim of %s" % format(cbackup.BATCH_FILES, ",")
+            rows = books.claim(backup, row, 1 << 40, cbackup.BATCH_FILES, 1 << 40)
+            if not rows:
+                break
+            lock.what = "its confirmation"
+            facts = books.versions_of(row["id"], [wanted[0] for wanted in rows])
+            books.prove_all(row, [(one, b"d" * 32, False) for one in facts.values()])
+            books.record_check(backup, row, [(one["id"], one["version"], b"d" * 32) for one in facts.values()])
+            books.count_copies(backup, row["id"], [(name, one["version"], 1) for name, one in facts.items()])
+        lock.what = "a scan, %s files moved" % format(part, ",")
+        os.rename(os.path.join(top, "p0"), os.path.join(top, "q0"))
+        cbackup.run_scan(books, config.sources["docs"])
+        lock.what = "a scan, %s files gone" % format(part, ",")
+        shutil.rmtree(os.path.join(top, "p1"))
+        cbackup.run_scan(books, config.sources["docs"])
+        lock.what = "a backup ceases to count"
+        books.expire(-1.0)
+        lock.what = "a backup counts again"
+        books.hear("ba", {})
+        lock.what = "a page of its report"
+        serial = books.start_report()
+        page = books.rows("SELECT path FROM entries WHERE kind='f' LIMIT ?", cbackup.PAGE)
+        books.report(backup, row, serial, [(name, 0, 1, 2) for (name,) in page])
+        lock.what = "the report's end: all else is not there"
+        books.end_report(backup, row, serial)
+        print("%-42s %10s %10s" % ("%s files; the longest, ms" % format(args.files, ","), "time", "processor"))
+        for what, (wall, used) in lock.longest.items():
+            print("%-42s %10.0f %10.0f" % (what, 1000 * wall, 1000 * used))
+        books.close()
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
 # ---- real clusters ----------------------------------------------------------------------------------------------
 
 def timed(function):
@@ -221,6 +300,57 @@ def bench_restore(args):
             args.size, args.rate, one, three, one / three))
 
 
+AGAINST = """
+import random, resource, subprocess, sys
+sys.path.insert(0, ".")
+from tests.harness import Cluster
+
+def seconds(pid):
+    with open("/proc/%d/stat" % pid) as file:
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:15])) / 100
+
+def run(cluster, *args, pyz=False):
+    command = [sys.executable] + (["cbackup.pyz"] if pyz else ["-m", "cbackup"]) + ["--home", cluster.home("a")]
+    before, servers = resource.getrusage(resource.RUSAGE_CHILDREN), sum(seconds(s.pid) for s in cluster.servers.values())
+    subprocess.run(command + list(args), env=cluster.environment("a"), check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    client = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return client + sum(seconds(s.pid) for s in cluster.servers.values()) - servers
+
+count = int(sys.argv[1])
+r = random.Random(1)
+files = {"d%03d/f%05d" % (n // 200, n): int(min(200 << 10, max(200, r.lognormvariate(8.3, 1.3)))) for n in range(count)}
+with Cluster("s", "a", replicas=1) as c:
+    c.source("docs", "s", files)
+    c.backup("ba", "a", size="100G")
+    c.start()
+    c.write_config()
+    found = [run(c, "client") / count * 1e6]
+    found.append(run(c, "restore", "docs", "--to", c.path("back")) / count * 1e6)
+    run(c, "client", pyz=True)
+    found.append(min(run(c, "client", pyz=True) for _ in range(3)) * 1000)
+    found.append(min(run(c, "--version", pyz=True) for _ in range(3)) * 1000)
+    print(*found)
+"""
+
+
+def bench_against(args):
+    names = ("a copy, us", "a restored file, us", "nothing changed, ms", "a start, ms")
+    trees, least = (os.path.abspath(args.directory), os.getcwd()), {}
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    for tree in trees:
+        subprocess.check_call(["sh", "build_zipapp.sh"], cwd=tree, stdout=subprocess.DEVNULL)
+    for _ in range(args.rounds):
+        for tree in trees:
+            found = subprocess.check_output([sys.executable, "-c", AGAINST, str(args.files)], cwd=tree,
+                                            env=dict(os.environ, **{"TMPDIR": place} if place else {}))
+            values = [float(word) for word in found.split()[-len(names):]]
+            least[tree] = list(map(min, least.get(tree, values), values))
+    print("%-22s %10s %10s %8s" % ("processor time", "before", "now", "ratio"))
+    for name, before, now in zip(names, *(least[tree] for tree in trees)):
+        print("%-22s %10.0f %10.0f %8.2f" % (name, before, now, now / before))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measurements of cbackup.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -240,6 +370,14 @@ def main():
     restore.add_argument("--rate", default="4M", help="of each backup, bytes a second")
     restore.add_argument("--size", default="64M")
     restore.set_defaults(run=bench_restore)
+    lock = commands.add_parser("lock", help="how long a server holds its books up")
+    lock.add_argument("--files", type=int, default=1000000)
+    lock.set_defaults(run=bench_lock)
+    against = commands.add_parser("against", help="processor time, over that of another tree")
+    against.add_argument("directory")
+    against.add_argument("--files", type=int, default=20000)
+    against.add_argument("--rounds", type=int, default=2)
+    against.set_defaults(run=bench_against)
     args = parser.parse_args()
     return args.run(args)
 
