@@ -1,4 +1,4 @@
-"""Runs the classes of a test suite side by side, one process more than there are processors: `python3 -m unittest` of them all.
+"""Runs the classes of a test suite side by side, two processes more than there are processors, at most four: `python3 -m unittest` of them all.
 
 Most tests wait for processes of their own or keep a single processor busy, and each has its own ports and directories. A
 class always runs in one process, so that what it shares between its tests is made once. $CBACKUP_TEST_JOBS says how many
@@ -21,7 +21,7 @@ LONGEST = """Silence AllHoldersAtOnce Interrupted Killed Inferred HostileRsync A
 LongerThanALease Power Demo Matrix Members Seed""".split()
 """Classes, without the "Test" at their end, with which to begin: so that no one runs alone at the end."""
 
-JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) + 1))     # some of them wait
+JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) + 2))     # some of them wait
 
 
 # ---- the process that was started -------------------------------------------------------------------------------
