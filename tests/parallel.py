@@ -1,4 +1,5 @@
-"""Runs the classes of a test suite side by side, two processes more than there are processors, at most four: `python3 -m unittest` of them all.
+"""Runs the classes of a test suite side by side, in two processes more than there are processors (at most four):
+`python3 -m unittest` of them all.
 
 Most tests wait for processes of their own or keep a single processor busy, and each has its own ports and directories. A
 class always runs in one process, so that what it shares between its tests is made once. $CBACKUP_TEST_JOBS says how many
