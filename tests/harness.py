@@ -685,6 +685,14 @@ class Cluster:
         """One pass of each host's client, in this order; returns the Results."""
         return [self.client(host) for host in order]
 
+    def round(self, *arguments):
+        """A pass of each host with a backup, all at the same time, each of which must exit 0; returns their figures."""
+        results = [client.wait() for client in [self.spawn(host, "client", "--json", *arguments) for host in self.backup_hosts()]]
+        for result in results:
+            if result.rc != 0:
+                raise AssertionError("a client's pass failed: %s" % result)
+        return [result.json for result in results]
+
     def backup_hosts(self):
         return list(dict.fromkeys(backup.host for backup in self.backups.values()))
 

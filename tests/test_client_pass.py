@@ -143,7 +143,7 @@ class ChangesTest(Case):
 
     def add(self, **files):
         make_tree(self.source, files)
-        self.c.settle()
+        self.c.round()
         return [os.path.join(self.source, name) for name in files]
 
     def attic(self, backup):
@@ -153,7 +153,7 @@ class ChangesTest(Case):
         path, = self.add(changing=b"version 1")
         for number in (2, 3):
             write_file(path, "version %d" % number)
-            self.c.settle()
+            self.c.round()
             for backup in ("b1", "b2"):
                 self.assertEqual(b"version %d" % number, read_file(self.c.kept_as(backup, "docs", "changing")))
                 for old in range(1, number):
@@ -163,9 +163,9 @@ class ChangesTest(Case):
         path, = self.add(dated=b"old and dated")
         os.chmod(path, 0o604)
         os.utime(path, ns=(5, 1111111111222222222))
-        self.c.settle()
+        self.c.round()
         write_file(path, "new and dated")
-        self.c.settle()
+        self.c.round()
         attic = os.path.join(self.c.backups["b1"].path, ".cbackup", "attic", "docs")
         found = [os.stat(os.path.join(attic, name)) for name, content in self.c.attic("b1", "docs")
                  if content == b"old and dated"]
@@ -173,6 +173,7 @@ class ChangesTest(Case):
 
     def test_a_disk_that_is_put_back_as_it_was_gets_the_modes_of_today(self):
         path, = self.add(moded=b"mode")
+        self.c.settle()
         disk = self.c.backups["b1"].path
         shutil.copytree(disk, disk + " old", symlinks=True)
         os.chmod(path, 0o640)
@@ -187,23 +188,23 @@ class ChangesTest(Case):
         path, = self.add(inplace=old)
         with open(self.c.kept_as("b1", "docs", "inplace"), "rb") as file:
             write_file(path, new)
-            self.c.settle()
+            self.c.round()
             self.assertEqual(old, file.read())
         self.assertEqual(new, read_file(self.c.kept_as("b1", "docs", "inplace")))
 
     def test_a_deleted_file_goes_to_the_attic(self):
         path, = self.add(deleted=b"last words")
         os.unlink(path)
-        self.c.settle()
+        self.c.round()
         for backup in ("b1", "b2"):
             self.assertFalse(os.path.lexists(self.c.kept_as(backup, "docs", "deleted")))
             self.assertEqual(1, self.attic(backup).count(b"last words"))
 
     def test_a_deleted_directory_goes_to_the_attic_and_leaves_no_empty_one(self):
         make_tree(self.source, {"gone/a/1": b"first gone", "gone/b/2": b"second gone", "gone/void": DIRECTORY})
-        self.c.settle()
+        self.c.round()
         shutil.rmtree(os.path.join(self.source, "gone"))
-        self.c.settle()
+        self.c.round()
         for backup in ("b1", "b2"):
             self.assertFalse(os.path.lexists(self.c.kept_as(backup, "docs", "gone")))
             self.assertEqual(2, sum(content in (b"first gone", b"second gone") for content in self.attic(backup)))
@@ -211,14 +212,14 @@ class ChangesTest(Case):
     def test_a_file_that_comes_back_is_copied_again(self):
         path, = self.add(returning=b"I will be back")
         os.unlink(path)
-        self.c.settle()
+        self.c.round()
         self.add(returning=b"I am back")
         self.assertEqual(["b1", "b2"], self.c.copies_on_disk("docs")["returning"])
 
     def test_a_renamed_file_is_under_its_new_name_only(self):
         path, = self.add(before=b"the same bytes")
         os.rename(path, os.path.join(self.source, "after"))
-        self.c.settle()
+        self.c.round()
         self.assertEqual(["b1", "b2"], self.c.copies_on_disk("docs")["after"])
         self.assertFalse(os.path.lexists(self.c.kept_as("b1", "docs", "before")))
 
@@ -259,7 +260,7 @@ class ChangesTest(Case):
         os.rename(one, one + ".tmp")
         os.rename(two, one)
         os.rename(one + ".tmp", two)
-        self.c.settle()
+        self.c.round()
         for backup in ("b1", "b2"):
             self.assertEqual(b"was two", read_file(self.c.kept_as(backup, "docs", "swap1")))
             self.assertEqual(b"was one", read_file(self.c.kept_as(backup, "docs", "swap2")))

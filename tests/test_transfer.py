@@ -103,7 +103,7 @@ class AttributesTest(Case):
         root = os.path.join(self.source, name)
         make_tree(root, files)
         change(root)
-        self.c.settle()
+        self.c.round()
         self.assertCopies(self.c, "docs", 2)
         to = self.c.path("restored " + name)
         self.assertRc(0, self.c.restore("b", "docs", name, to=to))
