@@ -685,11 +685,15 @@ class Cluster:
         """One pass of each host's client, in this order; returns the Results."""
         return [self.client(host) for host in order]
 
-    def round(self, *arguments):
-        """A pass of each host with a backup, all at the same time, each of which must exit 0; returns their figures."""
-        results = [client.wait() for client in [self.spawn(host, "client", "--json", *arguments) for host in self.backup_hosts()]]
+    def round(self, *arguments, hosts=None):
+        """A pass of each host with a backup (or of `hosts`), all at the same time; returns their figures. All must be well."""
+        clients = [self.spawn(host, "client", "--json", *arguments) for host in hosts or self.backup_hosts()]
+        return self._figures([client.wait() for client in clients])
+
+    @staticmethod
+    def _figures(results):
         for result in results:
-            if result.rc != 0:
+            if result.rc != 0 or result.json["failed_files"]:
                 raise AssertionError("a client's pass failed: %s" % result)
         return [result.json for result in results]
 
@@ -697,10 +701,11 @@ class Cluster:
         return list(dict.fromkeys(backup.host for backup in self.backups.values()))
 
     def settle(self, orders=None, limit=8):
-        """Runs clients until all of one round say that they are settled; returns the figures of each pass.
+        """Runs clients until all say that they are settled; returns the figures of each client.
 
-        `orders`: names of hosts, or one such list for each round, used in turns: one client after the other. Without
-        it, all hosts with a backup at the same time. Fails when a pass does not exit 0, and after `limit` rounds.
+        `orders`: names of hosts, or one such list for each round, used in turns: a pass of one after the other. Without
+        it, all hosts with a backup at the same time, each for as many passes as have something to do, and then again
+        those that are not settled. Fails when a client does not exit 0, and after `limit` rounds.
         While a server is not running, no pass is settled: then a round in which nothing was done is enough.
         """
         if orders and isinstance(orders[0], str):
@@ -708,18 +713,14 @@ class Cluster:
         figures, hosts = [], self.backup_hosts()
         for turn in range(limit):
             if orders:
-                results = self.passes(orders[turn % len(orders)])
+                now = self._figures(self.passes(orders[turn % len(orders)]))
             else:
-                clients = [self.spawn(host, "client", "--json", "--until-settled") for host in hosts]
-                results = [client.wait() for client in clients]
-            for result in results:
-                if result.rc != 0 or result.json["failed_files"]:
-                    raise AssertionError("a client's pass failed: %s" % result)
-            figures += [result.json for result in results]
-            if all(self._is_settled(result.json) for result in results):
+                now = self.round("--until-settled", hosts=hosts)
+            figures += now
+            if all(map(self._is_settled, now)):
                 return figures
-            hosts = [host for host, result in zip(hosts, results) if not self._is_settled(result.json)]
-        raise AssertionError("not settled after %d rounds; the last one:\n%s" % (limit, "\n".join(map(str, results))))
+            hosts = [host for host, one in zip(hosts, now) if not self._is_settled(one)]
+        raise AssertionError("not settled after %d rounds; the last one: %s" % (limit, now))
 
     def _is_settled(self, figures):
         down = set(figures["unreachable"])
