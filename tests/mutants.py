@@ -276,7 +276,7 @@ MUTANTS = [
      "test_looking_back.LsTest"),
     ("log-of-idle-passes", 'if pass_text(record) == "nothing to do" and not record["wrong"] and', "if False and",
      "idle passes are one line", "test_looking_back.LogTest"),
-    ("day-begins", "int(hour or 23), int(minute or 59)", "int(hour or 0), int(minute or 0)",
+    ("day-begins", "int(hour or 23)", "int(hour or 0)",
      "a day is its end", "test_restore_says.TimesTest"),
     ("find-raises", 'if found["until"] is not None:\n        text +=', 'if found["unti"] is not None:\n        text +=',
      "find is no traceback", "test_restore_says.FindTest"),
