@@ -2,8 +2,8 @@
 """cbackup: one backup on the free space of the UNIX machines somebody already has.
 
 Every file of every *source* (a directory tree on one host) is kept as N whole, plain copies in the
-*backups* (directories that offer space) of N other hosts.  There is no extra machine, no single point of
-failure, and any host may be down when it is time to restore.
+*backups* (directories that offer space) of N other hosts.  There is no extra machine, no single
+point of failure, and any host may be down when it is time to restore.
 
      host with a source                                   host with a backup
      +----------------------------+                      +------------------------------+
@@ -16,56 +16,65 @@ failure, and any host may be down when it is time to restore.
 
 A client's pass, for each backup of its host:
 
- 1. lock the backup, finish what an earlier pass left half done, ask the servers to look at their sources;
+ 1. lock the backup, finish what an earlier pass left half done, ask the servers to look at their
+    sources;
  2. do what the servers' books say has become of the copies here: move, update, retire;
  3. when the server's sum of what we hold is not ours, report everything and confirm it again;
- 4. claim files that are short of copies, fetch them by rsync into `.cbackup/incoming`, digest them, let
-    the server check digest and samples against its own file, rename into place, and only then be counted;
+ 4. claim files that are short of copies, fetch them by rsync into `.cbackup/incoming`, digest them,
+    let the server check digest and samples against its own file, rename into place, and only then
+    be counted;
  5. make room, or relieve a full backup, where that lets a file have its N copies (see Placement);
- 6. fetch the catalogs' news, read a few copies again (scrub), tell the servers how much room is left.
+ 6. fetch the catalogs' news, read a few copies again (scrub), tell the servers how much room is
+    left.
 
 What always holds:
 
  * a copy counts only after the server checked its digest against the version that it knows now, and
    after the file is durable at its place in the backup;
- * a digest is a fact only when the source's server has read its own file in full; what is inferred from inode,
-   size, time or samples is presumed: acted on at once, read in the background, and it grants nothing;
+ * a digest is a fact only when the source's server has read its own file in full; what is inferred
+   from inode, size, time or samples is presumed: acted on at once, read in the background, and it
+   grants nothing;
  * no copy is deleted without a grant that is committed at the server before it is answered;
  * a host counts once, and the source's own host never;
  * files are replaced by rename; what was there goes to the attic first;
  * a source that is suddenly empty, gone, or mostly different is *held*: nothing changes anywhere;
  * any process may be killed at any instant, any `state/` may be lost: the next pass puts it right.
 
-Failure model: hosts crash, disks fill and rot, networks cut; peers may send nonsense, and are cut off.
-All who hold `cluster.pem` are members and may read every source: there is no secrecy between members.
+Failure model: hosts crash, disks fill and rot, networks cut; peers may send nonsense, and are cut
+off. All who hold `cluster.pem` are members and may read every source: there is no secrecy between
+members.
 
-Reading order: the sections follow one another, each uses only what stands above it.  Paths below a root
-are bytes, relative, with `/`; on the wire and in JSON they are UTF-8 with surrogateescape.  Times are
-nanoseconds where they belong to files and seconds elsewhere.
+Reading order: the sections follow one another, each uses only what stands above it.  Paths below a
+root are bytes, relative, with `/`; on the wire and in JSON they are UTF-8 with surrogateescape.
+Times are nanoseconds where they belong to files and seconds elsewhere.
 
 Built differently from the first design: rsync writes into `.cbackup/incoming` instead of beside the
-destination, so that nothing unconfirmed ever stands at a file's place, and an update's old version is
-linked into the attic before the new one is renamed over it; a confirmation has two steps, `confirm`
-(contents) and `placed` (durable and in place), and only the second one counts; a claim leaves to hosts that
-will be short of files those of which only they could take all missing copies (`Placement.candidates`): of the copies
-made in vain where N is 3 and hosts are unequal that spares most.
+destination, so that nothing unconfirmed ever stands at a file's place, and an update's old version
+is linked into the attic before the new one is renamed over it; a confirmation has two steps,
+`confirm` (contents) and `placed` (durable and in place), and only the second one counts; a claim
+leaves to hosts that will be short of files those of which only they could take all missing copies
+(`Placement.candidates`): of the copies made in vain where N is 3 and hosts are unequal that spares
+most.
 
-The large rooms are built of smaller ones, each a class over the one before it, which it may use and which knows
-nothing of it:
+The large rooms are built of smaller ones, each a class over the one before it, which it may use and
+which knows nothing of it:
 
     the server's books     Groups, Inventory, News, Proof, Placement, Ledger = Books   (section 7)
     a backup's directory   BackupDirectory, Folding, Attic, Journal = Vault            (section 11)
     what a server answers  ServerState, Standings, Confirmations = Service             (section 12)
     a pass                 Session, Copier, CatchUp, Placer, Keeper = Pass             (section 13)
 
-A copy begins to count in `Ledger.count_copies` and is let go in `Ledger.grant_drop`; a file of a backup is deleted in
-`BackupDirectory.delete`; which files are whose to take is said by `Placement`; the form of each message by `OPERATIONS`.
+A copy begins to count in `Ledger.count_copies` and is let go in `Ledger.grant_drop`; a file of a
+backup is deleted in `BackupDirectory.delete`; which files are whose to take is said by `Placement`;
+the form of each message by `OPERATIONS`.
 """
 
 import sys
 
-if sys.version_info < (3, 8):  # what is written here can be read by 3.6 and 3.7, so that they get as far as this
-    sys.stderr.write("cbackup: needs Python 3.8 or newer, and this is %d.%d; start it with another one, as in: python3.8 %s\n"
+# what is written here can be read by 3.6 and 3.7, so that they get as far as this
+if sys.version_info < (3, 8):
+    sys.stderr.write("cbackup: needs Python 3.8 or newer, and this is %d.%d; start it with another "
+                     "one, as in: python3.8 %s\n"
                      % (sys.version_info[0], sys.version_info[1], " ".join(sys.argv)))
     sys.exit(2)
 
@@ -119,14 +128,15 @@ __version__ = "1.1"
 log = logging.getLogger("cbackup")
 
 
-# ==== 2. Constants ====================================================================================
+# ==== 2. Constants ================================================================================
 
 PROTOCOL = 1
 """Version of the messages; both sides must speak the same one."""
 
 LEVEL = 2
-"""What a server understands beyond that: said in its hello, 1 when it is not.  A field or an operation that is newer than
-level 1 is used only with a server that says a level which has it; fields that a server does not know it ignores."""
+"""What a server understands beyond that: said in its hello, 1 when it is not.  A field or an
+operation that is newer than level 1 is used only with a server that says a level which has it;
+fields that a server does not know it ignores."""
 
 EXIT_DONE, EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -134,93 +144,110 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What is the disk's fault, whatever file it is said of: the next one would meet the same."""
 
 MESSAGE_LIMIT = 4 << 20
-"""Longest line on the channel, bytes.  A page of 2,000 files with long names stays well below it."""
+"""Longest line on the channel, bytes.  A page of 2,000 files with long names stays well below
+it."""
 
 UNPACKED_LIMIT, REQUEST_LIMIT = 32 << 20, 8 << 20
-"""Longest message after decompression, bytes: an answer, and a request.  A small line must not unfold into all of the memory."""
+"""Longest message after decompression, bytes: an answer, and a request.  A small line must not
+unfold into all of the memory."""
 
 NESTING, ELEMENTS, DIGITS = 12, 250_000, 32
-"""How deep a message may be, how many values, and how many digits in a row it may have: looked at before it is parsed."""
+"""How deep a message may be, how many values, and how many digits in a row it may have: looked at
+before it is parsed."""
 
 LIGHT, BUFFERS, AT_WORK = 64 << 10, 8 << 20, 8 << 20
-"""A server's memory, bytes: messages up to LIGHT are all listened to at once; longer ones have together BUFFERS while they
-arrive, and AT_WORK, unpacked, while they are answered."""
+"""A server's memory, bytes: messages up to LIGHT are all listened to at once; longer ones have
+together BUFFERS while they arrive, and AT_WORK, unpacked, while they are answered."""
 
 PACK_FROM = 4096
 """Messages longer than this travel compressed."""
 
 PAGE, PAGE_TEXT = 2000, 512 << 10
-"""Rows in one page of a listing on the channel, and bytes of names in it: in JSON a byte can become six."""
+"""Rows in one page of a listing on the channel, and bytes of names in it: in JSON a byte can become
+six."""
 
 CONNECT_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
 """Seconds a peer has for connect and TLS handshake; a Raspberry Pi needs well below one."""
 
 CONNECTION_REST = 20.0
-"""Seconds for which a client keeps a connection that it does not use; a server's patience is longer."""
+"""Seconds for which a client keeps a connection that it does not use; a server's patience is
+longer."""
 
 REQUEST_IDLE = 900.0
-"""Seconds a client may be silent on an open connection (it hashes large files between two requests)."""
+"""Seconds a client may be silent on an open connection (it hashes large files between two
+requests)."""
 
 REPLY_TIMEOUT = 300.0
-"""Seconds a client waits for an answer: a confirmation may make the server read a large file in full."""
+"""Seconds a client waits for an answer: a confirmation may make the server read a large file in
+full."""
 
 RSYNC_IDLE = 180.0
-"""Seconds without a byte in either direction after which a transfer is given up.  rsync's own --timeout
-did not fire within 30 s on stalled 3.2.7 and 3.5.0 clients (measured), so the relay watches as well."""
+"""Seconds without a byte in either direction after which a transfer is given up.  rsync's own
+--timeout did not fire within 30 s on stalled 3.2.7 and 3.5.0 clients (measured), so the relay
+watches as well."""
 
 SLOW_FROM, SLOW_LIMIT = 10.0, 1800.0
-"""A server whose answers take longer than SLOW_FROM seconds has SLOW_LIMIT of them, over one connection's life, until it is
-as good as down: or one slow host would hold up the passes of all others for days."""
+"""A server whose answers take longer than SLOW_FROM seconds has SLOW_LIMIT of them, over one
+connection's life, until it is as good as down: or one slow host would hold up the passes of all
+others for days."""
 
 ROWS_LIMIT = 20_000_000
 """Rows of one listing, over all its pages, that are listened to."""
 
 ROUNDS_LIMIT, BARREN_LIMIT = 1000, 50
-"""Times in a row that a client asks for the news which came while it fetched the news; that it claims files of a source, and
-none of them comes."""
+"""Times in a row that a client asks for the news which came while it fetched the news; that it
+claims files of a source, and none of them comes."""
 
 LOOK_LIMIT = 900.0
-"""Seconds that a pass waits for a server to look at its sources; then it goes on with what the last look found."""
+"""Seconds that a pass waits for a server to look at its sources; then it goes on with what the last
+look found."""
 
 EXCESS_BYTES, EXCESS_PER_FILE = 16 << 20, 64 << 10
-"""What a transfer may bring beyond twice the bytes that were claimed: lists, checksums, files that are growing."""
+"""What a transfer may bring beyond twice the bytes that were claimed: lists, checksums, files that
+are growing."""
 
 CATALOG_BYTES = 8 << 30
 """The most that the catalogs which a restore fetches from one backup may add up to."""
 
 LEAST_RATE, RATE_WINDOW = 64, 600.0
-"""Bytes a second, over a window, below which a transfer is given up.  An rsync that only compares a large file sends
-hundreds, and a peer that sends a byte now and then would hold up a pass for ever."""
+"""Bytes a second, over a window, below which a transfer is given up.  An rsync that only compares a
+large file sends hundreds, and a peer that sends a byte now and then would hold up a pass for
+ever."""
 
 GENERATION_JUMP = 10_000_000
-"""How far a backup's word may raise a catalog's generation, and (VERSION_JUMP) a member's the configuration's version: no one
-can use up the numbers, and no honest member is that far ahead.  VERSION_FIRST: for a machine that knows none yet."""
+"""How far a backup's word may raise a catalog's generation, and (VERSION_JUMP) a member's the
+configuration's version: no one can use up the numbers, and no honest member is that far ahead.
+VERSION_FIRST: for a machine that knows none yet."""
 VERSION_JUMP, VERSION_FIRST = 1_000_000, 1 << 61
 
 STRANGER_LINE, STRANGER_SILENCE, STRANGER_TIME = 4096, 5.0, 15.0
-"""What a peer may say, and how long it may be silent and take in all, until it has proved that it is a member."""
+"""What a peer may say, and how long it may be silent and take in all, until it has proved that it
+is a member."""
 
 ROOM, MEMBERS, MEMBER_SHARE = 128, 250, 100
-"""Connections at the door that have not proved anything yet; those of members that are served at once; those of one address."""
+"""Connections at the door that have not proved anything yet; those of members that are served at
+once; those of one address."""
 
 CONNECT_TRIES = 10
-"""A server with a crowd before its door may cut a connection before it has said anything: so often a client tries."""
+"""A server with a crowd before its door may cut a connection before it has said anything: so often
+a client tries."""
 
 LOOK_WAIT, READ_WAIT = 20.0, 5.0
-"""Longest times a `look` request waits for the scan before it answers "still scanning", and behind it for files to be read."""
+"""Longest times a `look` request waits for the scan before it answers "still scanning", and behind
+it for files to be read."""
 
 BATCH_FILES, BATCH_BYTES = 2000, 1 << 30
-"""One rsync run.  1,000 files cost 0.16 s through the channel, 10,000 1.5 s (measured); beside it each batch costs three
-commits on either side.  A pass that dies loses at most one."""
+"""One rsync run.  1,000 files cost 0.16 s through the channel, 10,000 1.5 s (measured); beside it
+each batch costs three commits on either side.  A pass that dies loses at most one."""
 
 PLAIN_BELOW = 1 << 20
-"""New files up to this size are written without a temporary name and without looking for holes: when they are cut off
-they come again from the beginning."""
+"""New files up to this size are written without a temporary name and without looking for holes:
+when they are cut off they come again from the beginning."""
 
 SCARCE_BYTES = 16 << 20
-"""While room is scarce a claim takes 1 % of what is free, so that clients at work together share; but not less than
-this, or a small backup would fill in hundreds of steps."""
+"""While room is scarce a claim takes 1 % of what is free, so that clients at work together share;
+but not less than this, or a small backup would fill in hundreds of steps."""
 
 HEARD_WITHIN = 60.0
 """Seconds within which a backup that says the same again is not written down again."""
@@ -229,23 +256,27 @@ CLAIM_LEASE = 3600.0
 """Seconds of server time that a claim lasts; every word from the backup renews it."""
 
 FRUITLESS_PASSES = 10
-"""Passes in a row that go on with old claims and bring no copy, after which a backup's words no longer renew its claims."""
+"""Passes in a row that go on with old claims and bring no copy, after which a backup's words no
+longer renew its claims."""
 
 RENEW_EVERY = 600.0
-"""Seconds between two words to the servers whose files are on their way: one large file may take many hours."""
+"""Seconds between two words to the servers whose files are on their way: one large file may take
+many hours."""
 
 STALE_LEASE = 3 * 3600.0
 """Seconds that a backup has to update a changed file before others may take it in its place."""
 
 RECOVERY_WAIT = 3 * 3600.0
-"""Seconds that a server whose books were lost waits for all backups' reports before it has files copied again."""
+"""Seconds that a server whose books were lost waits for all backups' reports before it has files
+copied again."""
 
 DECLINE_FOR = 24 * 3600.0
 """Seconds until a file that a backup could not take is offered to it again."""
 
 SAMPLES, SAMPLE_BYTES = 8, 16 << 10
 WHOLE_BELOW = 256 << 10
-"""A file up to WHOLE_BELOW is compared in full when confirmed, a larger one by SAMPLES random samples."""
+"""A file up to WHOLE_BELOW is compared in full when confirmed, a larger one by SAMPLES random
+samples."""
 
 READ_BLOCK = 1 << 20
 
@@ -254,27 +285,33 @@ XATTRS_LIMIT, XATTRS_PAGE = 64 << 10, 1 << 20
 written, in one page of a catalog's news."""
 
 ROTTEN = "rotten"
-"""What `entries.blocked` says of a file whose content changed while its inode, size and times did not."""
+"""What `entries.blocked` says of a file whose content changed while its inode, size and times did
+not."""
 
 FINE_CLOCK, COARSE_CLOCK = 0.1, 2.1
-"""A file that was changed so many seconds ago may be changed again without that its times show it: times come from the
-kernel's tick (at most 10 ms), on older file systems they are whole seconds, on FAT every second one."""
+"""A file that was changed so many seconds ago may be changed again without that its times show it:
+times come from the kernel's tick (at most 10 ms), on older file systems they are whole seconds, on
+FAT every second one."""
 
 CANDIDATES, CHOICE = 64, 4
-"""Files of the lowest level that a claim looks at: 64 (the simulation's sample), and 4 for each one that is wanted."""
+"""Files of the lowest level that a claim looks at: 64 (the simulation's sample), and 4 for each one
+that is wanted."""
 
 SHORT_OF_FILES = 1.3
-"""A host is short of files when it could take all that it lacks with this times its room (with 1.0 it is noticed too late:
-of 3 copies on 5 unequal hosts with 3 % to spare, 3 % were made in vain; with 1.3 none, at the median)."""
+"""A host is short of files when it could take all that it lacks with this times its room (with 1.0
+it is noticed too late: of 3 copies on 5 unequal hosts with 3 % to spare, 3 % were made in vain;
+with 1.3 none, at the median)."""
 
 SHAPES = 20000
 """Groups of files that a server keeps in memory in parsed form, about 1 KiB each."""
 
 OVERDUE_LEAST, OVERDUE_PERIODS, OVERDUE_TIMES = 3600.0, 4, 3
-"""A source that was not looked at for an hour, for 4 times `scan` and for 3 times as long as a look takes is not safe."""
+"""A source that was not looked at for an hour, for 4 times `scan` and for 3 times as long as a look
+takes is not safe."""
 
 HELD_FILES = 10000
-"""Most files that are gone, and most that have changed, that the books keep to be shown while a source is held."""
+"""Most files that are gone, and most that have changed, that the books keep to be shown while a
+source is held."""
 
 HELD_SHARE_OF = 20
 """Mass-change rule: more than half of at least this many files gone or changed within one scan."""
@@ -283,28 +320,33 @@ SCRUB_PASS_SECONDS = 20 * 60.0
 """A single pass reads copies for at most this long; the rest of the period's share waits."""
 
 PART_SUFFIX_DIR = b".cbackup-part"
-"""rsync's --partial-dir, relative, inside `incoming`: keeps the received part of a file that was cut."""
+"""rsync's --partial-dir, relative, inside `incoming`: keeps the received part of a file that was
+cut."""
 
 META_DIR = b".cbackup"
 RESTORE_DIR = b".cbackup-restore"
 """Working directory of a restore inside its target; never part of a source."""
 RESTORE_MARK = b"whole"
-"""A file in it while a whole source is being restored: as long as it is there, the source is held."""
+"""A file in it while a whole source is being restored: as long as it is there, the source is
+held."""
 BEFORE_RESTORE = b".cbackup-before-"
 """How the directories begin, at the top of a target, into which `restore --force` moves what was in
 the way; they are never part of a source either."""
 
-RSYNC_PACKAGES = {"apt-get": "apt-get install -y rsync", "dnf": "dnf install rsync", "apk": "apk add rsync",
-                  "pacman": "pacman -S rsync", "zypper": "zypper install rsync", "pkg": "pkg install rsync",
+RSYNC_PACKAGES = {"apt-get": "apt-get install -y rsync", "dnf": "dnf install rsync",
+                  "apk": "apk add rsync",
+                  "pacman": "pacman -S rsync", "zypper": "zypper install rsync",
+                  "pkg": "pkg install rsync",
                   "brew": "brew install rsync", "pkgin": "pkgin install rsync"}
 """How the common systems install rsync; the first package manager found on PATH is named."""
 
 
-# ==== 3. Errors =======================================================================================
+# ==== 3. Errors ===================================================================================
 
 
 class CBackupError(Exception):
-    """Anything that is told to the user in one line.  `code` is the exit status that goes with it."""
+    """Anything that is told to the user in one line.  `code` is the exit status that goes with
+    it."""
 
     code = EXIT_INCOMPLETE
 
@@ -321,7 +363,8 @@ class ConfigError(CBackupError):
     def __init__(self, path: str, problems: "List[Tuple[int, str]]") -> None:
         self.problems = sorted(problems)
         super().__init__("\n".join(
-            "%s: %s" % ("%s line %d" % (path, line) if line else path, what) for line, what in self.problems))
+            "%s: %s" % ("%s line %d" % (path, line) if line else path, what) for line,
+            what in self.problems))
 
 
 class Unreachable(CBackupError):
@@ -333,7 +376,8 @@ class Unreachable(CBackupError):
 
 
 class Refused(CBackupError):
-    """The peer understood and said no; `reason` is a word of the protocol (`held`, `unknown`, ...)."""
+    """The peer understood and said no; `reason` is a word of the protocol (`held`, `unknown`,
+    ...)."""
 
     def __init__(self, reason: str, text: str) -> None:
         self.reason = reason
@@ -345,7 +389,8 @@ class ProtocolError(CBackupError):
 
 
 class OwnFailure(CBackupError):
-    """A transfer failed because of this machine: no other host is to blame, and the next transfer would fail as well."""
+    """A transfer failed because of this machine: no other host is to blame, and the next transfer
+    would fail as well."""
 
 
 class Cancelled(CBackupError):
@@ -360,7 +405,7 @@ class Busy(CBackupError):
     """Somebody else holds the lock: not an error for a client started by cron."""
 
 
-# ==== 4. Small helpers ================================================================================
+# ==== 4. Small helpers ============================================================================
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMGT]?)\Z", re.I)
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])\Z")
@@ -417,20 +462,22 @@ def count_of(number: int, word: str) -> str:
 
 
 def may_be_time(there: int, wanted: int) -> bool:
-    """Whether a file system may say the time `there` (ns) of a file whose time was set to `wanted`: FAT counts in 2 s, HFS+ and
-    ext3 in 1 s, exFAT in 10 ms, NTFS in 100 ns."""
+    """Whether a file system may say the time `there` (ns) of a file whose time was set to `wanted`:
+    FAT counts in 2 s, HFS+ and ext3 in 1 s, exFAT in 10 ms, NTFS in 100 ns."""
     return there == wanted or any(there % step == 0 and abs(there - wanted) < step
                                   for step in (100, 1000, 10 ** 7, 10 ** 9, 2 * 10 ** 9))
 
 
 def in_batches(items: "Iterable[Any]", most: int = 500) -> "Iterator[List[Any]]":
-    """Lists of up to `most` items: each one transaction, where one for every item would wait for the disk every time."""
+    """Lists of up to `most` items: each one transaction, where one for every item would wait for
+    the disk every time."""
     items = iter(items)
     return iter(lambda: list(itertools.islice(items, most)), [])
 
 
 def in_pages(rows: "Iterable[Any]") -> "Iterator[List[Any]]":
-    """Lists of as many rows, or names, as a message has room for: PAGE, fewer where the names are long."""
+    """Lists of as many rows, or names, as a message has room for: PAGE, fewer where the names are
+    long."""
     page: "List[Any]" = []
     size = 0
     for row in rows:
@@ -469,14 +516,15 @@ def as_raw(text: str) -> bytes:
 
 
 def shown(raw: "bytes | str") -> str:
-    """A name, or any text from elsewhere, for people: control characters, escape sequences and what is not UTF-8 are shown
-    as such.  What is shown already stays as it is."""
+    """A name, or any text from elsewhere, for people: control characters, escape sequences and what
+    is not UTF-8 are shown as such.  What is shown already stays as it is."""
     text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def fold_key(path: bytes) -> bytes:
-    """The same for all names that some file system may take for one name: by case, by the form of composed letters."""
+    """The same for all names that some file system may take for one name: by case, by the form of
+    composed letters."""
     import unicodedata
     try:
         text = unicodedata.normalize("NFD", path.decode()).casefold()
@@ -488,8 +536,10 @@ def fold_key(path: bytes) -> bytes:
 def difference(other: bytes, path: bytes) -> str:
     """In which way `path` is taken for `other` by a file system that folds names."""
     import unicodedata
-    texts = [unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape")) for name in (other, path)]
-    return "differs only in %s from %s" % ("Unicode normal form" if texts[0] == texts[1] else "case", shown(other))
+    texts = [unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
+             for name in (other, path)]
+    return "differs only in %s from %s" % ("Unicode normal form" if texts[0] == texts[1]
+                                           else "case", shown(other))
 
 
 _NOT_PLAIN = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0").search
@@ -497,7 +547,8 @@ _NOT_PLAIN = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0").search
 
 
 def check_relative(raw: bytes) -> bytes:
-    """`raw` itself when it is a plain relative path that stays below its root; else ProtocolError."""
+    """`raw` itself when it is a plain relative path that stays below its root; else
+    ProtocolError."""
     if len(raw) > 8192 or _NOT_PLAIN(raw):
         if not raw or len(raw) > 8192 or b"\0" in raw:
             raise ProtocolError("not a path: %s" % shown(raw[:80]))
@@ -507,13 +558,16 @@ def check_relative(raw: bytes) -> bytes:
 
 def reason_of(error: BaseException) -> str:
     """What an exception says to people: the system's words for an OSError, else its own text."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, getattr(ssl, "SSLError", ())):
+    if isinstance(error,
+                  OSError) and error.strerror and not isinstance(error,
+                                                                 getattr(ssl, "SSLError", ())):
         return error.strerror
     return str(error) or error.__class__.__name__
 
 
 def fsync(descriptor: int, drive: bool = True) -> None:
-    """fsync(2), and with `drive`, on macOS, also what the drive has in its cache: there fsync alone stops before it."""
+    """fsync(2), and with `drive`, on macOS, also what the drive has in its cache: there fsync alone
+    stops before it."""
     os.fsync(descriptor)
     if drive and hasattr(fcntl, "F_FULLFSYNC"):
         with contextlib.suppress(OSError):  # not on every file system
@@ -529,9 +583,11 @@ def fsync_directory(path: "str | bytes") -> None:
 
 
 def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the old file or the whole new one."""
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the whole new
+    one."""
     temporary = "%s.%d.new" % (path, os.getpid())
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), mode)
+    descriptor = os.open(temporary,
+                         os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), mode)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
@@ -546,7 +602,8 @@ def atomic_write(path: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def read_json(path: str) -> "Dict[str, Any]":
-    """The object in a JSON file of ours; {} when it is absent or damaged (all of them can be made again)."""
+    """The object in a JSON file of ours; {} when it is absent or damaged (all of them can be made
+    again)."""
     try:
         with open(path, "rb") as stream:
             value = json.loads(stream.read().decode())
@@ -556,15 +613,16 @@ def read_json(path: str) -> "Dict[str, Any]":
 
 
 class PlainFormatter(logging.Formatter):
-    """Nothing that a peer or a name says reaches a terminal raw; the lines of a traceback (-v) stay lines."""
+    """Nothing that a peer or a name says reaches a terminal raw; the lines of a traceback (-v) stay
+    lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(shown, super().format(record).split("\n")))
 
 
 def for_test(name: str) -> "Optional[str]":
-    """What a test has set for this process: the variable CBACKUP_TEST_`name`, or None; only together
-    with CBACKUP_TEST=1, so that nobody has it by mistake.  Read when it is needed."""
+    """What a test has set for this process: the variable CBACKUP_TEST_`name`, or None; only
+    together with CBACKUP_TEST=1, so that nobody has it by mistake.  Read when it is needed."""
     return os.environ.get("CBACKUP_TEST_" + name) if os.environ.get("CBACKUP_TEST") == "1" else None
 
 
@@ -579,8 +637,8 @@ def number_or(text: "Optional[str]", default: float) -> float:
 
 class Clock:
     """The program's times, for all that is policy: how old, how often, how long.  What waits for a
-    peer, a disk or another thread uses time.monotonic().  CBACKUP_TEST_CLOCK names a file with seconds
-    to add, so that tests can age things."""
+    peer, a disk or another thread uses time.monotonic().  CBACKUP_TEST_CLOCK names a file with
+    seconds to add, so that tests can age things."""
 
     def __init__(self) -> None:
         self._furthest = 0.0
@@ -611,7 +669,8 @@ class Clock:
 
     @staticmethod
     def nap(seconds: float) -> float:
-        """How long to wait for `seconds` of this clock before it is looked at again: a test may set it."""
+        """How long to wait for `seconds` of this clock before it is looked at again: a test may set
+        it."""
         return min(seconds, 0.1) if for_test("CLOCK") else seconds
 
 
@@ -619,7 +678,8 @@ clock = Clock()
 
 
 def test_point(name: str) -> None:
-    """A place where a test may want this process to die: CBACKUP_TEST_KILL=NAME or NAME:COUNT or any:COUNT.
+    """A place where a test may want this process to die: CBACKUP_TEST_KILL=NAME or NAME:COUNT or
+    any:COUNT.
 
     `any:COUNT` dies at the COUNT-th of all points.  Without the variable this costs two look-ups.
     """
@@ -634,15 +694,16 @@ _test_points = [0]
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Log what went wrong where the work goes on; with its traceback when all is logged, and in a test
-    when it is a mistake in cbackup itself."""
+    """Log what went wrong where the work goes on; with its traceback when all is logged, and in a
+    test when it is a mistake in cbackup itself."""
     mistake = not isinstance(error, (CBackupError, OSError, sqlite3.Error, MemoryError))
     log.error("%s: %s", what, reason_of(error), exc_info=error if log.isEnabledFor(logging.DEBUG)
               or mistake and os.environ.get("CBACKUP_TEST") == "1" else None)
 
 
 RATE_SECONDS = 30.0
-"""A rate is that of so many last seconds: it has to follow when another machine, or a slower disk, has its turn."""
+"""A rate is that of so many last seconds: it has to follow when another machine, or a slower disk,
+has its turn."""
 
 WAITING_AFTER = 5.0
 """Seconds after which somebody at a terminal is told for whom cbackup is waiting."""
@@ -678,7 +739,8 @@ class Progress:
             line = "%s: %s of %s" % (what, format_size(done), format_size(max(total, done)))
             rate = self._rate(points, now, done)
             if rate > 0:
-                line += ", %s/s, %s left" % (format_size(rate), format_seconds(max(0, total - done) / rate))
+                line += ", %s/s, %s left" % (format_size(rate),
+                                             format_seconds(max(0, total - done) / rate))
             self._draw(line + note)
 
     @staticmethod
@@ -759,12 +821,15 @@ def new_digest() -> Any:
     return hashlib.blake2b(digest_size=32)
 
 
-def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None, size: int = -1) -> "Tuple[bytes, int]":
-    """(digest, bytes read) of an open file from its start.  With `size`, what its stat says, its end is not looked for: the
-    caller compares the stat once more, or cares for the first `size` bytes only."""
+def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None,
+                      size: int = -1) -> "Tuple[bytes, int]":
+    """(digest, bytes read) of an open file from its start.  With `size`, what its stat says, its
+    end is not looked for: the caller compares the stat once more, or cares for the first `size`
+    bytes only."""
     digest, total = new_digest(), 0
     while total != size:
-        block = os.pread(descriptor, READ_BLOCK if size < 0 else min(READ_BLOCK, size - total), total)
+        block = os.pread(descriptor, READ_BLOCK if size < 0 else min(READ_BLOCK, size - total),
+                         total)
         if not block:
             break
         digest.update(block)
@@ -786,8 +851,8 @@ def list_xattrs(place: "int | str | bytes", follow: bool = True) -> "List[str]":
 
 
 class _Parents:
-    """The directories that one thread used last in a tree, open: path -> descriptor, the last one last.
-    Closed with the thread, or when the tree forgets them."""
+    """The directories that one thread used last in a tree, open: path -> descriptor, the last one
+    last. Closed with the thread, or when the tree forgets them."""
 
     __slots__ = ("open", "age")
 
@@ -803,13 +868,14 @@ class _Parents:
 
 
 class Tree:
-    """A directory whose inside is reached without ever following a symlink: the one place for such paths.
+    """A directory whose inside is reached without ever following a symlink: the one place for such
+    paths.
 
-    All paths are relative bytes.  Each operation walks from the root's descriptor with O_NOFOLLOW, so that a
-    symlink that lies (or is put) inside leads nowhere.  Safe to use by several threads.
+    All paths are relative bytes.  Each operation walks from the root's descriptor with O_NOFOLLOW,
+    so that a symlink that lies (or is put) inside leads nowhere.  Safe to use by several threads.
 
-    The parents that a thread used last stay open for it: most callers go through sorted paths.  Directories are
-    removed only through this object while it is in use, which forgets them then.
+    The parents that a thread used last stay open for it: most callers go through sorted paths.
+    Directories are removed only through this object while it is in use, which forgets them then.
     """
 
     _REMEMBERED = 16
@@ -818,12 +884,14 @@ class Tree:
     _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
-    """What open(2) says, on one system or another, of a parent that is missing, a file or a symlink."""
+    """What open(2) says, on one system or another, of a parent that is missing, a file or a
+    symlink."""
     IMPOSSIBLE = (errno.EILSEQ, errno.EINVAL, errno.ENAMETOOLONG)
     """What file systems say of a name that they cannot hold: nothing is under it."""
 
     def __init__(self, root: "str | bytes", own_links: bool = False) -> None:
-        """`own_links`: symlinks that stand where a directory has to be made are ours, and are removed."""
+        """`own_links`: symlinks that stand where a directory has to be made are ours, and are
+        removed."""
         self.root = os.fsencode(root)
         self._own_links = own_links
         self._here = threading.local()
@@ -861,7 +929,8 @@ class Tree:
 
     def _parent(self, rel: bytes, make: bool = False) -> "Tuple[int, bytes]":
         """(descriptor of the parent directory, last name).  With `make`, missing parents are made.
-        The descriptor is this thread's for the operation that it asks for, and is not closed by it."""
+        The descriptor is this thread's for the operation that it asks for, and is not closed by
+        it."""
         above, _, name = rel.rpartition(b"/")
         known = self._parents()
         if above in known and name not in (b"", b".", b"..") and b"\0" not in name:
@@ -898,15 +967,16 @@ class Tree:
             if not make or error.errno not in self._ABSENT:
                 raise
         with contextlib.suppress(FileNotFoundError):
-            if self._own_links and stat.S_ISLNK(os.stat(part, dir_fd=descriptor, follow_symlinks=False).st_mode):
+            if self._own_links and stat.S_ISLNK(os.stat(part, dir_fd=descriptor,
+                                                        follow_symlinks=False).st_mode):
                 os.unlink(part, dir_fd=descriptor)
         with contextlib.suppress(FileExistsError):
             os.mkdir(part, 0o700, dir_fd=descriptor)
         return os.open(part, self._DIRECTORY, dir_fd=descriptor)
 
     def lstat(self, rel: bytes, strict: bool = False) -> "Optional[os.stat_result]":
-        """The entry's own stat; None when there is none (or a parent is missing or not a directory), and also when no such
-        name can be there, which raises OSError when `strict`."""
+        """The entry's own stat; None when there is none (or a parent is missing or not a
+        directory), and also when no such name can be there, which raises OSError when `strict`."""
         try:
             descriptor, name = self._parent(rel)
             return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
@@ -916,7 +986,8 @@ class Tree:
             raise
 
     def open(self, rel: bytes) -> int:
-        """A descriptor for reading a regular file.  Raises OSError, also for anything that is not one."""
+        """A descriptor for reading a regular file.  Raises OSError, also for anything that is not
+        one."""
         return self.open_file(rel)[0]
 
     def open_file(self, rel: bytes) -> "Tuple[int, os.stat_result]":
@@ -956,7 +1027,8 @@ class Tree:
         os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
 
     def link(self, old: bytes, new: bytes) -> None:
-        """A second name `new` for the file `old`.  Raises OSError where the file system has no links."""
+        """A second name `new` for the file `old`.  Raises OSError where the file system has no
+        links."""
         new_dir, new_name = self._parent(new, make=True)
         old_dir, old_name = self._parent(old)
         os.link(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir, follow_symlinks=False)
@@ -990,8 +1062,8 @@ class Tree:
             raise
 
     def walk_files(self, rel: bytes, after: bytes = b"") -> "Iterator[bytes]":
-        """Every path below `rel` that is not a directory, depth first; only those that come behind `after`, a path below
-        `rel`, when it is given."""
+        """Every path below `rel` that is not a directory, depth first; only those that come behind
+        `after`, a path below `rel`, when it is given."""
         stack = [(rel, iter(self.list(rel)), after)]
         while stack:
             above, names, behind = stack[-1]
@@ -1008,8 +1080,8 @@ class Tree:
                 stack.pop()
 
     def clear_empty(self, rel: bytes, links: bool = False) -> None:
-        """Remove the directory `rel` and the directories in it, as far as they are empty; with `links`, the symlinks
-        in them too."""
+        """Remove the directory `rel` and the directories in it, as far as they are empty; with
+        `links`, the symlinks in them too."""
         for name in self.list(rel):
             info = self.lstat(rel + b"/" + name)
             if info is not None and stat.S_ISDIR(info.st_mode):
@@ -1023,7 +1095,8 @@ class Tree:
         """chmod of a regular file or directory; everything else is left alone."""
         descriptor, name = self._parent(rel)
         info = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-        if stat.S_IMODE(info.st_mode) == mode or not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
+        if stat.S_IMODE(info.st_mode) == mode or not stat.S_ISREG(info.st_mode) \
+                and not stat.S_ISDIR(info.st_mode):
             return
         if os.chmod in os.supports_follow_symlinks:
             os.chmod(name, mode, dir_fd=descriptor, follow_symlinks=False)
@@ -1075,10 +1148,11 @@ class Tree:
         os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=descriptor, follow_symlinks=False)
 
     def sync(self, paths: "Iterable[bytes]") -> None:
-        """Make files, and their names in their directories, durable; also that a file is no longer under its name.
+        """Make files, and their names in their directories, durable; also that a file is no longer
+        under its name.
 
-        Linux has one call for a whole file system; elsewhere every file is synced by itself, and every directory above
-        it: those that were made for it have names, too.
+        Linux has one call for a whole file system; elsewhere every file is synced by itself, and
+        every directory above it: those that were made for it have names, too.
         """
         paths = list(paths)
         if not paths or _syncfs(self._root):
@@ -1108,8 +1182,9 @@ class Tree:
 
 
 def _syncfs(descriptor: int) -> bool:
-    """syncfs(2) on Linux; False where there is none, so that the caller syncs file by file.  Raises OSError when something
-    could not be written: who opens the files after that, to sync them one by one, is no longer told of it."""
+    """syncfs(2) on Linux; False where there is none, so that the caller syncs file by file.  Raises
+    OSError when something could not be written: who opens the files after that, to sync them one by
+    one, is no longer told of it."""
     if not sys.platform.startswith("linux"):
         return False
     import ctypes  # only clients that copied something come here
@@ -1135,15 +1210,17 @@ def install_hint(program: str) -> str:
 def require_python_parts() -> None:
     for module, package in ((sqlite3, "sqlite3"), (ssl, "ssl")):
         if module is None:
-            raise UsageError("this Python (%s) has no %s module; install a complete one, for example with: %s"
+            raise UsageError("this Python (%s) has no %s module; install a complete one, for "
+                             "example with: %s"
                              % (sys.executable, package, install_hint("python3")))
 
 
-# ==== 5. Digests and data types =======================================================================
+# ==== 5. Digests and data types ===================================================================
 
 
 def choose_samples(size: int) -> "List[int]":
-    """Offsets of the samples by which a file of `size` is confirmed; [] means: compare all of it."""
+    """Offsets of the samples by which a file of `size` is confirmed; [] means: compare all of
+    it."""
     if size <= WHOLE_BELOW:
         return []
     return sorted(random.SystemRandom().sample(range(0, size - SAMPLE_BYTES + 1), SAMPLES))
@@ -1158,7 +1235,8 @@ def digest_samples(descriptor: int, offsets: "Iterable[int]") -> bytes:
 
 
 def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
-    """32 bits that stand for one copy in the sums by which server and backup compare their books."""
+    """32 bits that stand for one copy in the sums by which server and backup compare their
+    books."""
     mixed = hashlib.blake2b(b"%d %d %s %s" % (size, mtime, digest, path), digest_size=4)
     return int.from_bytes(mixed.digest(), "big")
 
@@ -1166,8 +1244,8 @@ def tag_of(path: bytes, size: int, mtime: int, digest: bytes) -> int:
 class Source(namedtuple("Source", "name host path replicas exclude exclude_caches xattrs read_rate"
                                   " bwlimit",
                         defaults=((), False, False, None, None))):
-    """A [sources] line.  `exclude`: patterns as gitignore has them, a tuple; `exclude_caches`: leave
-    out what a CACHEDIR.TAG marks; `xattrs`: keep extended attributes, which ACLs are, too;
+    """A [sources] line.  `exclude`: patterns as gitignore has them, a tuple; `exclude_caches`:
+    leave out what a CACHEDIR.TAG marks; `xattrs`: keep extended attributes, which ACLs are, too;
     `read_rate`, `bwlimit`: bytes a second or None."""
 
     __slots__ = ()
@@ -1192,15 +1270,15 @@ class Wanted(namedtuple("Wanted", "path size mtime mode uid gid version")):
         return cls(as_raw(row[0]), *row[1:])
 
 
-# ==== 6. Configuration and home =======================================================================
+# ==== 6. Configuration and home ===================================================================
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
 class Config:
     """A configuration that has been checked, never changed afterwards.  `text` is what was read, to
-    the byte; `values`: what [cluster] sets, the others are as here: times in seconds, rates in bytes
-    a second.  `hosts`: name -> (address, port); `sources` and `backups`: name -> line."""
+    the byte; `values`: what [cluster] sets, the others are as here: times in seconds, rates in
+    bytes a second.  `hosts`: name -> (address, port); `sources` and `backups`: name -> line."""
 
     name = "home"
     port, replicas = 5005, 2
@@ -1218,7 +1296,8 @@ class Config:
         vars(self).update(values)
 
     def address(self, host: str) -> "Tuple[str, int]":
-        """Where the server of `host` listens: its [hosts] line, else its name and the cluster's port."""
+        """Where the server of `host` listens: its [hosts] line, else its name and the cluster's
+        port."""
         return self.hosts.get(host) or (host, self.port)
 
     def all_hosts(self) -> "List[str]":
@@ -1235,9 +1314,11 @@ class Config:
         """"source NAME" or "backup NAME" of a host -> its line."""
         out, section = {}, ""
         for line in self.text.splitlines():
-            header, entry = re.match(r"\s*\[(\w+)\]", line), re.match(r"\s*([A-Za-z0-9._-]+)\s*=", line)
+            header, entry = re.match(r"\s*\[(\w+)\]", line), re.match(r"\s*([A-Za-z0-9._-]+)\s*=",
+                                                                      line)
             section = header.group(1) if header else section
-            things: "Dict[str, Any]" = {"sources": self.sources, "backups": self.backups}.get(section, {})
+            things: "Dict[str, Any]" = {"sources": self.sources,
+                                        "backups": self.backups}.get(section, {})
             if entry and entry.group(1) in things and things[entry.group(1)].host == host:
                 out["%s %s" % (section[:-1], entry.group(1))] = line.strip()
         return out
@@ -1252,10 +1333,12 @@ class Config:
 
     def names(self) -> "set[str]":
         """All lines of sources and backups, as "sources/photos" and "backups/pi"."""
-        return {"sources/" + name for name in self.sources} | {"backups/" + name for name in self.backups}
+        return {"sources/" + name for name in self.sources} | {"backups/" + name
+                                                               for name in self.backups}
 
     def rate(self, *lines: "Any", key: str) -> "Optional[int]":
-        """The lowest of the cluster's and the given lines' `read_rate` or `bwlimit`; None without any."""
+        """The lowest of the cluster's and the given lines' `read_rate` or `bwlimit`; None without
+        any."""
         found = {"read_rate": (self.read_rate, [x.read_rate for x in lines]),
                  "bwlimit": (self.bwlimit, [x.bwlimit for x in lines])}[key]
         rates = [rate for rate in [found[0]] + found[1] if rate]
@@ -1276,7 +1359,8 @@ def _parse_port(word: str) -> int:
 
 def _parse_name(word: str) -> str:
     if not _NAME.match(word):
-        raise ValueError("%r is not a name: letters, digits, dot, dash and underscore, 63 at the most" % word)
+        raise ValueError("%r is not a name: letters, digits, dot, dash and underscore, 63 at the "
+                         "most" % word)
     return word
 
 
@@ -1286,7 +1370,8 @@ def _parse_rate(word: str) -> int:
 
 CLUSTER_KEYS: "Dict[str, Callable[[str], Any]]" = {
     "name": _parse_name, "port": _parse_port, "replicas": _parse_count, "keep": parse_duration,
-    "scan": parse_duration, "scan_min": parse_duration, "scrub": parse_duration, "warn_after": parse_duration,
+    "scan": parse_duration, "scan_min": parse_duration, "scrub": parse_duration,
+    "warn_after": parse_duration,
     "alert_after": parse_duration,
     "lost_after": parse_duration, "read_rate": _parse_rate, "bwlimit": _parse_rate}
 SOURCE_KEYS: "Dict[str, Callable[[str], Any]]" = {
@@ -1301,8 +1386,8 @@ SECTIONS = ("cluster", "hosts", "sources", "backups")
 class _Parser:
     """Reads a configuration line by line and collects everything that is wrong with it.
 
-    Not configparser: every error needs its line, `=` and `:` occur in values, and values are quoted as in
-    a shell (shlex does that part).
+    Not configparser: every error needs its line, `=` and `:` occur in values, and values are quoted
+    as in a shell (shlex does that part).
     """
 
     def __init__(self, text: str) -> None:
@@ -1345,7 +1430,8 @@ class _Parser:
                 _parse_name(name)
             known = self._lines.setdefault((section, name.lower()), number)
             if known != number:
-                raise ValueError("the name %s is used twice; the first time in line %d" % (name, known))
+                raise ValueError("the name %s is used twice; the first time in line %d"
+                                 % (name, known))
             {"cluster": self._cluster, "hosts": self._host,
              "sources": self._source, "backups": self._backup}[section](number, name, words)
         except ValueError as error:
@@ -1362,12 +1448,14 @@ class _Parser:
 
     def _host(self, number: int, name: str, words: "List[str]") -> None:
         if not words:
-            raise ValueError("host %s has no address: write %s = ADDRESS or ADDRESS:PORT" % (name, name))
+            raise ValueError("host %s has no address: write %s = ADDRESS or ADDRESS:PORT"
+                             % (name, name))
         if len(words) > 1:
             raise ValueError("host %s: one address is enough, found %d words" % (name, len(words)))
         self.hosts[name] = split_address(words[0])
 
-    def _place(self, words: "List[str]", keys: "Dict[str, Callable[[str], Any]]") -> "Dict[str, Any]":
+    def _place(self, words: "List[str]",
+               keys: "Dict[str, Callable[[str], Any]]") -> "Dict[str, Any]":
         """The common part of a source's and a backup's line: HOST:/PATH key=value ..."""
         if not words:
             raise ValueError("HOST:/PATH is missing")
@@ -1375,7 +1463,8 @@ class _Parser:
         if not colon or not path.startswith("/"):
             raise ValueError("%r is not HOST:/PATH with an absolute path" % words[0])
         wrong = []
-        found: "Dict[str, Any]" = {"host": _parse_name(host), "path": os.path.normpath("/" + path.lstrip("/"))}
+        found: "Dict[str, Any]" = {"host": _parse_name(host),
+                                   "path": os.path.normpath("/" + path.lstrip("/"))}
         for word in words[1:]:
             key, equals, value = word.partition("=")
             try:
@@ -1407,19 +1496,25 @@ class _Parser:
             raise ValueError("backup %s needs size=... or reserve=..." % name)
 
     def check_places(self) -> None:
-        """No backup inside a source, no source inside a backup, no backup inside another, on one host."""
+        """No backup inside a source, no source inside a backup, no backup inside another, on one
+        host."""
         for name, backup in self.backups.items():
             line = self._lines[("backups", name.lower())]
             for source_name, source in self.sources.items():
                 if source["host"] == backup["host"] and _inside(backup["path"], source["path"]):
-                    self.problems.append((line, "backup %s lies inside the source %s" % (name, source_name)))
+                    self.problems.append((line,
+                                          "backup %s lies inside the source %s"
+                                          % (name, source_name)))
                 elif source["host"] == backup["host"] and _inside(source["path"], backup["path"]):
-                    self.problems.append((line, "backup %s contains the source %s" % (name, source_name)))
+                    self.problems.append((line,
+                                          "backup %s contains the source %s" % (name, source_name)))
             for other_name, other in self.backups.items():
                 if other_name != name and other["host"] == backup["host"] \
                         and _inside(backup["path"], other["path"]) \
                         and (other["path"] != backup["path"] or other_name < name):
-                    self.problems.append((line, "backup %s lies inside the backup %s" % (name, other_name)))
+                    self.problems.append((line,
+                                          "backup %s lies inside the backup %s"
+                                          % (name, other_name)))
 
 
 def _inside(path: str, of: str) -> bool:
@@ -1427,7 +1522,8 @@ def _inside(path: str, of: str) -> bool:
 
 
 def split_address(word: str) -> "Tuple[str, Optional[int]]":
-    """(address, port or None) of `rpi`, `rpi:5006`, `192.168.1.2:5006`, `[fe80::1]:5006` or `fe80::1`."""
+    """(address, port or None) of `rpi`, `rpi:5006`, `192.168.1.2:5006`, `[fe80::1]:5006` or
+    `fe80::1`."""
     match = re.match(r"\[([^\]]+)\](?::(\d+))?\Z", word)
     if match:
         return match.group(1), _parse_port(match.group(2)) if match.group(2) else None
@@ -1452,7 +1548,8 @@ def parse_config(text: str, path: str = "cbackup.conf") -> Config:
     return Config(
         text=text,
         hosts={name: (address, own or port) for name, (address, own) in parser.hosts.items()},
-        sources={name: Source(name=name, **{"replicas": replicas, **found}) for name, found in parser.sources.items()},
+        sources={name: Source(name=name, **{"replicas": replicas, **found}) for name,
+                 found in parser.sources.items()},
         backups={name: Backup(name=name, **found) for name, found in parser.backups.items()},
         **values)
 
@@ -1486,7 +1583,8 @@ CONFIG_NAMES = 10000
 """Most names of accepted lines that travel with a version."""
 
 CONFIG_HISTORY = 100
-"""Versions that are kept in state/, and whose digests travel with a version to tell an edit from a conflict."""
+"""Versions that are kept in state/, and whose digests travel with a version to tell an edit from a
+conflict."""
 
 
 def sha256_of(text: "Any") -> str:
@@ -1495,23 +1593,29 @@ def sha256_of(text: "Any") -> str:
 
 
 HELD_LINES = 4
-"""A configuration that removes more than half of at least so many sources, or backups, is held back."""
+"""A configuration that removes more than half of at least so many sources, or backups, is held
+back."""
 
 
 def removed_at_once(old: Config, new: Config, accepted: "Iterable[str]" = ()) -> str:
-    """What a changed configuration removes that must not go by itself: all sources or all backups, or more than half of at
-    least HELD_LINES of either; "" when it does not.  accepted: names (Config.names) that may go."""
+    """What a changed configuration removes that must not go by itself: all sources or all backups,
+    or more than half of at least HELD_LINES of either; "" when it does not.  accepted: names
+    (Config.names) that may go."""
     said = []
     for kind, before in (("sources", old.sources), ("backups", old.backups)):
-        gone = sorted(name.partition("/")[2] for name in old.names() - new.names() - set(accepted) if name.startswith(kind))
-        if gone and (not any(name.startswith(kind) for name in new.names()) or len(before) >= HELD_LINES and 2 * len(gone) > len(before)):
-            said.append("%d of %d %s (%s)" % (len(gone), len(before), kind, ", ".join(gone[:5] + ["..."] * (len(gone) > 5))))
+        gone = sorted(name.partition("/")[2] for name in old.names() - new.names() - set(accepted)
+                      if name.startswith(kind))
+        if gone and (not any(name.startswith(kind) for name in new.names())
+                     or len(before) >= HELD_LINES and 2 * len(gone) > len(before)):
+            said.append("%d of %d %s (%s)"
+                        % (len(gone), len(before), kind,
+                           ", ".join(gone[:5] + ["..."] * (len(gone) > 5))))
     return " and ".join(said)
 
 
 def config_order(state: "Dict[str, Any]") -> "Tuple[int, int, str]":
-    """What decides, everywhere in the same way, which of two versions is the newer one: the number, between edits
-    made at the same time the later one, and at last the digest."""
+    """What decides, everywhere in the same way, which of two versions is the newer one: the number,
+    between edits made at the same time the later one, and at last the digest."""
     return state["version"], state["stamp"], state["sha256"]
 
 
@@ -1520,30 +1624,37 @@ ROOT_HOME = "/var/lib/cbackup"
 PASSES_LIMIT = 1 << 20
 """Bytes of the log of passes: with one every quarter of an hour it reaches back a month or two."""
 
-PASS_COUNTS = ("copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files", "dropped_bytes",
+PASS_COUNTS = ("copied_files", "copied_bytes", "updated_files", "moved_files", "dropped_files",
+               "dropped_bytes",
                "wire_bytes", "failed_files")
 """What a pass counts."""
 
 
 def is_pass_record(record: Any) -> bool:
-    """Whether it has the form of what Client.run notes: time, seconds, PASS_COUNTS, unreachable, settled, wrong."""
+    """Whether it has the form of what Client.run notes: time, seconds, PASS_COUNTS, unreachable,
+    settled, wrong."""
     return isinstance(record, dict) and all(
-        isinstance(record.get(key), (int, float)) and abs(record[key]) < 1 << 62 for key in ("time", "seconds") + PASS_COUNTS) \
-        and all(isinstance(record.get(key), list) and all(isinstance(word, str) for word in record[key])
+        isinstance(record.get(key), (int, float)) and abs(record[key]) < 1 << 62
+        for key in ("time", "seconds") + PASS_COUNTS) \
+        and all(isinstance(record.get(key), list)
+                and all(isinstance(word, str) for word in record[key])
                 for key in ("unreachable", "wrong"))
 
 
 def default_home() -> str:
-    """The home when nobody says: ~/.cbackup; for root /var/lib/cbackup, unless only ~/.cbackup is there already."""
+    """The home when nobody says: ~/.cbackup; for root /var/lib/cbackup, unless only ~/.cbackup is
+    there already."""
     own = os.path.expanduser("~/.cbackup")
-    return ROOT_HOME if os.geteuid() == 0 and (os.path.isdir(ROOT_HOME) or not os.path.isdir(own)) else own
+    return ROOT_HOME if os.geteuid() == 0 and (os.path.isdir(ROOT_HOME)
+                                               or not os.path.isdir(own)) else own
 
 
 class Home:
     """All that cbackup knows on this machine: configuration, key, the machine's name, state."""
 
     def __init__(self, path: "Optional[str]" = None, host: "Optional[str]" = None) -> None:
-        self.path = os.path.abspath(os.path.expanduser(path or os.environ.get("CBACKUP_HOME") or default_home()))
+        self.path = os.path.abspath(os.path.expanduser(path or os.environ.get("CBACKUP_HOME")
+                                                       or default_home()))
         self.config_path = os.path.join(self.path, "cbackup.conf")
         self.key_path = os.path.join(self.path, "cluster.pem")
         self.state_path = os.path.join(self.path, "state")
@@ -1555,13 +1666,15 @@ class Home:
         return os.path.join(self.state_path, *names)
 
     def config(self) -> Config:
-        """The checked configuration, entered as a new version when its text is new.  Raises ConfigError, or UsageError
-        when there is none."""
+        """The checked configuration, entered as a new version when its text is new.  Raises
+        ConfigError, or UsageError when there is none."""
         config = self._read_config()[0]
-        with contextlib.suppress(OSError):  # a home that cannot be written is good enough for a restore
+        # a home that cannot be written is good enough for a restore
+        with contextlib.suppress(OSError):
             if self.config_state().get("sha256") != sha256_of(config.text):
                 with self.lock("config.lock"):
-                    # Read again: another machine's version may have come meanwhile, and what was read is old.
+                    # Read again: another machine's version may have come meanwhile, and what was
+                    # read is old.
                     config, stamp = self._read_config()
                     self._enter_edit(config.text, stamp)
         return config
@@ -1574,31 +1687,40 @@ class Home:
                 stamp = int(os.fstat(stream.fileno()).st_mtime)
         except OSError as error:
             kept = os.path.join(self.state_path, "config-history")
-            raise UsageError("%s: %s; %s" % (self.config_path, reason_of(error), "the last one is in %s" % kept if os.path.isdir(
+            raise UsageError("%s: %s; %s"
+                             % (self.config_path, reason_of(error), "the last one is in %s" % kept
+                                if os.path.isdir(
                 kept) else "`cbackup.pyz init` makes one on the first machine"))
-        if not data.strip():  # what a full disk leaves of an edit must not become everybody's configuration
+        # what a full disk leaves of an edit must not become everybody's configuration
+        if not data.strip():
             raise ConfigError(self.config_path, [(0, "is empty; the last right one is in %s"
-                                                  % os.path.join(self.state_path, "config-history"))])
+                                                  % os.path.join(self.state_path,
+                                                                 "config-history"))])
         if len(data) > CONFIG_LIMIT:
-            raise ConfigError(self.config_path, [(0, "is longer than %s" % format_size(CONFIG_LIMIT))])
+            raise ConfigError(self.config_path,
+                              [(0, "is longer than %s" % format_size(CONFIG_LIMIT))])
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(self.config_path, [(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")])
+            raise ConfigError(self.config_path,
+                              [(data.count(b"\n", 0, error.start) + 1, "not UTF-8 text")])
         return parse_config(text, self.config_path), stamp
 
     def _enter_edit(self, text: str, stamp: int) -> None:
-        """Make the file's text the next version when it is not the one in force here.  The caller holds config.lock."""
+        """Make the file's text the next version when it is not the one in force here.  The caller
+        holds config.lock."""
         known, digest = self.config_state(), sha256_of(text)
         if known.get("sha256") != digest:
             history = ([known["sha256"]] if known else []) + known.get("history", [])
             number = max(known.get("version", 0), self.held_config().get("version", 0)) + 1
             self._record({"version": number, "stamp": stamp, "sha256": digest, "mine": True,
-                          "history": history[:CONFIG_HISTORY], "accepted": known.get("accepted", [])}, text)
+                          "history": history[:CONFIG_HISTORY],
+                          "accepted": known.get("accepted", [])}, text)
 
     def config_state(self) -> "Dict[str, Any]":
-        """What is known of the version in force here: version, stamp (seconds), sha256, history (older sha256s), mine
-        (edited on this machine), accepted (lines that may go, see `removed_at_once`); {} before the first."""
+        """What is known of the version in force here: version, stamp (seconds), sha256, history
+        (older sha256s), mine (edited on this machine), accepted (lines that may go, see
+        `removed_at_once`); {} before the first."""
         return read_json(os.path.join(self.state_path, "config.json"))
 
     def _record(self, state: "Dict[str, Any]", text: str) -> None:
@@ -1606,7 +1728,8 @@ class Home:
         state["accepted"] = sorted(set(state.get("accepted", [])) - there)[:CONFIG_NAMES]
         kept = self.state("config-history")
         os.makedirs(kept, mode=0o700, exist_ok=True)
-        atomic_write(os.path.join(kept, "%06d-%s.conf" % (state["version"], state["sha256"][:12])), text.encode())
+        atomic_write(os.path.join(kept, "%06d-%s.conf" % (state["version"], state["sha256"][:12])),
+                     text.encode())
         for name in sorted(os.listdir(kept))[:-CONFIG_HISTORY]:
             os.unlink(os.path.join(kept, name))
         atomic_write(self.state("config.json"), json.dumps(state).encode())
@@ -1617,62 +1740,73 @@ class Home:
             self.config()
         state = self.config_state()
         if not state:
-            raise Refused("config", "%s cannot be read" % os.path.join(self.state_path, "config.json"))
+            raise Refused("config",
+                          "%s cannot be read" % os.path.join(self.state_path, "config.json"))
         return dict({key: state[key] for key in ("version", "stamp", "sha256", "history")},
                     accepted=state.get("accepted", []), text=self._text_in_force(state))
 
     def _text_in_force(self, state: "Dict[str, Any]") -> str:
-        path = os.path.join(self.state_path, "config-history", "%06d-%s.conf" % (state["version"], state["sha256"][:12]))
+        path = os.path.join(self.state_path, "config-history",
+                            "%06d-%s.conf" % (state["version"], state["sha256"][:12]))
         with open(path, "rb") as stream:
             return stream.read().decode()
 
     def held_config(self) -> "Dict[str, Any]":
-        """Another machine's version that is held back here until somebody says `accept config`: an offer with `removes`, in
-        words, and `since`; {} when there is none, or a newer one is in force."""
+        """Another machine's version that is held back here until somebody says `accept config`: an
+        offer with `removes`, in words, and `since`; {} when there is none, or a newer one is in
+        force."""
         held = read_json(os.path.join(self.state_path, "config-held.json"))
         try:
             state = self.config_state()
-            return held if held and state and config_order(held) > config_order(state) and held["removes"] else {}
+            return held if held and state and config_order(held) > config_order(state) \
+                and held["removes"] else {}
         except (KeyError, TypeError):
             return {}
 
     def _hold(self, offer: "Dict[str, Any]") -> bool:
-        """Whether an offer removes too much to be put in force by itself; then it is kept.  The caller holds config.lock."""
+        """Whether an offer removes too much to be put in force by itself; then it is kept.  The
+        caller holds config.lock."""
         state = self.config_state()
         try:
             old = parse_config(self._text_in_force(state), self.config_path)
-        except (KeyError, OSError, ValueError, ConfigError):  # before the first version, or its text was lost
+        except (KeyError, OSError, ValueError,
+                ConfigError):  # before the first version, or its text was lost
             return False
-        removes = removed_at_once(old, parse_config(offer["text"], "a configuration"), offer.get("accepted", []))
+        removes = removed_at_once(old, parse_config(offer["text"], "a configuration"),
+                                  offer.get("accepted", []))
         if removes and self.held_config().get("sha256") != offer["sha256"]:
             atomic_write(self.state("config-held.json"),
                          json.dumps(dict(offer, removes=removes, since=clock.now())).encode())
         return bool(removes)
 
     def accept_config(self) -> str:
-        """Let what was removed so far go: put the version that is held back here in force, and have the one in force here
-        taken by those that hold it back.  Returns what is accepted, in words."""
+        """Let what was removed so far go: put the version that is held back here in force, and have
+        the one in force here taken by those that hold it back.  Returns what is accepted, in
+        words."""
         self.config()
         held = self.held_config()
         gone: "set[str]" = set()
         kept = os.path.join(self.state_path, "config-history")
         for name in sorted(os.listdir(kept)):
-            with contextlib.suppress(OSError, ValueError, ConfigError), open(os.path.join(kept, name), "rb") as stream:
+            with contextlib.suppress(OSError, ValueError,
+                                     ConfigError), open(os.path.join(kept, name), "rb") as stream:
                 gone |= parse_config(stream.read().decode(), name).names()
         if held:
             self.take_config(dict(held, accepted=sorted(gone | set(held.get("accepted", [])))))
             return held["removes"]
         with self.lock("config.lock"):
             state = self.config_state()
-            self._record(dict(state, accepted=sorted(gone | set(state.get("accepted", [])))), self._text_in_force(state))
+            self._record(dict(state, accepted=sorted(gone | set(state.get("accepted", [])))),
+                         self._text_in_force(state))
         return ""
 
     def take_config(self, offer: "Dict[str, Any]") -> bool:
-        """Put another machine's newer version in force here; False when ours is the newer one, or when it is held back
-        (`held_config`).  Raises ConfigError for a text that is wrong.  An edit made here that the new version does not know
-        is kept beside it.
+        """Put another machine's newer version in force here; False when ours is the newer one, or
+        when it is held back (`held_config`).  Raises ConfigError for a text that is wrong.  An edit
+        made here that the new version does not know is kept beside it.
 
-        The same text under a higher number is taken too, or an edit made here later would get a number that loses.
+        The same text under a higher number is taken too, or an edit made here later would get a
+        number that loses.
         """
         text, digest = offer["text"], sha256_of(offer["text"])
         if digest != offer["sha256"]:
@@ -1682,7 +1816,8 @@ class Home:
         parse_config(text, "a configuration from another machine")
         ours = self.config_state().get("version")
         if offer["version"] > (VERSION_FIRST if ours is None else ours + VERSION_JUMP):
-            raise ProtocolError("a configuration that claims to be version %d, where %s is known" % (
+            raise ProtocolError("a configuration that claims to be version %d, where %s is known"
+                                % (
                 offer["version"], "none" if ours is None else ours))
         with contextlib.suppress(CBackupError):
             self.config()  # an edit that nothing has read yet is a version like any other
@@ -1692,28 +1827,34 @@ class Home:
                 return False
             if self._hold(offer):
                 return False
-            lost = state and state.get("mine") and state["sha256"] not in offer["history"] and state["sha256"] != digest
+            lost = state and state.get("mine") and state["sha256"] not in offer["history"] \
+                and state["sha256"] != digest
             there = None
             with contextlib.suppress(OSError):
                 with open(self.config_path, "rb") as stream:
                     there = stream.read()
             if there != text.encode():
-                if there is not None and (lost or sha256_of(there) != state.get("sha256")):  # the second: a wrong one
+                # the second: a wrong one
+                if there is not None and (lost or sha256_of(there) != state.get("sha256")):
                     self._keep_aside(there)
                 atomic_write(self.config_path, text.encode())
             mine = state.get("sha256") == digest and state["mine"]
-            self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest, "mine": mine,
-                          "history": offer["history"][:CONFIG_HISTORY], "accepted": offer.get("accepted", [])}, text)
+            self._record({"version": offer["version"], "stamp": offer["stamp"], "sha256": digest,
+                          "mine": mine,
+                          "history": offer["history"][:CONFIG_HISTORY],
+                          "accepted": offer.get("accepted", [])}, text)
         return True
 
     def take_part(self, offer: "Dict[str, Any]") -> None:
-        """The configuration of the cluster that is being joined.  A home that was in it before, and has lost its key or all but
-        `state/`, goes on from the version that it had.  Raises UsageError when what is here is of another cluster."""
+        """The configuration of the cluster that is being joined.  A home that was in it before, and
+        has lost its key or all but `state/`, goes on from the version that it had.  Raises
+        UsageError when what is here is of another cluster."""
         state, there = self.config_state(), os.path.lexists(self.config_path)
-        ours, theirs = ({v["sha256"]} | set(v.get("history", [])) if v else set() for v in (state, offer))
+        ours, theirs = ({v["sha256"]} | set(v.get("history", [])) if v else set()
+                        for v in (state, offer))
         if there and not ours & theirs:
-            raise UsageError("%s is not of this cluster: no version of it is known there.  Move it away, then join with a new "
-                             "token" % self.config_path)
+            raise UsageError("%s is not of this cluster: no version of it is known there.  Move it "
+                             "away, then join with a new token" % self.config_path)
         if not there and state:
             text = None
             with contextlib.suppress(OSError):
@@ -1726,25 +1867,28 @@ class Home:
 
     def _keep_aside(self, data: bytes) -> None:
         """Write an edit that lost beside the configuration, under a name that nothing has yet."""
-        name = "%s.conflict-%s" % (self.config_path, time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now())))
+        name = "%s.conflict-%s" % (self.config_path,
+                                   time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now())))
         names = [name] + ["%s-%d" % (name, number) for number in range(2, 1000)]
         atomic_write(next(name for name in names if not os.path.lexists(name)), data)
 
     def conflicts(self) -> "List[str]":
         """The names of edits that lost against another machine's, kept beside the configuration."""
         with contextlib.suppress(OSError):
-            return sorted(name for name in os.listdir(self.path) if name.startswith("cbackup.conf.conflict-"))
+            return sorted(name for name in os.listdir(self.path)
+                          if name.startswith("cbackup.conf.conflict-"))
         return []
 
     def last_answers(self) -> "Dict[str, Tuple[float, Any]]":
-        """host -> (seconds ago, what its server answered to `status` then), as `note_answers` kept it; unchecked."""
+        """host -> (seconds ago, what its server answered to `status` then), as `note_answers` kept
+        it; unchecked."""
         found = read_json(os.path.join(self.state_path, "heard.json"))
         return {host: (max(0.0, clock.now() - row[0]), row[1]) for host, row in found.items()
                 if isinstance(row, list) and len(row) == 2 and isinstance(row[0], (int, float))}
 
     def note_answers(self, answers: "Dict[str, Any]", hosts: "Iterable[str]") -> None:
-        """Keep what servers answered just now, for the time when they are asleep; of no others than `hosts`.  A home that
-        cannot be written to remembers nothing."""
+        """Keep what servers answered just now, for the time when they are asleep; of no others than
+        `hosts`.  A home that cannot be written to remembers nothing."""
         with contextlib.suppress(OSError), self.lock("heard.lock"):
             found = read_json(self.state("heard.json"))
             found.update((host, [clock.now(), answer]) for host, answer in answers.items())
@@ -1752,12 +1896,14 @@ class Home:
             atomic_write(self.state("heard.json"), json.dumps(kept).encode())
 
     def to_forget(self) -> "Dict[str, List[str]]":
-        """backup -> the sources, no longer configured, whose copies in it may go: somebody said `forget`."""
+        """backup -> the sources, no longer configured, whose copies in it may go: somebody said
+        `forget`."""
         found = read_json(os.path.join(self.state_path, "forget.json")).get("todo")
         return found if isinstance(found, dict) else {}
 
     def note_forget(self, source: str, backups: "Iterable[str]", forget: bool = True) -> None:
-        """Enter that `source` may be deleted from `backups`; with `forget` false, that it was, or may no longer.
+        """Enter that `source` may be deleted from `backups`; with `forget` false, that it was, or
+        may no longer.
 
         What was said must not outlive its being done: the name may be another source's one day."""
         with self.lock("forget.lock"):
@@ -1765,11 +1911,12 @@ class Home:
             for backup in backups:
                 names = set(todo.get(backup, [])) - {source} | ({source} if forget else set())
                 todo[backup] = sorted(names)
-            atomic_write(self.state("forget.json"), json.dumps({"todo": {b: n for b, n in todo.items() if n}}).encode())
+            atomic_write(self.state("forget.json"),
+                         json.dumps({"todo": {b: n for b, n in todo.items() if n}}).encode())
 
     def note_pass(self, record: "Dict[str, Any]") -> None:
-        """Append what a pass did to the log in `state/`; beyond PASSES_LIMIT its older half goes.  A log that cannot be
-        written stops nothing."""
+        """Append what a pass did to the log in `state/`; beyond PASSES_LIMIT its older half goes.
+        A log that cannot be written stops nothing."""
         with contextlib.suppress(OSError), self.lock("passes.lock"):
             path = self.state("passes.jsonl")
             with open(path, "ab") as stream:
@@ -1783,7 +1930,8 @@ class Home:
                 atomic_write(path, kept)
 
     def passes(self) -> "Iterator[Dict[str, Any]]":
-        """What the passes of this host did, the newest first, as Client.run notes it; damaged lines are left out."""
+        """What the passes of this host did, the newest first, as Client.run notes it; damaged lines
+        are left out."""
         try:
             with open(os.path.join(self.state_path, "passes.jsonl"), "rb") as stream:
                 lines = stream.read().splitlines()
@@ -1803,7 +1951,8 @@ class Home:
 
     @contextlib.contextmanager
     def lock(self, name: str, wait: bool = True) -> "Iterator[None]":
-        """Hold a lock file in `state/`.  Raises Busy when another process has it and `wait` is false."""
+        """Hold a lock file in `state/`.  Raises Busy when another process has it and `wait` is
+        false."""
         with open(self.state(name), "a") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -1831,14 +1980,15 @@ class Home:
         """`own_name`, when the configuration knows it; else UsageError that says the way out."""
         name = self.own_name()
         if name not in config.all_hosts():
-            raise UsageError("this machine is %r, which %s does not mention (it has: %s); give --host NAME or write "
-                             "the name into %s" % (name, self.config_path, ", ".join(config.all_hosts()) or "no host",
-                                                   os.path.join(self.path, "host")))
+            raise UsageError("this machine is %r, which %s does not mention (it has: %s); give "
+                             "--host NAME or write the name into %s"
+                             % (name, self.config_path, ", ".join(config.all_hosts()) or "no host",
+                                os.path.join(self.path, "host")))
         return name
 
     def outside(self, path: str) -> str:
-        """Why the configuration may not place a source or a backup of this host at `path`: with a file `paths` in the home,
-        only below the directories that it lists.  "" when it may."""
+        """Why the configuration may not place a source or a backup of this host at `path`: with a
+        file `paths` in the home, only below the directories that it lists.  "" when it may."""
         limits = os.path.join(self.path, "paths")
         try:
             with open(limits, "rb") as stream:
@@ -1846,17 +1996,21 @@ class Home:
         except FileNotFoundError:
             return ""
         except OSError as error:
-            return "%s: %s; nothing is done for %s until it can be read" % (limits, reason_of(error), path)
+            return "%s: %s; nothing is done for %s until it can be read" % (limits, reason_of(
+                error), path)
         real = os.path.realpath(path)
         for top in (os.path.realpath(line) for line in lines if line.startswith("/")):
             if real == top or real.startswith(top.rstrip("/") + "/"):
                 return ""
-        return "%s is not below a directory that %s lists: if that is right, add a line to it" % (path, limits)
+        return "%s is not below a directory that %s lists: if that is right, add a line to it" \
+            % (path, limits)
 
     def news_of_lines(self, who: str, config: Config, host: str) -> "List[str]":
-        """What an edit made on another machine has changed in the configuration's lines about this host, since `who` (server,
-        client or status) was told last: each is told to each of them once."""
-        now, known = config.lines_about(host), read_json(os.path.join(self.state_path, "lines.json"))
+        """What an edit made on another machine has changed in the configuration's lines about this
+        host, since `who` (server, client or status) was told last: each is told to each of them
+        once."""
+        now, known = config.lines_about(host), read_json(os.path.join(self.state_path,
+                                                                      "lines.json"))
         before = known.get(who)
         if before == now:
             return []
@@ -1868,7 +2022,8 @@ class Home:
             return []
         return ["the configuration has changed elsewhere: %s" % (
             "this host has no %s any more (it was: %s)" % (key, before[key]) if key not in now else
-            "this host's %s is now: %s%s" % (key, now[key], " (it was: %s)" % before[key] if key in before else ""))
+            "this host's %s is now: %s%s"
+            % (key, now[key], " (it was: %s)" % before[key] if key in before else ""))
             for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
 
     def check_key(self) -> None:
@@ -1876,18 +2031,23 @@ class Home:
         try:
             mode = os.stat(self.key_path).st_mode
         except OSError as error:
-            raise UsageError("%s: %s; on the first machine run `cbackup.pyz init`; else say `cbackup.pyz invite` on a machine of "
-                             "the cluster, and here what it prints (if no machine has the key any more: `init` here, and `client "
+            raise UsageError("%s: %s; on the first machine run `cbackup.pyz init`; else say "
+                             "`cbackup.pyz invite` on a machine of the cluster, and here what it "
+                             "prints (if no machine has the key any more: `init` here, and `client "
                              "--adopt NAME` for each backup)" % (self.key_path, reason_of(error)))
         if mode & 0o077:
-            raise UsageError("%s can be read by others: chmod 600 %s" % (self.key_path, shlex.quote(self.key_path)))
+            raise UsageError("%s can be read by others: chmod 600 %s"
+                             % (self.key_path, shlex.quote(self.key_path)))
 
     def cluster_id(self) -> str:
-        """The SHA-256 of the cluster's certificate, 64 hex digits: what makes two clusters different."""
+        """The SHA-256 of the cluster's certificate, 64 hex digits: what makes two clusters
+        different."""
         with open(self.key_path) as stream:
-            match = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", stream.read(), re.S)
+            match = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----",
+                              stream.read(), re.S)
         if not match:
-            raise UsageError("%s holds no certificate; copy it again from a machine of the cluster" % self.key_path)
+            raise UsageError("%s holds no certificate; copy it again from a machine of the cluster"
+                             % self.key_path)
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(match.group(0))).hexdigest()
 
 
@@ -1904,32 +2064,40 @@ keyUsage = critical, digitalSignature, keyCertSign
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid:always
 """
-"""All extensions written out: a certificate without them fails under Python 3.13's strictness (measured)."""
+"""All extensions written out: a certificate without them fails under Python 3.13's strictness
+(measured)."""
 
 
 def make_cluster_key(path: str) -> None:
-    """Write a new certificate with its private key to `path`, 0600.  Needs the `openssl` program."""
+    """Write a new certificate with its private key to `path`, 0600.  Needs the `openssl`
+    program."""
     if not shutil.which("openssl"):
-        raise UsageError("openssl is not installed, and `init` needs it once: %s" % install_hint("openssl"))
+        raise UsageError("openssl is not installed, and `init` needs it once: %s"
+                         % install_hint("openssl"))
     with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
         request, key = os.path.join(scratch, "request"), os.path.join(scratch, "key")
         with open(request, "w") as stream:
             stream.write(CERTIFICATE_REQUEST)
         try:
-            made = subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+            made = subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout",
+                                   "-out", key],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  stdin=subprocess.DEVNULL)
             made.check_returncode()
-            made = subprocess.run(["openssl", "req", "-new", "-x509", "-sha256", "-days", "36500", "-key", key,
-                                   "-config", request], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            made = subprocess.run(["openssl", "req", "-new", "-x509", "-sha256", "-days", "36500",
+                                   "-key", key,
+                                   "-config", request], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE,
                                   stdin=subprocess.DEVNULL)
             made.check_returncode()
         except subprocess.CalledProcessError:
-            raise CBackupError("openssl failed: %s" % made.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            raise CBackupError("openssl failed: %s"
+                               % made.stderr.decode(errors="replace").strip().splitlines()[-1:])
         with open(key, "rb") as stream:
             atomic_write(path, made.stdout + stream.read(), 0o600)
 
 
-# ==== 7. The server's books ===========================================================================
+# ==== 7. The server's books =======================================================================
 
 TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
 """What a backup must still hear about one of its copies; bits of `copies.todo`."""
@@ -1945,17 +2113,20 @@ CREATE TABLE sources(
     device INTEGER, fsid INTEGER, state TEXT DEFAULT 'ok', cause TEXT, reason TEXT,
     gen INTEGER DEFAULT 1, scanned REAL, special INTEGER DEFAULT 0, problems TEXT);
 
--- What is in the sources.  kind: f, d or l.  version: changes with the content.  blocked: cannot be copied (unreadable, or
--- rotten).  rnd: random, so that a random file of a group is found by index.
--- digest: of the present version, a fact or presumed.  doubt: since when it is presumed (seconds since 1970): the server has
--- not read its file since; NULL: read in full, or there is no digest.  basis: where the digest is from: p the file itself
--- (read for this or an earlier inode and ctime) | c a copy that was just made | r a copy of which new books heard.
--- other: the digest that was read instead, while it is not decided yet whether that is a mass change.
--- xattrs: extended attributes as in CatalogRow, JSON; NULL: not asked for; a blank before them: the
--- file had been changed just then, and they are to be looked at once more.
+-- What is in the sources.  kind: f, d or l.  version: changes with the content.  blocked: cannot be
+-- copied (unreadable, or rotten).  rnd: random, so that a random file of a group is found by index.
+-- digest: of the present version, a fact or presumed.  doubt: since when it is presumed (seconds
+-- since 1970): the server has not read its file since; NULL: read in full, or there is no digest.
+-- basis: where the digest is from: p the file itself (read for this or an earlier inode and ctime)
+-- | c a copy that was just made | r a copy of which new books heard. other: the digest that was
+-- read instead, while it is not decided yet whether that is a mass change. xattrs: extended
+-- attributes as in CatalogRow, JSON; NULL: not asked for; a blank before them: the file had been
+-- changed just then, and they are to be looked at once more.
 CREATE TABLE entries(
-    id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER, parent INTEGER, path BLOB, kind TEXT, size INTEGER,
-    mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER, parent INTEGER, path BLOB, kind TEXT,
+    size INTEGER,
+    mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER,
+    nlink INTEGER,
     target BLOB, version INTEGER, digest BLOB, blocked TEXT, gen INTEGER, grp INTEGER, rnd INTEGER,
     doubt REAL, basis TEXT, other BLOB, xattrs TEXT);
 CREATE UNIQUE INDEX entries_path ON entries(source, path);
@@ -1971,26 +2142,33 @@ CREATE TABLE gone(id INTEGER PRIMARY KEY, source INTEGER, path BLOB);
 CREATE INDEX gone_path ON gone(source, path);
 
 -- Paths that are no longer in the catalog, for those who have an older one.
-CREATE TABLE graves(source INTEGER, path BLOB, gen INTEGER, PRIMARY KEY(source, path)) WITHOUT ROWID;
+CREATE TABLE graves(source INTEGER, path BLOB, gen INTEGER, PRIMARY KEY(source,
+    path)) WITHOUT ROWID;
 CREATE INDEX graves_gen ON graves(source, gen);
 
 -- changed: 1 when something of the source did, 0 when there was only news of who has it.
-CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, changed INTEGER DEFAULT 1, PRIMARY KEY(source, gen))
+CREATE TABLE generations(source INTEGER, gen INTEGER, time REAL, changed INTEGER DEFAULT 1,
+    PRIMARY KEY(source, gen))
     WITHOUT ROWID;
 
--- The last words of each backup.  heard: when, in seconds of this server's running time.  fruitless: passes that began with
--- claims of an earlier one, since the last that brought a copy.
+-- The last words of each backup.  heard: when, in seconds of this server's running time.
+-- fruitless: passes that began with claims of an earlier one, since the last that brought a copy.
 CREATE TABLE backups(
-    id INTEGER PRIMARY KEY, name TEXT UNIQUE, host TEXT, configured INTEGER DEFAULT 1, lost INTEGER DEFAULT 0,
-    leaving INTEGER DEFAULT 0, identity TEXT, capacity INTEGER, free INTEGER, want INTEGER DEFAULT 0, used INTEGER,
+    id INTEGER PRIMARY KEY, name TEXT UNIQUE, host TEXT, configured INTEGER DEFAULT 1,
+    lost INTEGER DEFAULT 0,
+    leaving INTEGER DEFAULT 0, identity TEXT, capacity INTEGER, free INTEGER,
+    want INTEGER DEFAULT 0, used INTEGER,
     files INTEGER, heard REAL, heard_date REAL, period REAL, fruitless INTEGER DEFAULT 0);
 
--- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer waited for
+-- state: k confirmed copy | c claim | s older version, update expected | o older version, no longer
+-- waited for
 --        | r to be retired: gone at the source, or others have the present version.
 -- checked: the version whose contents were confirmed, before `placed`.
--- path: where the backup has it when that is not the entry's path.  tag, held_size, held_mtime: what it has.
+-- path: where the backup has it when that is not the entry's path.  tag, held_size, held_mtime:
+-- what it has.
 CREATE TABLE copies(
-    file INTEGER, backup INTEGER, source INTEGER, state TEXT, checked INTEGER, path BLOB, tag INTEGER,
+    file INTEGER, backup INTEGER, source INTEGER, state TEXT, checked INTEGER, path BLOB,
+    tag INTEGER,
     held_size INTEGER, held_mtime INTEGER, expires REAL, todo INTEGER DEFAULT 0, seen INTEGER,
     PRIMARY KEY(file, backup)) WITHOUT ROWID;
 CREATE INDEX copies_todo ON copies(backup, source, file) WHERE todo > 0;
@@ -1998,20 +2176,23 @@ CREATE INDEX copies_expires ON copies(backup, expires) WHERE expires IS NOT NULL
 CREATE INDEX copies_backup ON copies(backup, source, file);
 CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
 
--- What a scan that holds a source found: the files that are gone or have changed, HELD_FILES of either at most.
-CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(source, path)) WITHOUT ROWID;
+-- What a scan that holds a source found: the files that are gone or have changed, HELD_FILES of
+-- either at most.
+CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(source,
+    path)) WITHOUT ROWID;
 
 -- Which backups have told new books everything that they hold (see Books.recovering).
 CREATE TABLE caught_up(backup INTEGER, source INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
 
 CREATE TABLE declines(
-    file INTEGER, backup INTEGER, version INTEGER, until REAL, reason TEXT, PRIMARY KEY(file, backup)) WITHOUT ROWID;
+    file INTEGER, backup INTEGER, version INTEGER, until REAL, reason TEXT, PRIMARY KEY(file,
+    backup)) WITHOUT ROWID;
 
--- Files held by the same backups in the same way are one group: placing looks at groups, not at files.
--- key: "id+" for a confirmed copy, "id-" for a claim, also of backups that do not count now, joined by commas; a leading
--- "!" means blocked.  What each backup is to that says `backups`, so that no file is touched when it changes.
--- n: distinct hosts with a claim or a copy that stays; k: distinct hosts with a copy.
--- Triggers keep files and bytes.
+-- Files held by the same backups in the same way are one group: placing looks at groups, not at
+-- files. key: "id+" for a confirmed copy, "id-" for a claim, also of backups that do not count now,
+-- joined by commas; a leading "!" means blocked.  What each backup is to that says `backups`, so
+-- that no file is touched when it changes. n: distinct hosts with a claim or a copy that stays; k:
+-- distinct hosts with a copy. Triggers keep files and bytes.
 CREATE TABLE groups(
     id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
     files INTEGER DEFAULT 0, bytes INTEGER DEFAULT 0, UNIQUE(source, key));
@@ -2025,10 +2206,12 @@ CREATE TRIGGER entries_change AFTER UPDATE OF grp, size ON entries
     UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp;
     UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
 
--- The sum of what each backup holds of each source, to be compared with the backup's own (see tag_of).  No OR IGNORE in
--- the triggers: the conflict policy of the statement that fires them would overrule it.
+-- The sum of what each backup holds of each source, to be compared with the backup's own (see
+-- tag_of).  No OR IGNORE in the triggers: the conflict policy of the statement that fires them
+-- would overrule it.
 CREATE TABLE sums(
-    backup INTEGER, source INTEGER, files INTEGER, bytes INTEGER, tags INTEGER, PRIMARY KEY(backup, source)) WITHOUT ROWID;
+    backup INTEGER, source INTEGER, files INTEGER, bytes INTEGER, tags INTEGER, PRIMARY KEY(backup,
+    source)) WITHOUT ROWID;
 CREATE TRIGGER copies_in AFTER INSERT ON copies WHEN NEW.tag IS NOT NULL BEGIN
     INSERT INTO sums SELECT NEW.backup, NEW.source, 0, 0, 0 WHERE NOT EXISTS(
         SELECT 1 FROM sums WHERE backup=NEW.backup AND source=NEW.source);
@@ -2051,7 +2234,8 @@ CREATE TRIGGER copies_change AFTER UPDATE OF tag, held_size ON copies
 BOOKS_UPGRADES: "Dict[int, str]" = {1: """
 ALTER TABLE backups ADD COLUMN fruitless INTEGER DEFAULT 0;
 CREATE INDEX copies_path ON copies(backup, source, path) WHERE path IS NOT NULL;
-CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT, PRIMARY KEY(source, path)) WITHOUT ROWID;
+CREATE TABLE held_files(source INTEGER, path BLOB, change TEXT,
+    PRIMARY KEY(source, path)) WITHOUT ROWID;
 ALTER TABLE generations ADD COLUMN changed INTEGER DEFAULT 1;
 ALTER TABLE entries ADD COLUMN doubt REAL;
 ALTER TABLE entries ADD COLUMN basis TEXT;
@@ -2061,7 +2245,8 @@ CREATE INDEX entries_doubt ON entries(source, doubt) WHERE doubt IS NOT NULL;
 CREATE INDEX entries_other ON entries(source) WHERE other IS NOT NULL;
 -- What layout 1 calls the digest of a file over 256 KiB was compared by samples only.
 UPDATE entries SET basis='p' WHERE digest IS NOT NULL AND size<=262144;
-UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL) WHERE digest IS NOT NULL AND size>262144;
+UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL)
+    WHERE digest IS NOT NULL AND size>262144;
 """, 2: """
 INSERT OR REPLACE INTO meta VALUES('regroup', 0);
 """}
@@ -2069,7 +2254,8 @@ INSERT OR REPLACE INTO meta VALUES('regroup', 0);
 
 
 APPLY_CHUNK, SLICE = 1000, 250
-"""New rows of a scan, and others, that are entered in one transaction: clients wait for their answers meanwhile."""
+"""New rows of a scan, and others, that are entered in one transaction: clients wait for their
+answers meanwhile."""
 
 AMONG = 1, 20, 500
 """How many items one query of Store.rows_among asks for: an old SQLite takes 999."""
@@ -2077,23 +2263,26 @@ AMONG = 1, 20, 500
 
 def open_database(path: str, schema: str, version: int, journal: str,
                   upgrades: "Optional[Dict[int, str]]" = None) -> "sqlite3.Connection":
-    """A database of ours, made when absent, brought to the present layout when it is older.  One that SQLite calls damaged
-    is set aside and a new one made: everything in our databases can be rebuilt.  Raises CBackupError for one of a newer
-    cbackup."""
+    """A database of ours, made when absent, brought to the present layout when it is older.  One
+    that SQLite calls damaged is set aside and a new one made: everything in our databases can be
+    rebuilt.  Raises CBackupError for one of a newer cbackup."""
     if _wrong_header(path):
         set_database_aside(path, "its first bytes are not SQLite's")
     keep_private(path)
     for attempt in (1, 2):
-        connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=60, isolation_level=None,
+                                     check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode=%s" % journal)
-            # Durable when a commit returns: with a deleted journal that takes EXTRA, and on macOS more than fsync(2).
+            # Durable when a commit returns: with a deleted journal that takes EXTRA, and on macOS
+            # more than fsync(2).
             connection.execute("PRAGMA synchronous=EXTRA")
             connection.execute("PRAGMA fullfsync=1")
             connection.execute("PRAGMA checkpoint_fullfsync=1")
             found = connection.execute("PRAGMA user_version").fetchone()[0]
             if found == 0:
-                connection.executescript("BEGIN IMMEDIATE;" + schema + "PRAGMA user_version=%d;COMMIT;" % version)
+                connection.executescript("BEGIN IMMEDIATE;" + schema
+                                         + "PRAGMA user_version=%d;COMMIT;" % version)
             while 0 < found < version and upgrades and found in upgrades:
                 connection.executescript("BEGIN IMMEDIATE;" + upgrades[found]
                                          + "PRAGMA user_version=%d;COMMIT;" % (found + 1))
@@ -2101,7 +2290,8 @@ def open_database(path: str, schema: str, version: int, journal: str,
             if not 0 <= found < 1000:  # a layout that no version of this program will ever have
                 raise sqlite3.DatabaseError("malformed")
             if found not in (0, version):
-                raise CBackupError("%s was written by another version of cbackup (layout %d, this one has %d)"
+                raise CBackupError("%s was written by another version of cbackup (layout %d, this "
+                                   "one has %d)"
                                    % (path, found, version))
             if attempt == 1 and (_unclean(path) or os.path.getsize(path) < CHECKED_BELOW):
                 if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
@@ -2117,8 +2307,8 @@ def open_database(path: str, schema: str, version: int, journal: str,
 
 
 def keep_private(path: str) -> None:
-    """Make a database's file, empty, when there is none, and for us alone whatever the umask is: it has the names of all
-    files.  SQLite gives what it puts beside it the same mode."""
+    """Make a database's file, empty, when there is none, and for us alone whatever the umask is: it
+    has the names of all files.  SQLite gives what it puts beside it the same mode."""
     with contextlib.suppress(OSError):  # what is wrong SQLite will say
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
@@ -2127,8 +2317,8 @@ def keep_private(path: str) -> None:
 
 
 CHECKED_BELOW = 1 << 20
-"""Databases up to this many bytes are checked whenever they are opened (15 ms), larger ones when they were not closed: what
-else is wrong with them shows when it is read."""
+"""Databases up to this many bytes are checked whenever they are opened (15 ms), larger ones when
+they were not closed: what else is wrong with them shows when it is read."""
 
 
 def _wrong_header(path: str) -> bool:
@@ -2138,28 +2328,34 @@ def _wrong_header(path: str) -> bool:
             head = stream.read(100)
     except OSError:
         return False
-    return len(head) == 100 and (head[:16] != b"SQLite format 3\0" or head[18] not in (1, 2) or head[19] not in (1, 2))
+    return len(head) == 100 and (head[:16] != b"SQLite format 3\0" or head[18] not in (1, 2)
+                                 or head[19] not in (1, 2))
 
 
 def database_words(error: BaseException, path: str) -> str:
-    """What a database's error means; a full disk has many names in SQLite, and is called as the system does."""
+    """What a database's error means; a full disk has many names in SQLite, and is called as the
+    system does."""
     with contextlib.suppress(OSError):
         info = os.statvfs(os.path.dirname(path))
-        if "is full" in str(error) or "I/O" in str(error) and info.f_bavail * info.f_frsize < 64 << 10:
+        if "is full" in str(error) or "I/O" in str(error) \
+                and info.f_bavail * info.f_frsize < 64 << 10:
             return os.strerror(errno.ENOSPC)
     return str(error)
 
 
 def _unclean(path: str) -> bool:
-    """Whether the last user of a database did not close it: only then its whole structure is checked."""
+    """Whether the last user of a database did not close it: only then its whole structure is
+    checked."""
     return os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
 
 
 def is_damage(error: "sqlite3.Error") -> bool:
     """Whether SQLite says that the file itself is wrong, not that it is locked or its disk full."""
     return isinstance(error, sqlite3.DatabaseError) and any(
-        word in str(error) for word in ("malformed", "not a database", "corrupt", "unsupported file format", "no such table",
-                                        "Could not decode"))
+        word in str(error)
+        for word in ("malformed", "not a database", "corrupt", "unsupported file format",
+                     "no such table",
+                     "Could not decode"))
 
 
 def set_database_aside(path: str, why: str) -> None:
@@ -2171,9 +2367,11 @@ def set_database_aside(path: str, why: str) -> None:
 
 
 class Store:
-    """One SQLite database with a lock: what the server's books and a backup's database have in common.
+    """One SQLite database with a lock: what the server's books and a backup's database have in
+    common.
 
-    One connection, guarded by `lock`.  Whoever inherits from it opens `db` (see open_database) and keeps its SQL there.
+    One connection, guarded by `lock`.  Whoever inherits from it opens `db` (see open_database) and
+    keeps its SQL there.
     """
 
     db: "sqlite3.Connection"
@@ -2214,13 +2412,16 @@ class Store:
             return self.db.execute(sql, values).fetchone()
 
     def rows_among(self, sql: str, items: "Iterable[Any]", *values: Any) -> "List[Tuple[Any, ...]]":
-        """The rows of an SQL query that has AMONG where it asks for one of many `items`, as its last
-        parameter behind `values`: some hundred items a query, which costs far less than one each."""
+        """The rows of an SQL query that has AMONG where it asks for one of many `items`, as its
+        last parameter behind `values`: some hundred items a query, which costs far less than one
+        each."""
         found: "List[Tuple[Any, ...]]" = []
         for some in in_batches(items):
-            width = next(width for width in AMONG if width >= len(some))  # few texts: SQLite keeps them prepared
+            # few texts: SQLite keeps them prepared
+            width = next(width for width in AMONG if width >= len(some))
             some += [some[-1]] * (width - len(some))
-            found += self.rows(sql.replace("AMONG", "IN (%s)" % ",".join("?" * width)), *values, *some)
+            found += self.rows(sql.replace("AMONG", "IN (%s)" % ",".join("?" * width)), *values,
+                               *some)
         return found
 
     def meta(self, key: str) -> Any:
@@ -2235,13 +2436,15 @@ class Store:
 class Group:
     """What is known of one row of `groups`.
 
-    members: backup id -> True for a copy, False for a claim; leaving: those of them that are to be unplugged; hosts:
-    with a claim or a copy that stays; copy_hosts: with a copy.
+    members: backup id -> True for a copy, False for a claim; leaving: those of them that are to be
+    unplugged; hosts: with a claim or a copy that stays; copy_hosts: with a copy.
     """
 
-    __slots__ = ("id", "members", "leaving", "hosts", "copy_hosts", "blocked", "n", "k", "files", "bytes")
+    __slots__ = ("id", "members", "leaving", "hosts", "copy_hosts", "blocked", "n", "k", "files",
+                 "bytes")
 
-    def __init__(self, row: "Tuple[Any, ...]", facts_of: "Callable[[int], Tuple[str, bool, bool]]") -> None:
+    def __init__(self, row: "Tuple[Any, ...]",
+                 facts_of: "Callable[[int], Tuple[str, bool, bool]]") -> None:
         """facts_of: Books.facts_of_backup."""
         self.id, key, self.n, self.k, self.files, self.bytes = row
         self.blocked = key.startswith("!")
@@ -2264,15 +2467,16 @@ class Group:
 
     def copies_without(self, backup: int, host_of: "Callable[[int], str]") -> int:
         """Distinct hosts that would have a copy, and keep it, if `backup` had none."""
-        return len({host_of(b) for b, copy in self.members.items() if copy and b != backup and b not in self.leaving})
+        return len({host_of(b) for b, copy in self.members.items() if copy and b != backup
+                    and b not in self.leaving})
 
 
 class Groups(Store):
-    """Who is there, and who has what: the sources and backups that the books know, and the groups of files that the same
-    backups have in the same way.
+    """Who is there, and who has what: the sources and backups that the books know, and the groups
+    of files that the same backups have in the same way.
 
-    Every method is short, except those that say otherwise.  Methods that change something open a transaction of
-    their own, or join the caller's (`with books.write():`).
+    Every method is short, except those that say otherwise.  Methods that change something open a
+    transaction of their own, or join the caller's (`with books.write():`).
     """
 
     def __init__(self, path: str, host: str) -> None:
@@ -2289,7 +2493,8 @@ class Groups(Store):
             self._open()
 
     def _open(self) -> None:
-        self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL", BOOKS_UPGRADES)
+        self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL",
+                                BOOKS_UPGRADES)
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
         self._hosts: "Dict[int, Tuple[str, bool, bool]]" = {}
         self._shapes: "Dict[int, Group]" = {}
@@ -2314,8 +2519,8 @@ class Groups(Store):
     # -- time and versions --
 
     def up(self) -> float:
-        """Seconds that servers with these books have run: what leases and absence are measured in, so that
-        neither a wrong date nor a machine that was off makes anything expire."""
+        """Seconds that servers with these books have run: what leases and absence are measured in,
+        so that neither a wrong date nor a machine that was off makes anything expire."""
         return self._up_before + max(0.0, clock.steady() - self._started)
 
     def save_up(self) -> None:
@@ -2340,7 +2545,8 @@ class Groups(Store):
             return dict(zip((column[0] for column in cursor.description), row))
 
     def active_sources(self) -> "List[str]":
-        return [row[0] for row in self.rows("SELECT name FROM sources WHERE active=1 ORDER BY name")]
+        return [row[0] for row in self.rows(
+            "SELECT name FROM sources WHERE active=1 ORDER BY name")]
 
     def changeable(self, name: str) -> "Dict[str, Any]":
         """Like source_row, for callers that let something change.  Raises Refused("held")."""
@@ -2352,7 +2558,9 @@ class Groups(Store):
     def backup_id(self, name: str) -> int:
         row = self.one("SELECT id FROM backups WHERE name=? AND configured=1", name)
         if not row:
-            raise Refused("unknown", "%s knows no backup %s: is its configuration the same?" % (self.host, name))
+            raise Refused("unknown",
+                          "%s knows no backup %s: is its configuration the same?"
+                          % (self.host, name))
         return row[0]
 
     def source_name(self, source: int) -> "Optional[str]":
@@ -2361,7 +2569,8 @@ class Groups(Store):
         return row[0] if row else None
 
     def _forget_shapes(self) -> None:
-        """Whenever what `host_of` says may have changed, or a new group may have been rolled back."""
+        """Whenever what `host_of` says may have changed, or a new group may have been rolled
+        back."""
         self._hosts.clear()
         self._shapes.clear()
 
@@ -2373,7 +2582,8 @@ class Groups(Store):
         if backup not in self._hosts:
             host, configured, lost, leaving = self.one(
                 "SELECT host, configured, lost, leaving FROM backups WHERE id=?", backup)
-            self._hosts[backup] = (host, bool(configured and not lost and host != self.host), bool(leaving))
+            self._hosts[backup] = (host, bool(configured and not lost and host != self.host),
+                                   bool(leaving))
         return self._hosts[backup]
 
     # -- groups --
@@ -2382,23 +2592,30 @@ class Groups(Store):
         known = self._group_ids.get((source, key))
         if known is not None:
             return known
-        row = self.db.execute("SELECT id FROM groups WHERE source=? AND key=?", (source, key)).fetchone()
+        row = self.db.execute("SELECT id FROM groups WHERE source=? AND key=?",
+                              (source, key)).fetchone()
         if row is None:
             shape = Group((0, key, 0, 0, 0, 0), self.facts_of_backup)
             row = (self.db.execute("INSERT INTO groups(source, key, n, k) VALUES(?,?,?,?)",
-                                   (source, key, len(shape.hosts), len(shape.copy_hosts))).lastrowid,)
+                                   (source, key, len(shape.hosts),
+                                    len(shape.copy_hosts))).lastrowid,)
         self._group_ids[(source, key)] = row[0]
         return row[0]
 
     def regroup(self, files: "Iterable[int]") -> None:
-        """Put files into the group that their rows in `copies` ask for.  Call after every change of `copies`."""
+        """Put files into the group that their rows in `copies` ask for.  Call after every change of
+        `copies`."""
         moved: "List[Tuple[int, int]]" = []
         for some in in_batches(files):
-            rows = self.rows_among("SELECT e.id, e.source, e.grp, e.blocked, c.backup, c.state FROM entries e LEFT JOIN copies c "
-                                   "ON c.file=e.id AND c.state IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
-            for (number, source, grp, blocked), copies in itertools.groupby(rows, key=lambda row: row[:4]):
+            rows = self.rows_among("SELECT e.id, e.source, e.grp, e.blocked, c.backup, c.state "
+                                   "FROM entries e LEFT JOIN copies c ON c.file=e.id AND c.state "
+                                   "IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG ORDER BY "
+                                   "e.id, c.backup", some)
+            for (number, source, grp,
+                 blocked), copies in itertools.groupby(rows, key=lambda row: row[:4]):
                 group = self._group_id(source, ("!" if blocked else "") + ",".join(
-                    ["%d%s" % (backup, "+" if state == "k" else "-") for *_, backup, state in copies if backup is not None]))
+                    ["%d%s" % (backup, "+" if state == "k" else "-") for *_, backup, state in copies
+                     if backup is not None]))
                 if group != grp:
                     moved.append((group, number))
         self.db.executemany("UPDATE entries SET grp=? WHERE id=?", moved)
@@ -2409,14 +2626,17 @@ class Groups(Store):
             self._forget_shapes()
             for number, key in db.execute("SELECT id, key FROM groups").fetchall():
                 shape = Group((0, key, 0, 0, 0, 0), self.facts_of_backup)
-                db.execute("UPDATE groups SET n=?, k=? WHERE id=?", (len(shape.hosts), len(shape.copy_hosts), number))
+                db.execute("UPDATE groups SET n=?, k=? WHERE id=?",
+                           (len(shape.hosts), len(shape.copy_hosts), number))
 
     def _regroup_all(self) -> None:
-        """For books of layout 2, whose groups say less of a file.  Once, and then it takes a while."""
+        """For books of layout 2, whose groups say less of a file.  Once, and then it takes a
+        while."""
         while True:
             with self.write():
                 after = self.meta("regroup")
-                files = [row[0] for row in self.rows("SELECT id FROM entries WHERE id>? AND kind='f' ORDER BY id LIMIT ?",
+                files = [row[0] for row in self.rows("SELECT id FROM entries WHERE id>? AND "
+                                                     "kind='f' ORDER BY id LIMIT ?",
                                                      after, APPLY_CHUNK)]
                 self.regroup(files)
                 if not files:
@@ -2426,17 +2646,20 @@ class Groups(Store):
                 self.set_meta("regroup", files[-1])
 
     def groups(self, source: int, which: str = "1", *values: Any) -> "List[Group]":
-        """The groups of a source that have files, those of them for which the condition `which` (SQL) is true."""
+        """The groups of a source that have files, those of them for which the condition `which`
+        (SQL) is true."""
         found = []
         with self.lock:
             if len(self._shapes) > SHAPES:
                 self._shapes.clear()
-            for row in self.db.execute("SELECT id, key, n, k, files, bytes FROM groups WHERE source=? AND files>0 AND "
+            for row in self.db.execute("SELECT id, key, n, k, files, bytes FROM groups WHERE "
+                                       "source=? AND files>0 AND "
                                        + which, (source,) + values):
                 shape = self._shapes.get(row[0])
                 if shape is None:
                     shape = self._shapes[row[0]] = Group(row, self.facts_of_backup)
-                shape.files, shape.bytes = row[4:]  # the rest never changes; who still reads the old ones gets newer figures
+                # the rest never changes; who still reads the old ones gets newer figures
+                shape.files, shape.bytes = row[4:]
                 found.append(shape)
         return found
 
@@ -2453,18 +2676,21 @@ class Groups(Store):
 
 
 class Inventory(Groups):
-    """What the sources consist of: entries, what is no longer there, what a scan found.  What becomes of the copies by it is
-    written down for their backups to hear."""
+    """What the sources consist of: entries, what is no longer there, what a scan found.  What
+    becomes of the copies by it is written down for their backups to hear."""
 
-    FACTS = ("id", "version", "size", "mtime", "ino", "ctime", "digest", "doubt", "blocked", "path", "source")
+    FACTS = ("id", "version", "size", "mtime", "ino", "ctime", "digest", "doubt", "blocked", "path",
+             "source")
 
     def version_of(self, source: int, path: bytes) -> "Optional[Dict[str, Any]]":
-        """Facts of a file's present version, for a confirmation; None when there is no such file."""
+        """Facts of a file's present version, for a confirmation; None when there is no such
+        file."""
         return self.versions_of(source, [path]).get(path)
 
     def versions_of(self, source: int, paths: "Iterable[bytes]") -> "Dict[bytes, Dict[str, Any]]":
         """The same of many files, by their paths."""
-        rows = self.rows_among("SELECT path, %s FROM entries WHERE source=? AND kind='f' AND path AMONG"
+        rows = self.rows_among("SELECT path, %s FROM entries WHERE source=? AND kind='f' AND path "
+                               "AMONG"
                                % ", ".join(self.FACTS), paths, source)
         return {row[0]: dict(zip(self.FACTS, row[1:])) for row in rows}
 
@@ -2475,7 +2701,8 @@ class Inventory(Groups):
 
     def facts_of(self, number: int) -> "Optional[Dict[str, Any]]":
         """What `version_of` says, by the file's number."""
-        row = self.one("SELECT %s FROM entries WHERE id=? AND kind='f'" % ", ".join(self.FACTS), number)
+        row = self.one("SELECT %s FROM entries WHERE id=? AND kind='f'" % ", ".join(self.FACTS),
+                       number)
         return dict(zip(self.FACTS, row)) if row else None
 
     # -- what the scanner found --
@@ -2501,21 +2728,26 @@ class Inventory(Groups):
         return row[0] if row else None
 
     def directory_id(self, source: int, path: bytes) -> "Optional[int]":
-        row = self.one("SELECT id FROM entries WHERE source=? AND path=? AND kind='d'", source, path)
+        row = self.one("SELECT id FROM entries WHERE source=? AND path=? AND kind='d'", source,
+                       path)
         return row[0] if row else None
 
     OPEN_GEN = "(SELECT gen FROM sources WHERE id=?)"
-    """The open catalog generation of a source, read where it is written: a row that a caller has read
-    before may be of one that was closed since, and what is written there no backup would hear."""
+    """The open catalog generation of a source, read where it is written: a row that a caller has
+    read before may be of one that was closed since, and what is written there no backup would
+    hear."""
 
     def _are_news(self, numbers: "Iterable[int]") -> None:
-        """Entries that belong into the next generation: the catalog has their facts, and names their holders."""
+        """Entries that belong into the next generation: the catalog has their facts, and names
+        their holders."""
         self.db.executemany(
-            "UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=? AND "
-            "gen<>(SELECT gen FROM sources WHERE id=entries.source)", [(number,) for number in numbers])
+            "UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=? "
+            "AND gen<>(SELECT gen FROM sources WHERE id=entries.source)",
+            [(number,) for number in numbers])
 
     def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
-        self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,%s)" % self.OPEN_GEN, (source["id"], path, source["id"]))
+        self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,%s)" % self.OPEN_GEN,
+                        (source["id"], path, source["id"]))
 
     def bury(self, source: "Dict[str, Any]", number: int, path: bytes, kind: str) -> None:
         """An entry that is no longer in the source: backups that hold it are to retire it."""
@@ -2525,40 +2757,51 @@ class Inventory(Groups):
         self._grave(source, path)
         if kind == "f":
             db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
-            if db.execute("UPDATE copies SET state='r', todo=?, expires=NULL, path=COALESCE(path, ?) WHERE file=?",
+            if db.execute("UPDATE copies SET state='r', todo=?, expires=NULL, path=COALESCE(path, "
+                          "?) WHERE file=?",
                           (TODO_RETIRE, path, number)).rowcount:
                 db.execute("INSERT INTO gone VALUES(?,?,?)", (number, source["id"], path))
 
-    def add_entries(self, source: "Dict[str, Any]", rows: "List[Tuple[Dict[str, Any], int]]") -> None:
-        """New paths: (row, number of the directory).  A file that lies in backups under this path, and was retired, is taken
-        up again."""
+    def add_entries(self, source: "Dict[str, Any]",
+                    rows: "List[Tuple[Dict[str, Any], int]]") -> None:
+        """New paths: (row, number of the directory).  A file that lies in backups under this path,
+        and was retired, is taken up again."""
         db, number = self.db, source["id"]
-        db.executemany("DELETE FROM graves WHERE source=? AND path=?", [(number, row["path"]) for row, _ in rows])
+        db.executemany("DELETE FROM graves WHERE source=? AND path=?",
+                       [(number, row["path"]) for row, _ in rows])
         known = dict(self.rows_among("SELECT path, id FROM gone WHERE source=? AND path AMONG",
-                                     [row["path"] for row, _ in rows if row["kind"] == "f"], number))
+                                     [row["path"] for row, _ in rows if row["kind"] == "f"],
+                                     number))
         groups = {blocked: self._group_id(number, "!" if blocked else "")
                   for blocked in {bool(row["blocked"]) for row, _ in rows if row["kind"] == "f"}}
         versions, draw = itertools.count(self._next_version(len(rows))), self.random.getrandbits
         db.executemany(
-            "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, "
-            "version, blocked, gen, grp, rnd, xattrs) VALUES(%s)" % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 3),
-            [(known.get(row["path"]) if row["kind"] == "f" else None, number, parent, row["path"], row["kind"], row["size"],
-              row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"], row["nlink"], row["target"])
-             + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])], draw(40)) if row["kind"] == "f"
-                else (0, row["blocked"], number, None, None)) + (row["xattrs"],) for row, parent in rows])
+            "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, "
+            "ctime, nlink, target, version, blocked, gen, grp, rnd, xattrs) VALUES(%s)"
+            % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 3),
+            [(known.get(row["path"]) if row["kind"] == "f" else None, number, parent, row["path"],
+              row["kind"], row["size"],
+              row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"],
+              row["nlink"], row["target"])
+             + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])], draw(40))
+                if row["kind"] == "f"
+                else (0, row["blocked"], number, None, None)) + (row["xattrs"],) for row,
+             parent in rows])
         for path, file in known.items():
             db.execute("DELETE FROM gone WHERE id=?", (file,))
-            db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN NULL ELSE path END "
-                       "WHERE file=?", (TODO_UPDATE, self.up() + STALE_LEASE, path, file))
+            db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN "
+                       "NULL ELSE path END WHERE "
+                       "file=?", (TODO_UPDATE, self.up() + STALE_LEASE, path, file))
         self.regroup(known.values())
 
-    def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]", how: str) -> None:
+    def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]",
+                     how: str) -> None:
         """A known path with new facts.  `how`: "content" (a new version), "metadata" (mode or
         owner), "attributes" (which only the catalog has), "silent" (nothing that anybody must
         hear). row["doubt"]: the content is presumed to be the same, and is to be read."""
         db = self.db
-        db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, nlink=?, target=?, "
-                   "blocked=?, xattrs=? WHERE id=?", (
+        db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, "
+                   "nlink=?, target=?, blocked=?, xattrs=? WHERE id=?", (
                        row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"],
                        row["ctime"], row["nlink"], row["target"], row["blocked"], row["xattrs"],
                        number))
@@ -2574,7 +2817,8 @@ class Inventory(Groups):
             # Also what is only claimed: it is on its way with the mode that it had before.
             db.execute("UPDATE copies SET todo=todo|? WHERE file=?", (TODO_TOUCH, number))
         else:
-            db.execute("UPDATE entries SET version=?, digest=NULL, doubt=NULL, basis=NULL, other=NULL WHERE id=?",
+            db.execute("UPDATE entries SET version=?, digest=NULL, doubt=NULL, basis=NULL, "
+                       "other=NULL WHERE id=?",
                        (self._next_version(), number))
             self._copies_are_old(number)
         self.regroup([number])
@@ -2583,55 +2827,67 @@ class Inventory(Groups):
         """What the backups have is not the file's present content; the caller regroups."""
         self.db.execute(
             "UPDATE copies SET checked=NULL, state=CASE state WHEN 'k' THEN 's' ELSE state END, "
-            "expires=CASE state WHEN 'k' THEN ? ELSE expires END, "
-            "todo=CASE WHEN state IN ('c', 'r') THEN todo ELSE todo|? END WHERE file=?",
+            "expires=CASE state WHEN 'k' THEN ? ELSE expires END, todo=CASE WHEN state IN ('c', "
+            "'r') THEN todo ELSE todo|? END WHERE file=?",
             (self.up() + STALE_LEASE, TODO_UPDATE, number))
 
     def _doubt(self, source: "Dict[str, Any]", number: int) -> None:
-        """From now on a digest is only presumed: the file is not, to the inode and ctime, the one that was read."""
-        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=%s WHERE id=? AND digest IS NOT NULL"
+        """From now on a digest is only presumed: the file is not, to the inode and ctime, the one
+        that was read."""
+        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=%s WHERE "
+                        "id=? AND digest IS NOT NULL"
                         % self.OPEN_GEN, (clock.now(), source["id"], number))
 
     def lift(self, number: int) -> None:
         """First half of a move: free the entry's path, so that swaps and chains do not collide."""
         path = self.db.execute("SELECT path FROM entries WHERE id=?", (number,)).fetchone()[0]
-        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), todo=todo|CASE state WHEN 'r' THEN 0 ELSE ? END "
-                        "WHERE file=? AND state!='c'", (path, TODO_MOVE, number))  # what is retired is not moved before
+        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), todo=todo|CASE state WHEN 'r' "
+                        "THEN 0 ELSE ? END WHERE file=? AND state!='c'",
+                        (path, TODO_MOVE, number))  # what is retired is not moved before
         self.db.execute("UPDATE entries SET path=? WHERE id=?", (b"\0%d" % number, number))
 
-    def settle_move(self, source: "Dict[str, Any]", number: int, old: bytes, row: "Dict[str, Any]", parent: int) -> None:
-        """Second half: the file has its new path and metadata; its content and copies are presumed to be the same.  With
-        the ctime that it had when it was read they are known to be: its directory was renamed."""
+    def settle_move(self, source: "Dict[str, Any]", number: int, old: bytes, row: "Dict[str, Any]",
+                    parent: int) -> None:
+        """Second half: the file has its new path and metadata; its content and copies are presumed
+        to be the same.  With the ctime that it had when it was read they are known to be: its
+        directory was renamed."""
         db = self.db
         ctime = db.execute("SELECT ctime FROM entries WHERE id=?", (number,)).fetchone()[0]
-        if ctime != row["ctime"] or ctime % 1000000000 == 0:  # whole seconds: inodes may be used again within one
+        # whole seconds: inodes may be used again within one
+        if ctime != row["ctime"] or ctime % 1000000000 == 0:
             self._doubt(source, number)
-        if not db.execute("SELECT 1 FROM entries WHERE source=? AND path=?", (source["id"], old)).fetchone():
+        if not db.execute("SELECT 1 FROM entries WHERE source=? AND path=?",
+                          (source["id"], old)).fetchone():
             self._grave(source, old)
         db.execute("DELETE FROM graves WHERE source=? AND path=?", (source["id"], row["path"]))
         owner = db.execute("SELECT mode, uid, gid FROM entries WHERE id=?", (number,)).fetchone()
         if owner != (row["mode"], row["uid"], row["gid"]):
-            db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'", (TODO_TOUCH, number))
+            db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'",
+                       (TODO_TOUCH, number))
         db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, "
                    "blocked=?, gen=%s, xattrs=? WHERE id=?" % self.OPEN_GEN, (
                        row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"],
                        row["nlink"], row["blocked"], source["id"], row["xattrs"], number))
         # Claims on the old path are void: rsync would not find it.
         db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
-        db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?", (TODO_MOVE, number, row["path"]))
+        db.execute("UPDATE copies SET path=NULL, todo=todo&~? WHERE file=? AND path=?",
+                   (TODO_MOVE, number, row["path"]))
         self.regroup([number])
 
     # -- how a scan ended --
 
     def finish_scan(self, name: str, **facts: Any) -> None:
-        """Record a scan's own facts: scanned, device, fsid, state, cause, reason, special, problems."""
+        """Record a scan's own facts: scanned, device, fsid, state, cause, reason, special,
+        problems."""
         with self.write() as db:
-            db.execute("UPDATE sources SET %s WHERE name=?" % ", ".join("%s=?" % key for key in facts),
+            db.execute("UPDATE sources SET %s WHERE name=?"
+                       % ", ".join("%s=?" % key for key in facts),
                        list(facts.values()) + [name])
 
     def held_page(self, source: int, after: bytes, limit: int) -> "List[Tuple[bytes, str]]":
         """(path, "gone" or "changed") of files for which a source is held, by path."""
-        return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? ORDER BY path LIMIT ?",
+        return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? ORDER BY "
+                         "path LIMIT ?",
                          source, after, limit)
 
     def list_held(self, source: int, cause: "Optional[str]") -> None:
@@ -2640,22 +2896,26 @@ class Inventory(Groups):
         with self.write() as db:
             db.execute("DELETE FROM held_files WHERE source=?", (source,))
             if cause == "bytes":
-                db.execute("INSERT INTO held_files SELECT source, path, 'changed' FROM entries WHERE source=? AND "
-                           "other IS NOT NULL ORDER BY path LIMIT ?", (source, HELD_FILES))
+                db.execute("INSERT INTO held_files SELECT source, path, 'changed' FROM entries "
+                           "WHERE source=? AND other IS NOT NULL ORDER BY path LIMIT "
+                           "?", (source, HELD_FILES))
             elif cause == "report":
-                db.execute("INSERT OR IGNORE INTO held_files SELECT c.source, COALESCE(e.path, c.path), "
-                           "CASE WHEN e.id IS NULL THEN 'gone' ELSE 'changed' END FROM copies c LEFT JOIN entries e "
-                           "ON e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL AND %s AND "
-                           "COALESCE(e.path, c.path) IS NOT NULL LIMIT ?" % self.NOT_LIKE_THAT, (source, HELD_FILES))
+                db.execute("INSERT OR IGNORE INTO held_files SELECT c.source, COALESCE(e.path, "
+                           "c.path), CASE WHEN e.id IS NULL THEN 'gone' ELSE 'changed' END FROM "
+                           "copies c LEFT JOIN entries e ON e.id=c.file WHERE c.source=? AND c.tag "
+                           "IS NOT NULL AND %s AND COALESCE(e.path, c.path) IS NOT NULL LIMIT "
+                           "?" % self.NOT_LIKE_THAT,
+                           (source, HELD_FILES))
 
-    NOT_LIKE_THAT = "(e.id IS NULL OR e.size IS NOT c.held_size OR COALESCE(ABS(e.mtime-c.held_mtime)>=2000000000, 1))"
+    NOT_LIKE_THAT = "(e.id IS NULL OR e.size IS NOT c.held_size " \
+        "OR COALESCE(ABS(e.mtime-c.held_mtime)>=2000000000, 1))"
 
     def mismatch(self, source: int) -> "Tuple[int, int]":
-        """(copies that backups hold of something that the source does not have like that, all copies).  A disk may have kept
-        its time in steps of 2 s."""
+        """(copies that backups hold of something that the source does not have like that, all
+        copies).  A disk may have kept its time in steps of 2 s."""
         bad, total = self.one(
-            "SELECT COALESCE(SUM(%s), 0), COUNT(*) FROM copies c LEFT JOIN entries e ON e.id=c.file "
-            "WHERE c.source=? AND c.tag IS NOT NULL" % self.NOT_LIKE_THAT, source)
+            "SELECT COALESCE(SUM(%s), 0), COUNT(*) FROM copies c LEFT JOIN entries e ON "
+            "e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL" % self.NOT_LIKE_THAT, source)
         return bad, total
 
 
@@ -2663,12 +2923,15 @@ class News(Inventory):
     """The catalogs that backups fetch: generations of entries and of paths that are no more."""
 
     def close_generation(self, source: "Dict[str, Any]") -> int:
-        """The newest complete catalog generation; what changed since the last one becomes a new one."""
+        """The newest complete catalog generation; what changed since the last one becomes a new
+        one."""
         with self.write() as db:
             number = source["id"]
             gen, = db.execute("SELECT gen FROM sources WHERE id=?", (number,)).fetchone()
-            changed = db.execute("SELECT 1 FROM entries WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone() or \
-                db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1", (number, gen)).fetchone()
+            changed = db.execute("SELECT 1 FROM entries WHERE source=? AND gen=? LIMIT 1",
+                                 (number, gen)).fetchone() or \
+                db.execute("SELECT 1 FROM graves WHERE source=? AND gen=? LIMIT 1",
+                           (number, gen)).fetchone()
             if not changed:
                 return gen - 1
             mark = "changed:%d" % number
@@ -2679,28 +2942,35 @@ class News(Inventory):
             return gen
 
     def raise_generation(self, source: int, least: int) -> None:
-        """After the books were lost: go on above the generations that backups already have, and wait for their reports."""
+        """After the books were lost: go on above the generations that backups already have, and
+        wait for their reports."""
         with self.write() as db:
             row = db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()
             if row and row[0] <= least:
                 self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
-                db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
-                db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?", (least + 1, source, row[0]))
-                # Something is news in any case: the next catalog is one of these books, and newer than all others.
-                db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''", (least + 1, source))
+                db.execute("UPDATE entries SET gen=? WHERE source=? AND gen=?",
+                           (least + 1, source, row[0]))
+                db.execute("UPDATE graves SET gen=? WHERE source=? AND gen=?",
+                           (least + 1, source, row[0]))
+                # Something is news in any case: the next catalog is one of these books, and newer
+                # than all others.
+                db.execute("UPDATE entries SET gen=? WHERE source=? AND path=x''",
+                           (least + 1, source))
                 db.execute("UPDATE sources SET gen=? WHERE id=?", (least + 1, source))
 
     def note_list(self, backup: int, source: int, newest: int) -> None:
-        """How far the list is that `backup` begins with.  When it has had a newer one it was put back as it was then: what
-        it holds under which name its sums tell, but not the modes and owners that changed since."""
+        """How far the list is that `backup` begins with.  When it has had a newer one it was put
+        back as it was then: what it holds under which name its sums tell, but not the modes and
+        owners that changed since."""
         mark = "list:%d:%d" % (backup, source)
         known = self.meta(mark)
         if known == newest:
             return
         with self.write() as db:
             if known is not None and newest < known:
-                db.execute("UPDATE copies SET todo=todo|? WHERE backup=? AND state<>'c' AND file IN ("
-                           "SELECT id FROM entries WHERE source=? AND gen>=?)", (TODO_TOUCH, backup, source, newest))
+                db.execute("UPDATE copies SET todo=todo|? WHERE backup=? AND state<>'c' AND file "
+                           "IN (SELECT id FROM entries WHERE source=? AND gen>=?)",
+                           (TODO_TOUCH, backup, source, newest))
             self.set_meta(mark, newest)
 
     def note_change(self, source: int) -> None:
@@ -2710,7 +2980,8 @@ class News(Inventory):
     def generations(self, source: int) -> "List[Tuple[int, float, int]]":
         """(generation, time, whether something of the source changed) of the newest catalogs, the
         newest first; time 0 of one of which it is not known, as in `generation_time`."""
-        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen DESC LIMIT ?", source, PAGE)
+        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen "
+                         "DESC LIMIT ?", source, PAGE)
         gen, = self.one("SELECT gen FROM sources WHERE id=?", source)
         unknown = gen > 1 and (not rows or rows[0][0] < gen - 1)
         return [(gen - 1, 0.0, 1)] + rows if unknown else rows
@@ -2724,12 +2995,13 @@ class News(Inventory):
         """A page of live entries of generations in (since, upto], after the cursor (gen, id);
         whether there may be more.  It is short where names or extended attributes are long."""
         rows = self.rows(
-            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND kind='f' THEN ino END, target, "
-            "digest, (SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE c.file=entries.id "
-            "AND c.state='k'), kind<>'f' OR digest IS NOT NULL AND doubt IS NULL, "
-            "blocked IS NOT 'unreadable', LENGTH(xattrs) FROM entries "
-            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND NOT (kind='l' AND target=x'') "
-            "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
+            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND "
+            "kind='f' THEN ino END, target, digest, (SELECT group_concat(b.name) FROM copies c "
+            "JOIN backups b ON b.id=c.backup WHERE c.file=entries.id AND c.state='k'), kind<>'f' "
+            "OR digest IS NOT NULL AND doubt IS NULL, blocked IS NOT 'unreadable', LENGTH(xattrs) "
+            "FROM entries WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND "
+            "NOT (kind='l' AND target=x'') ORDER BY gen, id LIMIT "
+            "?", source, since, upto, after[0], after[0], after[1], PAGE)
         page: "List[Tuple[Any, ...]]" = []
         size = 0
         for row in first_page(rows):
@@ -2739,48 +3011,60 @@ class News(Inventory):
             page.append(row[:-1] + (row[-1] and self.xattrs_of(row[1]),))
         return page, len(page) == PAGE or len(page) < len(rows)
 
-    def catalog_graves(self, source: int, since: int, upto: int, after: bytes) -> "Tuple[List[bytes], bool]":
+    def catalog_graves(self, source: int, since: int, upto: int,
+                       after: bytes) -> "Tuple[List[bytes], bool]":
         """A page of paths that are no more, by path; whether there may be more."""
         return with_more([row[0] for row in self.rows(
-            "SELECT path FROM graves WHERE source=? AND gen>? AND gen<=? AND path>? ORDER BY path LIMIT ?",
+            "SELECT path FROM graves WHERE source=? AND gen>? AND gen<=? AND path>? ORDER BY path "
+            "LIMIT ?",
             source, since, upto, after, PAGE)])
 
 
 class Proof(News):
-    """What our own files have in them: which digests are facts, and what follows where one was wrong."""
+    """What our own files have in them: which digests are facts, and what follows where one was
+    wrong."""
 
-    def unread(self, source: int, before: "Tuple[float, int]", limit: int) -> "List[Dict[str, Any]]":
-        """Facts (see version_of) of files whose digest is presumed, those of which it was presumed last first; behind
-        `before`, the (doubt, id) of the last one."""
+    def unread(self, source: int, before: "Tuple[float, int]",
+               limit: int) -> "List[Dict[str, Any]]":
+        """Facts (see version_of) of files whose digest is presumed, those of which it was presumed
+        last first; behind `before`, the (doubt, id) of the last one."""
         return [dict(zip(self.FACTS, row)) for row in self.rows(
-            "SELECT %s FROM entries WHERE source=? AND doubt IS NOT NULL AND doubt<=? AND (doubt<? OR id<?) AND other IS NULL "
-            "ORDER BY doubt DESC, id DESC LIMIT ?" % ", ".join(self.FACTS),
+            "SELECT %s FROM entries WHERE source=? AND doubt IS NOT NULL AND doubt<=? AND (doubt<? "
+            "OR id<?) AND other IS NULL ORDER BY doubt DESC, id DESC LIMIT "
+            "?" % ", ".join(self.FACTS),
             source, before[0], before[0], before[1], limit)]
 
     def unread_count(self, source: int) -> "Tuple[int, Optional[float]]":
         """(files whose digest is presumed, since when the first of them is)."""
-        return self.one("SELECT COUNT(*), MIN(doubt) FROM entries WHERE source=? AND doubt IS NOT NULL", source)
+        return self.one("SELECT COUNT(*), MIN(doubt) FROM entries WHERE source=? AND doubt IS NOT "
+                        "NULL", source)
 
-    def prove(self, source: "Dict[str, Any]", facts: "Dict[str, Any]", own: bytes, sure: bool = False) -> str:
-        """The server has read a file in full; `facts`: what it was before and after; `own`: its digest.
+    def prove(self, source: "Dict[str, Any]", facts: "Dict[str, Any]", own: bytes,
+              sure: bool = False) -> str:
+        """The server has read a file in full; `facts`: what it was before and after; `own`: its
+        digest.
 
-        Returns "proven"; "changed" (the books know another version by now); "rotten" (it was proven before, and nothing but
-        the content changed); "copies" (its copies were not of this content: they are out of date now); or "other": it is
-        not what its copies have, and whether that is a change or a mass change is for `settle_others` to say.  `sure`: some
-        copy has this content, so it is no mass change.
+        Returns "proven"; "changed" (the books know another version by now); "rotten" (it was proven
+        before, and nothing but the content changed); "copies" (its copies were not of this content:
+        they are out of date now); or "other": it is not what its copies have, and whether that is a
+        change or a mass change is for `settle_others` to say.  `sure`: some copy has this content,
+        so it is no mass change.
         """
         return self.prove_all(source, [(facts, own, sure)])[0]
 
-    def prove_all(self, source: "Dict[str, Any]", read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
+    def prove_all(self, source: "Dict[str, Any]",
+                  read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
         """The same for many files at once: (facts, digest, sure)."""
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE kind='f' AND id AMONG",
+                "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE "
+                "kind='f' AND id AMONG",
                 [facts["id"] for facts, _, _ in read])}
             verdicts, news = [], []
             for facts, own, sure in read:
                 row = known.get(facts["id"])
-                if not row or row[:4] != (facts["size"], facts["mtime"], facts["ino"], facts["ctime"]):
+                if not row or row[:4] != (facts["size"], facts["mtime"], facts["ino"],
+                                          facts["ctime"]):
                     verdicts.append("changed")
                 elif row[4] in (None, own):
                     verdicts.append("proven")
@@ -2788,12 +3072,15 @@ class Proof(News):
                         news.append((own, source["id"], facts["id"]))
                 else:
                     verdicts.append(self._disprove(source, facts["id"], own, *row[5:], sure))
-                    del known[facts["id"]]  # it is another version now: who names it twice is told so
-            db.executemany("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=%s WHERE id=?"
+                    # it is another version now: who names it twice is told so
+                    del known[facts["id"]]
+            db.executemany("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=%s "
+                           "WHERE id=?"
                            % self.OPEN_GEN, news)
             return verdicts
 
-    def _disprove(self, source: "Dict[str, Any]", number: int, own: bytes, doubt: "Optional[float]", basis: "Optional[str]",
+    def _disprove(self, source: "Dict[str, Any]", number: int, own: bytes, doubt: "Optional[float]",
+                  basis: "Optional[str]",
                   sure: bool) -> str:
         """A file has another content than its digest says: what that means, see `prove`."""
         if doubt is None:
@@ -2807,25 +3094,31 @@ class Proof(News):
         return "copies"
 
     def _take_other(self, source: "Dict[str, Any]", number: int) -> None:
-        """What was read is a file's content from now on.  Where another content had been read before it is a new version;
-        else only its copies were wrong."""
-        self.db.execute("UPDATE entries SET version=CASE basis WHEN 'p' THEN ? ELSE version END, digest=other, doubt=NULL, "
-                        "basis='p', other=NULL, gen=%s WHERE id=?" % self.OPEN_GEN, (self._next_version(), source["id"], number))
+        """What was read is a file's content from now on.  Where another content had been read
+        before it is a new version; else only its copies were wrong."""
+        self.db.execute("UPDATE entries SET version=CASE basis WHEN 'p' THEN ? ELSE version END, "
+                        "digest=other, doubt=NULL, basis='p', other=NULL, gen=%s WHERE "
+                        "id=?" % self.OPEN_GEN,
+                        (self._next_version(), source["id"], number))
         self.db.execute("DELETE FROM declines WHERE file=?", (number,))
         self._copies_are_old(number)
         self.regroup([number])
         self.note_change(source["id"])
 
     def settle_others(self, source: "Dict[str, Any]", equal: int, consent: bool = False) -> None:
-        """Decide about files that were found to have another content while size and times are the same: taken over one by
-        one, unless more than half of a source may be so.  Then it waits until that is known, and the source is held.
+        """Decide about files that were found to have another content while size and times are the
+        same: taken over one by one, unless more than half of a source may be so.  Then it waits
+        until that is known, and the source is held.
 
-        equal: how many of its files were read meanwhile and were as presumed; consent: somebody said `accept`.
+        equal: how many of its files were read meanwhile and were as presumed; consent: somebody
+        said `accept`.
         """
         with self.write() as db:
             others = [row[0] for row in db.execute(
-                "SELECT id FROM entries WHERE source=? AND other IS NOT NULL ORDER BY id", (source["id"],))]
-            files, unread = self.file_counts(source["id"])[0], self.unread_count(source["id"])[0] - len(others)
+                "SELECT id FROM entries WHERE source=? AND other IS NOT NULL ORDER BY id",
+                (source["id"],))]
+            files, unread = self.file_counts(source["id"])[0], \
+                self.unread_count(source["id"])[0] - len(others)
             small = files < HELD_SHARE_OF
             if not others or source["state"] != "ok" and not consent:
                 return
@@ -2834,32 +3127,38 @@ class Proof(News):
                     self._take_other(source, number)
             elif self.mostly_other(source["id"]):
                 self.finish_scan(source["name"], state="held", cause="bytes", reason=(
-                    "of the %s in %s, %s have another content than before, while size and time of change are the same"
+                    "of the %s in %s, %s have another content than before, while size and time of "
+                    "change are the same"
                     % (count_of(files, "file"), source["path"], format(len(others), ","))))
                 self.list_held(source["id"], "bytes")
 
     def mostly_other(self, source: int) -> bool:
-        """Whether more than half of a source's files are known to have another content than presumed."""
-        others = self.one("SELECT COUNT(*) FROM entries WHERE source=? AND other IS NOT NULL", source)[0]
+        """Whether more than half of a source's files are known to have another content than
+        presumed."""
+        others = self.one("SELECT COUNT(*) FROM entries WHERE source=? AND other IS NOT NULL",
+                          source)[0]
         files = self.file_counts(source)[0]
         return files >= HELD_SHARE_OF and others * 2 > files
 
 
 class Placement(Proof):
-    """Which copies are missing, and who should have them: reads, decides, writes nothing (the rules of a pass are in
-    section 13)."""
+    """Which copies are missing, and who should have them: reads, decides, writes nothing (the rules
+    of a pass are in section 13)."""
 
-    def candidates(self, backup: int, source: int, replicas: int, free: int, batch: "Tuple[int, int]",
+    def candidates(self, backup: int, source: int, replicas: int, free: int,
+                   batch: "Tuple[int, int]",
                    ) -> "Iterator[Tuple[int, int]]":
-        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level that has any; large
-        enough for a choice when `batch` (files, bytes) is wanted.
+        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level
+        that has any; large enough for a choice when `batch` (files, bytes) is wanted.
 
-        On that level, files whose present holders have the most free room together come first: a host
-        with room can never take the same file twice, so its files must go to others.  Last of all come those (not
-        without any copy) of which hosts that will be short of files could take every copy that is missing.
+        On that level, files whose present holders have the most free room together come first: a
+        host with room can never take the same file twice, so its files must go to others.  Last of
+        all come those (not without any copy) of which hosts that will be short of files could take
+        every copy that is missing.
         """
         room: "Dict[str, int]" = {}
-        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0"):
+        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 "
+                                                "AND lost=0 AND leaving=0"):
             room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
         levels: "Dict[Tuple[bool, int], List[Group]]" = {}
         short = self._short_of_files(source, replicas, room) - {self.host_of(backup)}
@@ -2869,11 +3168,14 @@ class Placement(Proof):
         for (_, level), groups in sorted(levels.items()):
             none = True
             files, size = sum(group.files for group in groups), sum(group.bytes for group in groups)
-            sample = max(CANDIDATES, CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
+            sample = max(CANDIDATES,
+                         CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
             drawn: "Dict[int, int]" = {}
-            for group in self.random.choices(groups, weights=[group.files for group in groups], k=min(sample, 2 * files)):
+            for group in self.random.choices(groups, weights=[group.files for group in groups],
+                                             k=min(sample, 2 * files)):
                 drawn[group.id] = drawn.get(group.id, 0) + 1
-            scores = sorted((-sum(room.get(host, 0) for host in group.hosts), self.random.random(), group.id)
+            scores = sorted((-sum(room.get(host, 0) for host in group.hosts), self.random.random(),
+                             group.id)
                             for group in groups if group.id in drawn)
             for _, _, number in scores:
                 for row in self._sample(number, backup, free, drawn[number]):
@@ -2887,53 +3189,63 @@ class Placement(Proof):
                 return
 
     def _short_of_files(self, source: int, replicas: int, room: "Dict[str, int]") -> "set[str]":
-        """Hosts whose room is not much less than all that they can still take of a source: when others take it, room
-        is left there for which there are no files, until others are relieved of some that were placed already."""
+        """Hosts whose room is not much less than all that they can still take of a source: when
+        others take it, room is left there for which there are no files, until others are relieved
+        of some that were placed already."""
         missing = [group for group in self.groups(source, "n<?", replicas) if not group.blocked]
         lacking = dict.fromkeys(room, sum(group.bytes for group in missing))
         for group in missing:
             for host in group.hosts:
                 if host in lacking:
                     lacking[host] -= group.bytes
-        return {host for host in room if host != self.host and 0 < lacking[host] <= SHORT_OF_FILES * room[host]}
+        return {host for host in room if host != self.host
+                and 0 < lacking[host] <= SHORT_OF_FILES * room[host]}
 
-    ACCEPT = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)"
+    ACCEPT = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id " \
+        "AND d.backup=? AND d.until>?)"
 
     def _sample(self, group: int, backup: int, free: int, count: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of up to `count` random files of a group that fit into `free` and were not declined."""
+        """(file id, size) of up to `count` random files of a group that fit into `free` and were
+        not declined."""
         start, found = self.random.getrandbits(40), []
         for side in (">=", "<"):
             found += self.rows(
-                "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT ?) x "
-                "WHERE 1 %s LIMIT ?" % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
+                "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER "
+                "BY rnd LIMIT ?) x WHERE 1 %s LIMIT "
+                "?" % (side, self.ACCEPT), group, start, max(200, 2 * count), free,
+                backup, self.up(),
                 count - len(found))
             if len(found) >= count:
                 break
         return found
 
-    def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int, free: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of the largest files of `groups` that fit, where a random sample had none."""
+    def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int,
+                  free: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of the largest files of `groups` that fit, where a random sample had
+        none."""
         some = {row[0] for row in self.rows(
-            "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM entries WHERE grp=g.id "
-            "AND size<=?)", source, level, free)}
+            "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM "
+            "entries WHERE grp=g.id AND size<=?)", source, level, free)}
         found: "List[Tuple[int, int]]" = []
         for group in groups:
             if group.id in some and len(found) < CANDIDATES:
-                found += self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?" % self.ACCEPT,
+                found += self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size "
+                                   "DESC LIMIT ?" % self.ACCEPT,
                                    group.id, free, backup, self.up(), CANDIDATES)
         return found
 
     def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
                              ) -> "Optional[Tuple[bytes, int]]":
-        """(path, size) of the smallest file larger than `above`, at most `most`, on the lowest level that has
-        one which `backup` could take if it had room."""
+        """(path, size) of the smallest file larger than `above`, at most `most`, on the lowest
+        level that has one which `backup` could take if it had room."""
         levels: "Dict[int, List[int]]" = {}
         for group in self.underserved(source["id"], source["replicas"], backup):
             levels.setdefault(group.n, []).append(group.id)
         for level in sorted(levels):
             found = [row for row in (self.one(
-                "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d "
-                "WHERE d.file=x.id AND d.backup=? AND d.until>?) ORDER BY size LIMIT 1",
+                "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT "
+                "EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?) "
+                "ORDER BY size LIMIT 1",
                 number, above, most, backup, self.up()) for number in levels[level]) if row]
             if found:
                 size, path = min(found)
@@ -2942,28 +3254,34 @@ class Placement(Proof):
 
     # -- making room --
 
-    def droppable(self, backup: int, source: "Dict[str, Any]", need: int) -> "List[Tuple[bytes, int]]":
-        """(path, size) of overserved files that `backup` holds: the smallest one of at least `need` bytes, and
-        the largest smaller ones, up to `need`."""
-        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?", source["replicas"],
+    def droppable(self, backup: int, source: "Dict[str, Any]",
+                  need: int) -> "List[Tuple[bytes, int]]":
+        """(path, size) of overserved files that `backup` holds: the smallest one of at least `need`
+        bytes, and the largest smaller ones, up to `need`."""
+        numbers = [group.id for group in self.groups(source["id"], "k>=? AND key GLOB ?",
+                                                     source["replicas"],
                                                      "*%d+*" % backup)
-                   if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]]
+                   if group.members.get(backup)
+                   and group.copies_without(backup, self.host_of) >= source["replicas"]]
         return self._around(numbers, need, 1 << 62, backup)
 
     def _around(self, groups: "List[int]", need: int, most: int, backup: int, filling: bool = False,
                 ) -> "List[Tuple[bytes, int]]":
-        """The smallest file of at least `need` bytes, and the largest smaller ones: until they are together as much, or
-        with `filling` such as fit together into `need`; none over `most`, none that `backup` declined."""
+        """The smallest file of at least `need` bytes, and the largest smaller ones: until they are
+        together as much, or with `filling` such as fit together into `need`; none over `most`, none
+        that `backup` declined."""
         above: "List[Tuple[int, bytes]]" = []
         below: "List[Tuple[int, bytes]]" = []
-        free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=%d AND d.until>%f)" % (
-            backup, self.up())
+        free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id " \
+            "AND d.backup=%d AND d.until>%f)" % (backup, self.up())
         for number in groups:
-            above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND size<=? AND %s ORDER BY size "
-                               "LIMIT 1" % free_of_declines, number, need, most)
+            above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND "
+                               "size<=? AND %s ORDER BY size LIMIT "
+                               "1" % free_of_declines, number, need, most)
             total, limit = 0, min(need - 1, most)
             while limit >= 0:
-                page = self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<=? AND %s ORDER BY size DESC LIMIT 500"
+                page = self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<=? AND %s "
+                                 "ORDER BY size DESC LIMIT 500"
                                  % free_of_declines, number, limit)
                 limit = -1
                 for row in page:
@@ -2983,44 +3301,55 @@ class Placement(Proof):
                 total += size
         return chosen
 
-    def relief_offers(self, backup: int, source: "Dict[str, Any]", relieved: int, gap: int, free: int,
+    def relief_offers(self, backup: int, source: "Dict[str, Any]", relieved: int, gap: int,
+                      free: int,
                       ) -> "List[Tuple[bytes, int]]":
-        """(path, size) of files with exactly N claims or copies that `relieved` holds and `backup`'s host lacks:
-        the smallest one of at least `gap` bytes, and the largest smaller ones up to `gap`; none over `free`."""
+        """(path, size) of files with exactly N claims or copies that `relieved` holds and
+        `backup`'s host lacks: the smallest one of at least `gap` bytes, and the largest smaller
+        ones up to `gap`; none over `free`."""
         host = self.host_of(backup)
         inside = self.host_of(relieved) == host
-        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?", source["replicas"],
+        numbers = [group.id for group in self.groups(source["id"], "n=? AND key GLOB ?",
+                                                     source["replicas"],
                                                      "*%d+*" % relieved)
                    if group.members.get(relieved) and not group.blocked
                    and (backup not in group.members if inside else host not in group.hosts)]
         return self._around(numbers, gap, free, backup, filling=True)
 
     def lacking(self, backup: int, source: "Dict[str, Any]", most: int) -> "Tuple[int, int]":
-        """(bytes, files) that are underserved, at most `most` bytes each, and that `backup` lacks and may hold."""
+        """(bytes, files) that are underserved, at most `most` bytes each, and that `backup` lacks
+        and may hold."""
         size = files = 0
         for group in self.underserved(source["id"], source["replicas"], backup):
             large = (0, 0) if group.bytes <= most else self.one(
-                "SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?", group.id, most)
+                "SELECT COALESCE(SUM(size), 0), COUNT(*) FROM entries WHERE grp=? AND size>?",
+                group.id, most)
             size, files = size + group.bytes - large[0], files + group.files - large[1]
         declined = self.one(
-            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d CROSS JOIN entries e ON e.id=d.file JOIN groups g "
-            "ON g.id=e.grp WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
+            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d CROSS JOIN entries e ON "
+            "e.id=d.file JOIN groups g ON g.id=e.grp WHERE d.backup=? AND d.until>? AND e.source=? "
+            "AND g.n<? AND e.size<=?",
             backup, self.up(), source["id"], source["replicas"], most)
         return max(0, size - declined[0]), max(0, files - declined[1])
 
     def room_of_others(self, backup: int) -> "Dict[int, int]":
-        """backup -> free bytes, as far as it is to be expected that they are offered to our files in its next pass."""
+        """backup -> free bytes, as far as it is to be expected that they are offered to our files
+        in its next pass."""
         return {number: free for number, free in self.rows(
-            "SELECT id, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? AND host<>? AND free>0 "
-            "AND heard>=?-3*COALESCE(period, 3600)", backup, self.host, self.up())}
+            "SELECT id, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? "
+            "AND host<>? AND free>0 AND heard>=?-3*COALESCE(period, "
+            "3600)", backup, self.host, self.up())}
 
     def beyond_room(self, source: "Dict[str, Any]", room: "Dict[int, int]") -> int:
-        """Bytes of missing copies for which there is no place in `room` (backup -> bytes); what has one is taken off it.
+        """Bytes of missing copies for which there is no place in `room` (backup -> bytes); what has
+        one is taken off it.
 
-        Only for these is it worth to make room elsewhere: the others will be taken by who has the room, without help.
+        Only for these is it worth to make room elsewhere: the others will be taken by who has the
+        room, without help.
         """
         beyond, declined = 0, self.one("SELECT 1 FROM declines WHERE until>? LIMIT 1", self.up())
-        for group in sorted(self.groups(source["id"], "n<?", source["replicas"]), key=lambda g: g.n):
+        for group in sorted(self.groups(source["id"], "n<?", source["replicas"]),
+                            key=lambda g: g.n):
             left = 0 if group.blocked else (source["replicas"] - group.n) * group.bytes
             taken: "Dict[str, int]" = {}
             for backup in sorted(room, key=lambda b: (-room[b], b)) if left else ():
@@ -3028,8 +3357,10 @@ class Placement(Proof):
                 if host in group.hosts:
                     continue
                 fits = group.bytes if room[backup] >= group.bytes and not declined else self.one(
-                    "SELECT COALESCE(SUM(size), 0) FROM entries x WHERE grp=? AND size<=? AND NOT EXISTS(SELECT 1 FROM "
-                    "declines d WHERE d.file=x.id AND d.backup=? AND d.until>?)", group.id, room[backup], backup, self.up())[0]
+                    "SELECT COALESCE(SUM(size), 0) FROM entries x WHERE grp=? AND size<=? AND NOT "
+                    "EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND "
+                    "d.until>?)", group.id,
+                    room[backup], backup, self.up())[0]
                 able = min(fits, room[backup], left, group.bytes - taken.get(host, 0))
                 taken[host] = taken.get(host, 0) + able
                 room[backup] -= able
@@ -3038,69 +3369,89 @@ class Placement(Proof):
         return beyond
 
     def last_words(self) -> "List[Dict[str, Any]]":
-        """What every configured backup said last, and the bytes that it can drop of this host's sources, now or when what
-        is claimed has arrived: or several would relieve it of the same bytes at once."""
+        """What every configured backup said last, and the bytes that it can drop of this host's
+        sources, now or when what is claimed has arrived: or several would relieve it of the same
+        bytes at once."""
         spare: "Dict[int, int]" = {}
-        for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND state='ok'"):
+        for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND "
+                                          "state='ok'"):
             for group in self.groups(source, "n>?", replicas):
                 for backup, copy in group.members.items():
-                    if copy and len({self.host_of(b) for b in group.members if b != backup and b not in group.leaving}
+                    if copy and len({self.host_of(b) for b in group.members if b != backup
+                                     and b not in group.leaving}
                                     ) >= replicas:
                         spare[backup] = spare.get(backup, 0) + group.bytes
         now = self.up()
-        return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want, "used": used,
-                 "files": files, "age": None if date is None else max(0.0, now - heard), "period": period,
+        return [{"name": name, "host": host, "capacity": capacity, "free": free, "want": want,
+                 "used": used,
+                 "files": files, "age": None if date is None else max(0.0, now - heard),
+                 "period": period,
                  "lost": bool(lost), "droppable": spare.get(number, 0)}
-                for number, name, host, capacity, free, want, used, files, heard, date, period, lost in self.rows(
-                    "SELECT id, name, host, capacity, free, want, used, files, heard, heard_date, period, lost "
-                    "FROM backups WHERE configured=1 ORDER BY name")]
+                for number, name, host, capacity, free, want, used, files, heard, date, period,
+                lost in self.rows(
+                    "SELECT id, name, host, capacity, free, want, used, files, heard, heard_date, "
+                    "period, lost FROM backups WHERE configured=1 ORDER BY name")]
 
     # -- figures --
 
     def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
-        """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the rules)."""
-        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups WHERE source=? AND files>0 AND n<? "
-                        "AND key NOT LIKE '!%'", source["replicas"], source["id"], source["replicas"])[0]
+        """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the
+        rules)."""
+        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups WHERE source=? AND "
+                        "files>0 AND n<? AND key NOT LIKE '!%'", source["replicas"], source["id"],
+                        source["replicas"])[0]
 
     def short_count(self, source: "Dict[str, Any]") -> int:
         """How many files have fewer than N confirmed copies."""
-        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND k<?",
+        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND "
+                        "k<?",
                         source["id"], source["replicas"])[0]
 
     def duties(self) -> "Dict[str, int]":
-        """For each backup that is leaving: how many copies in it have not been made elsewhere yet."""
+        """For each backup that is leaving: how many copies in it have not been made elsewhere
+        yet."""
         out = {}
-        for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND configured=1"):
-            out[name] = sum(group.files for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
+        for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND "
+                                      "configured=1"):
+            out[name] = sum(group.files for source,
+                            replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
                             for group in self.groups(source, "key GLOB ?", "*%d+*" % number)
-                            if number in group.leaving and group.copies_without(number, self.host_of) < replicas)
+                            if number in group.leaving
+                            and group.copies_without(number, self.host_of) < replicas)
         return out
 
     def plan_facts(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
-        """For `plan`: files, bytes and the largest file of a source; files without any copy (`bare`); and for each host with
-        copies what is short of copies without it (`without`: host -> [files, bytes that are to be copied again])."""
-        out: "Dict[str, Any]" = {"replicas": source["replicas"], "files": 0, "bytes": 0, "bare": [0, 0], "without": {}}
+        """For `plan`: files, bytes and the largest file of a source; files without any copy
+        (`bare`); and for each host with copies what is short of copies without it (`without`: host
+        -> [files, bytes that are to be copied again])."""
+        out: "Dict[str, Any]" = {"replicas": source["replicas"], "files": 0, "bytes": 0,
+                                 "bare": [0, 0], "without": {}}
         for group in self.groups(source["id"]):
             out["files"] += group.files
             out["bytes"] += group.bytes
-            staying = {self.host_of(b) for b, copy in group.members.items() if copy and b not in group.leaving}
+            staying = {self.host_of(b) for b, copy in group.members.items() if copy
+                       and b not in group.leaving}
             if not group.copy_hosts:
                 out["bare"] = [out["bare"][0] + group.files, out["bare"][1] + group.bytes]
             for host in staying if len(staying) <= source["replicas"] else ():
                 files, size = out["without"].get(host, (0, 0))
                 out["without"][host] = [files + group.files, size + group.bytes]
-        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY size DESC LIMIT 1",
+        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY "
+                           "size DESC LIMIT 1",
                            source["id"])
         out["largest"] = [largest[0], as_text(largest[1])] if largest else [0, ""]
         return out
 
     def figures(self, source: "Dict[str, Any]") -> "Dict[str, Any]":
-        """What `status` says of one source; costs the same with a thousand files and with a million."""
+        """What `status` says of one source; costs the same with a thousand files and with a
+        million."""
         replicas, histogram = source["replicas"], {}
-        out = {"files": 0, "bytes": 0, "underserved_files": 0, "underserved_bytes": 0, "overserved_files": 0,
+        out = {"files": 0, "bytes": 0, "underserved_files": 0, "underserved_bytes": 0,
+               "overserved_files": 0,
                "missing_bytes": 0, "claimed_files": 0, "blocked_files": 0}
         for k, n, blocked, files, size in self.rows(
-                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups WHERE source=? AND files>0 GROUP BY 1, 2, 3",
+                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups WHERE source=? AND "
+                "files>0 GROUP BY 1, 2, 3",
                 source["id"]):
             out["files"] += files
             out["bytes"] += size
@@ -3121,51 +3472,60 @@ class Placement(Proof):
         return out
 
     def short_since(self, source: int, replicas: int) -> "Optional[float]":
-        """For how many seconds at most, by their ctime, files have been as they are and short of copies; None: there is none."""
-        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id WHERE g.source=? AND g.k<? "
-                          "AND g.files>0", source, replicas)[0]
+        """For how many seconds at most, by their ctime, files have been as they are and short of
+        copies; None: there is none."""
+        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id WHERE "
+                          "g.source=? AND g.k<? AND g.files>0", source, replicas)[0]
         return None if oldest is None else max(0.0, clock.now() - oldest / 1e9)
 
-    def stuck_files(self, source: int, replicas: int, limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
-        """(how many, (path, why) of some) of files that are short of copies because backups could not take them, or because
-        their contents cannot be trusted; without those that cannot be read, which the scan names, and those that were being
-        written to."""
+    def stuck_files(self, source: int, replicas: int,
+                    limit: int) -> "Tuple[int, List[Tuple[bytes, str]]]":
+        """(how many, (path, why) of some) of files that are short of copies because backups could
+        not take them, or because their contents cannot be trusted; without those that cannot be
+        read, which the scan names, and those that were being written to."""
         rows = self.rows(
-            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE g.source=?1 AND g.k<?2 "
-            "AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' UNION SELECT e.path, MIN(d.reason) "
-            "FROM declines d CROSS JOIN entries e ON e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 "
-            "AND g.k<?2 AND d.version=e.version AND d.reason NOT IN ('no room', 'changed') GROUP BY e.id "
-            "ORDER BY 1", source, replicas)
+            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE "
+            "g.source=?1 AND g.k<?2 AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' "
+            "UNION SELECT e.path, MIN(d.reason) FROM declines d CROSS JOIN entries e ON "
+            "e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 AND g.k<?2 AND "
+            "d.version=e.version AND d.reason NOT IN ('no room', 'changed') GROUP "
+            "BY e.id ORDER BY 1", source, replicas)
         return len(rows), rows[:limit]
 
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
-        """(path, size, why) of files that are short of copies, the largest first: what fits nowhere is among them."""
+        """(path, size, why) of files that are short of copies, the largest first: what fits nowhere
+        is among them."""
         largest: "Dict[str, int]" = {}
-        for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND "
-                                        "host<>? AND capacity IS NOT NULL", self.host):
+        for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND "
+                                        "lost=0 AND leaving=0 AND host<>? AND capacity IS NOT "
+                                        "NULL", self.host):
             largest[host] = max(capacity, largest.get(host, 0))
         found, short = [], []
-        for (group,) in self.rows("SELECT id FROM groups WHERE source=? AND files>0 AND k<?", source, replicas):
-            short += self.rows(  # group by group, which is by index: a pass asks for this, also when a million are short
-                "SELECT path, size, COALESCE(blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), '') "
-                "FROM entries e WHERE grp=? ORDER BY size DESC LIMIT ?", group, limit)
+        for (group,) in self.rows("SELECT id FROM groups WHERE source=? AND files>0 AND k<?",
+                                  source, replicas):
+            # Group by group, which is by index: a pass asks for this, also when a million are short.
+            short += self.rows(
+                "SELECT path, size, COALESCE(blocked, (SELECT d.reason FROM declines d WHERE "
+                "d.file=e.id LIMIT 1), '') FROM entries e WHERE grp=? ORDER BY size DESC LIMIT "
+                "?", group, limit)
         for path, size, why in sorted(short, key=lambda row: -row[1])[:limit]:
             able = sum(capacity >= size for capacity in largest.values())
             if not why and largest and able < replicas:
-                why = "it fits into no backup" if not able else "it fits into the backups of only %s" % count_of(able, "host")
+                why = "it fits into no backup" if not able \
+                    else "it fits into the backups of only %s" % count_of(able, "host")
             found.append((path, size, why))
         return found
 
 
 class Ledger(Placement):
-    """Copies, from the claim to where they count (`count_copies`), and the grant that lets one go (`grant_drop`): nobody
-    else grants."""
+    """Copies, from the claim to where they count (`count_copies`), and the grant that lets one go
+    (`grant_drop`): nobody else grants."""
 
     # -- backups: their last words, absence, leases --
 
     def hear(self, name: str, words: "Dict[str, Any]") -> int:
-        """Remember the last words of a backup (`capacity`, `free`, `want`, `used`, `files`, `identity`; those
-        that are given) and renew its claims.  Returns its id."""
+        """Remember the last words of a backup (`capacity`, `free`, `want`, `used`, `files`,
+        `identity`; those that are given) and renew its claims.  Returns its id."""
         number = self.backup_id(name)
         now = self.up()
         known = {key: value for key, value in words.items() if value is not None}
@@ -3173,16 +3533,20 @@ class Ledger(Placement):
         if not first and self._heard_just_now(number, known, now):
             return number
         with self.write() as db:
-            row = db.execute("SELECT lost, heard, period, fruitless FROM backups WHERE id=?", (number,)).fetchone()
+            row = db.execute("SELECT lost, heard, period, fruitless FROM backups WHERE id=?",
+                             (number,)).fetchone()
             known.update(heard=now, heard_date=clock.now())
             if first:
-                # What changed while it was copied may stand still now, also when it has no new version.
+                # What changed while it was copied may stand still now, also when it has no new
+                # version.
                 db.execute("DELETE FROM declines WHERE backup=? AND reason='changed'", (number,))
                 known["fruitless"] = row[3] + 1 if db.execute(
-                    "SELECT 1 FROM copies WHERE backup=? AND expires>0 AND state='c' LIMIT 1", (number,)).fetchone() else 0
+                    "SELECT 1 FROM copies WHERE backup=? AND expires>0 AND state='c' LIMIT 1",
+                    (number,)).fetchone() else 0
                 if row[1] is not None:
                     known["period"] = max(1.0, now - row[1])
-            db.execute("UPDATE backups SET %s WHERE id=?" % ", ".join("%s=?" % key for key in known),
+            db.execute("UPDATE backups SET %s WHERE id=?"
+                       % ", ".join("%s=?" % key for key in known),
                        list(known.values()) + [number])
             if known.get("fruitless", row[3]) < FRUITLESS_PASSES:  # else others are to have a try
                 db.execute("UPDATE copies SET expires=? WHERE backup=? AND state='c' AND expires<?",
@@ -3193,24 +3557,32 @@ class Ledger(Placement):
         return number
 
     def _heard_just_now(self, number: int, words: "Dict[str, Any]", now: float) -> bool:
-        """Whether a backup has said the same a moment ago: nothing is to be written then, which would be waiting for a disk."""
+        """Whether a backup has said the same a moment ago: nothing is to be written then, which
+        would be waiting for a disk."""
         keys = sorted(words)
-        lost, heard, *known = self.one("SELECT %s FROM backups WHERE id=?" % ", ".join(["lost", "heard"] + keys), number)
-        return not lost and heard is not None and 0 <= now - heard < HEARD_WITHIN and known == [words[key] for key in keys]
+        lost, heard, *known = self.one("SELECT %s FROM backups WHERE id=?"
+                                       % ", ".join(["lost", "heard"] + keys), number)
+        return not lost and heard is not None and 0 <= now - heard < HEARD_WITHIN \
+            and known == [words[key] for key in keys]
 
     def renew_updates(self, backup: int, files: "List[Tuple[int, bytes]]") -> None:
-        """`backup` is at work on these (source, path) of which it has an older version: others are to wait for longer."""
+        """`backup` is at work on these (source, path) of which it has an older version: others are
+        to wait for longer."""
         with self.write() as db:
-            db.executemany("UPDATE copies SET expires=? WHERE backup=? AND state='s' AND file=(SELECT id FROM entries "
-                           "WHERE source=? AND path=?)", [(self.up() + STALE_LEASE, backup) + each for each in files])
+            db.executemany("UPDATE copies SET expires=? WHERE backup=? AND state='s' AND "
+                           "file=(SELECT id FROM entries WHERE source=? AND path=?)",
+                           [(self.up() + STALE_LEASE, backup) + each for each in files])
 
     def expire(self, lost_after: float) -> None:
-        """End claims and update leases that ran out, and stop counting backups unheard of for `lost_after`."""
+        """End claims and update leases that ran out, and stop counting backups unheard of for
+        `lost_after`."""
         now = self.up()
         with self.lock:
-            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id FROM backups) AND expires<=?",
+            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id "
+                            "FROM backups) AND expires<=?",
                             now)
-            lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
+            lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND "
+                             "heard<?", now - lost_after)
             if not due and not lost:
                 return
             with self.write() as db:
@@ -3218,14 +3590,15 @@ class Ledger(Placement):
                     if state == "c":
                         db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     else:
-                        db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=?",
+                        db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND "
+                                   "backup=?",
                                    (number, backup))
                 self.regroup(row[0] for row in due)
                 for number, _, _ in due:
                     self._retire_outdated(number)
                 for number, name in lost:
-                    log.warning("backup %s has not been heard of for %s: its copies no longer count",
-                                name, format_seconds(lost_after))
+                    log.warning("backup %s has not been heard of for %s: its copies no longer "
+                                "count", name, format_seconds(lost_after))
                     db.execute("UPDATE backups SET lost=1 WHERE id=?", (number,))
                 if lost:
                     self.recount_groups()
@@ -3236,25 +3609,30 @@ class Ledger(Placement):
 
     def own_claims(self, backup: int, source: int, limit: int) -> "List[Tuple[Any, ...]]":
         """Claims that this backup already has, for a client that comes back after it was killed."""
-        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? AND c.source=? "
-                         "AND c.state='c' ORDER BY e.path LIMIT ?" % self.WANTED, backup, source, limit)
+        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE "
+                         "c.backup=? AND c.source=? AND c.state='c' ORDER BY e.path LIMIT "
+                         "?" % self.WANTED, backup, source,
+                         limit)
 
     def on_their_way(self, source: int, most: int) -> "List[bytes]":
         """Paths of files that some backup has claimed, or has an older version of."""
         return [row[0] for row in self.rows(
-            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file WHERE c.source=? AND c.state IN ('c', 's', 'o') "
-            "AND e.kind='f' LIMIT ?", source, most)]
+            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file WHERE c.source=? "
+            "AND c.state IN ('c', 's', 'o') AND e.kind='f' LIMIT ?", source, most)]
 
-    def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int, max_bytes: int,
+    def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int,
+              max_bytes: int,
               ) -> "List[Tuple[Any, ...]]":
         """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path."""
         taken, size = [], 0
         with self.write() as db:
             while len(taken) < max_files and size < max_bytes:
                 some: "List[int]" = []
-                for number, each in self.candidates(backup, source["id"], source["replicas"], free - size,
+                for number, each in self.candidates(backup, source["id"], source["replicas"],
+                                                    free - size,
                                                     (max_files - len(taken), max_bytes - size)):
-                    if len(taken) + len(some) >= max_files or (taken or some) and size + each > max_bytes:
+                    if len(taken) + len(some) >= max_files or (taken
+                                                               or some) and size + each > max_bytes:
                         break
                     if each <= free - size:
                         some.append(number)
@@ -3266,29 +3644,34 @@ class Ledger(Placement):
             wanted = self._wanted(taken)
             rows = first_page(wanted)
             self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
-            db.execute("UPDATE backups SET free=free-? WHERE id=?", (sum(row[2] for row in rows), backup))
+            db.execute("UPDATE backups SET free=free-? WHERE id=?",
+                       (sum(row[2] for row in rows), backup))
             return [row[1:] for row in rows]
 
     def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
         until = self.up() + CLAIM_LEASE
-        self.db.executemany("INSERT INTO copies(file, backup, source, state, expires) VALUES(?,?,?,'c',?) "
-                            "ON CONFLICT(file, backup) DO UPDATE SET state='s', expires=excluded.expires",
+        self.db.executemany("INSERT INTO copies(file, backup, source, state, expires) "
+                            "VALUES(?,?,?,'c',?) ON CONFLICT(file, backup) DO UPDATE SET "
+                            "state='s', expires=excluded.expires",
                             [(number, backup, source, until) for number in numbers])
         self.regroup(numbers)
 
     def _wanted(self, numbers: "Iterable[int]") -> "List[Tuple[Any, ...]]":
-        return sorted(self.rows_among("SELECT e.id, %s FROM entries e WHERE e.id AMONG" % self.WANTED, numbers),
+        return sorted(self.rows_among("SELECT e.id, %s FROM entries e WHERE e.id AMONG"
+                                      % self.WANTED, numbers),
                       key=lambda row: row[1])
 
-    def claim_paths(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]", relieved: "Optional[int]",
+    def claim_paths(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]",
+                    relieved: "Optional[int]",
                     ) -> "List[Tuple[Any, ...]]":
-        """Claim named files, those that the rules still allow: underserved ones, or with `relieved` such as that
-        backup holds and that have exactly N.  Returns rows of WANTED."""
+        """Claim named files, those that the rules still allow: underserved ones, or with `relieved`
+        such as that backup holds and that have exactly N.  Returns rows of WANTED."""
         host, taken = self.host_of(backup), []
         with self.write():
             for path in paths:
-                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
-                               "ON g.id=e.grp WHERE e.source=? AND e.path=?", source["id"], path)
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries "
+                               "e JOIN groups g ON g.id=e.grp WHERE e.source=? AND "
+                               "e.path=?", source["id"], path)
                 if not row:
                     continue
                 group = Group(row[1:], self.facts_of_backup)
@@ -3296,7 +3679,8 @@ class Ledger(Placement):
                     allowed = group.n < source["replicas"] and host not in group.hosts
                 else:
                     same_host = self.host_of(relieved) == host and backup not in group.members
-                    allowed = group.n == source["replicas"] and group.members.get(relieved) is True \
+                    allowed = group.n == source["replicas"] \
+                        and group.members.get(relieved) is True \
                         and (host not in group.hosts or same_host)
                 if allowed and not group.blocked:
                     self._insert_claims([row[0]], backup, source["id"])
@@ -3308,11 +3692,14 @@ class Ledger(Placement):
         with self.write():
             if paths is None:
                 files = [row[0] for row in self.rows(
-                    "SELECT file FROM copies WHERE backup=? AND source=? AND state='c'", backup, source)]
+                    "SELECT file FROM copies WHERE backup=? AND source=? AND state='c'", backup,
+                    source)]
             else:
                 files = [row[0] for row in (self.one(
-                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? AND e.path=? "
-                    "AND c.backup=? AND c.state='c'", source, path, backup) for path in paths) if row]
+                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? "
+                    "AND e.path=? AND c.backup=? AND "
+                    "c.state='c'", source, path, backup) for path in paths)
+                         if row]
             self._end_claims(backup, files)
 
     def _end_claims(self, backup: int, files: "List[int]") -> None:
@@ -3321,14 +3708,18 @@ class Ledger(Placement):
         self.regroup(files)
 
     def decline(self, backup: int, source: int, rows: "List[Tuple[bytes, int, str]]") -> None:
-        """`backup` could not take these (path, version, reason): others may, for a while it is not asked again."""
+        """`backup` could not take these (path, version, reason): others may, for a while it is not
+        asked again."""
         with self.write() as db:
             for path, version, reason in rows:
-                row = self.one("SELECT id, version FROM entries WHERE source=? AND path=? AND kind='f'", source, path)
+                row = self.one("SELECT id, version FROM entries WHERE source=? AND path=? AND "
+                               "kind='f'", source, path)
                 if not row:
                     continue
-                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'", (row[0], backup))
-                db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=? AND state='s'",
+                db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'",
+                           (row[0], backup))
+                db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=? "
+                           "AND state='s'",
                            (row[0], backup))
                 if row[1] == version:
                     db.execute("INSERT OR REPLACE INTO declines VALUES(?,?,?,?,?)",
@@ -3337,55 +3728,71 @@ class Ledger(Placement):
                 self._retire_outdated(row[0])
 
     def _retire_outdated(self, number: int) -> None:
-        """Older versions for which nobody waits any more go to the attic when enough other hosts have the present one: their
-        backups had no room for it, or were away for long."""
+        """Older versions for which nobody waits any more go to the attic when enough other hosts
+        have the present one: their backups had no room for it, or were away for long."""
         if self.one("SELECT 1 FROM copies WHERE file=? AND state='o'", number) and self.one(
-                "SELECT 1 FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON s.id=e.source WHERE e.id=? "
-                "AND g.k>=s.replicas", number):
-            self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'", (TODO_RETIRE, number))
+                "SELECT 1 FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON "
+                "s.id=e.source WHERE e.id=? AND g.k>=s.replicas", number):
+            self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'",
+                            (TODO_RETIRE, number))
 
     # -- confirmations --
 
-    def record_check(self, backup: int, source: "Dict[str, Any]", results: "List[Tuple[int, int, bytes]]") -> "List[int]":
-        """Note that `backup` has the right contents of (file id, version, digest), as far as samples tell; the first digest
-        of a version is presumed until our own file was read.  Returns the ids for which the version is still the same."""
+    def record_check(self, backup: int, source: "Dict[str, Any]",
+                     results: "List[Tuple[int, int, bytes]]") -> "List[int]":
+        """Note that `backup` has the right contents of (file id, version, digest), as far as
+        samples tell; the first digest of a version is presumed until our own file was read.
+        Returns the ids for which the version is still the same."""
         with self.write() as db:
             numbers = [number for number, _, _ in results]
             known = {row[0]: row[1:] for row in self.rows_among(
                 "SELECT id, version, digest FROM entries WHERE id AMONG", numbers)}
-            tags = dict(self.rows_among("SELECT file, tag FROM copies WHERE backup=? AND file AMONG", numbers, backup))
+            tags = dict(self.rows_among(
+                "SELECT file, tag FROM copies WHERE backup=? AND file AMONG", numbers, backup))
             noted = [(number, version, digest) for number, version, digest in results
-                     if number in known and known[number][0] == version and known[number][1] in (None, digest)]
+                     if number in known and known[number][0] == version
+                     and known[number][1] in (None, digest)]
             db.executemany(
-                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=? AND digest IS NULL"
-                % self.OPEN_GEN, [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"], number)
-                                  for number, _, digest in noted if known[number][1] is None])
+                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=? AND "
+                "digest IS NULL"
+                % self.OPEN_GEN,
+                [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"],
+                  number)
+                 for number, _, digest in noted if known[number][1] is None])
             db.executemany("UPDATE copies SET checked=? WHERE file=? AND backup=?",
                            [(version, number, backup) for number, version, _ in noted])
             new = {number: version for number, version, _ in noted if number not in tags}
-            db.executemany("INSERT INTO copies(file, backup, source, state, checked, expires) VALUES(?,?,?,'c',?,?)",
+            db.executemany("INSERT INTO copies(file, backup, source, state, checked, expires) "
+                           "VALUES(?,?,?,'c',?,?)",
                            [(number, backup, source["id"], version, self.up() + CLAIM_LEASE)
                             for number, version in new.items()])
             self.regroup(new)
         return [number for number, _, _ in noted]
 
-    def count_copies(self, backup: int, source: int, rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
-        """The second step of a confirmation: (path, version, tag) are durable at their place in `backup`.
-        Returns the paths that count from now on; the others are of a version that is no longer known."""
+    def count_copies(self, backup: int, source: int,
+                     rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
+        """The second step of a confirmation: (path, version, tag) are durable at their place in
+        `backup`. Returns the paths that count from now on; the others are of a version that is no
+        longer known."""
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime FROM entries e CROSS JOIN copies c ON c.file=e.id "
-                "AND c.backup=? WHERE e.source=? AND e.kind='f' AND e.path AMONG", [row[0] for row in rows], backup, source)}
+                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime FROM entries e CROSS "
+                "JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.source=? AND e.kind='f' AND "
+                "e.path AMONG",
+                [row[0] for row in rows], backup, source)}
             counted = [(path, tag) + known[path] for path, version, tag in rows
                        if path in known and known[path][1] == known[path][2] == version]
-            db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, path=NULL, expires=NULL, "
-                           "todo=todo&? WHERE file=? AND backup=?",
-                           [(tag, size, mtime, TODO_TOUCH, number, backup) for _, tag, number, _, _, size, mtime in counted])
+            db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, "
+                           "path=NULL, expires=NULL, todo=todo&? WHERE file=? AND backup=?",
+                           [(tag, size, mtime, TODO_TOUCH, number, backup) for _, tag, number, _, _,
+                            size, mtime in counted])
             numbers = [row[2] for row in counted]
-            db.executemany("DELETE FROM declines WHERE file=? AND backup=?", [(number, backup) for number in numbers])
+            db.executemany("DELETE FROM declines WHERE file=? AND backup=?",
+                           [(number, backup) for number in numbers])
             self._are_news(numbers)
             self.regroup(numbers)
-            for (number,) in self.rows_among("SELECT DISTINCT file FROM copies WHERE state='o' AND file AMONG", numbers):
+            for (number,) in self.rows_among("SELECT DISTINCT file FROM copies WHERE state='o' AND "
+                                             "file AMONG", numbers):
                 self._retire_outdated(number)
             if counted:
                 db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
@@ -3393,23 +3800,27 @@ class Ledger(Placement):
 
     # -- drops --
 
-    def grant_drop(self, backup: int, source: "Dict[str, Any]", paths: "List[bytes]") -> "List[bytes]":
-        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain without it, of a content
-        that our own file was read to have.
+    def grant_drop(self, backup: int, source: "Dict[str, Any]",
+                   paths: "List[bytes]") -> "List[bytes]":
+        """Those of `paths` that `backup` may delete: N confirmed copies on N distinct hosts remain
+        without it, of a content that our own file was read to have.
 
-        The grant is committed before it is returned.  A caller that dies now still has the bytes: its sum
-        differs from ours then, it reports everything, and the copy counts again.
+        The grant is committed before it is returned.  A caller that dies now still has the bytes:
+        its sum differs from ours then, it reports everything, and the copy counts again.
         """
         granted = []
         with self.write() as db:
             for path in paths:
-                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries e JOIN groups g "
-                               "ON g.id=e.grp WHERE e.source=? AND e.path=? AND e.doubt IS NULL AND e.digest IS NOT NULL",
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries "
+                               "e JOIN groups g ON g.id=e.grp WHERE e.source=? AND e.path=? AND "
+                               "e.doubt IS NULL AND e.digest IS NOT NULL",
                                source["id"], path)
                 if not row:
                     continue
                 group = Group(row[1:], self.facts_of_backup)
-                if group.members.get(backup) and group.copies_without(backup, self.host_of) >= source["replicas"]:
+                if group.members.get(backup) and group.copies_without(backup,
+                                                                      self.host_of) >= source[
+                    "replicas"]:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
                     self._are_news([row[0]])
                     self.regroup([row[0]])
@@ -3418,11 +3829,13 @@ class Ledger(Placement):
 
 
 class Books(Ledger):
-    """Everything that the server of one host knows, in one SQLite database: each of the classes above is one reason to
-    open it.  Here is what backups tell of their copies and are told of them, and what the configuration says."""
+    """Everything that the server of one host knows, in one SQLite database: each of the classes
+    above is one reason to open it.  Here is what backups tell of their copies and are told of them,
+    and what the configuration says."""
 
     def start_again(self, config: Config, why: str) -> None:
-        """Damaged books are set aside; new ones are filled by the next scans and by what the backups report."""
+        """Damaged books are set aside; new ones are filled by the next scans and by what the
+        backups report."""
         with self.lock:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
@@ -3441,15 +3854,20 @@ class Books(Ledger):
                 db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
                 db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
                            (source.path, source.replicas, source.name))
-            before = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
-            db.execute("UPDATE backups SET lost=1 WHERE configured=0")  # one that comes back counts when it was heard
+            before = dict((row[0], row[1:])
+                          for row in db.execute(
+                "SELECT id, host, configured, leaving FROM backups"))
+            # one that comes back counts when it was heard
+            db.execute("UPDATE backups SET lost=1 WHERE configured=0")
             db.execute("UPDATE backups SET configured=0")
             for backup in config.backups.values():
-                db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)", (backup.name, self.up()))
+                db.execute("INSERT OR IGNORE INTO backups(name, heard) VALUES(?,?)",
+                           (backup.name, self.up()))
                 db.execute("UPDATE backups SET host=?, configured=1, leaving=? WHERE name=?",
                            (backup.host, int(backup.leaving), backup.name))
             self._forget_shapes()
-            after = dict((row[0], row[1:]) for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
+            after = dict((row[0], row[1:])
+                         for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
             if any(after[number] != facts for number, facts in before.items()):
                 self.recount_groups()
             for source in config.sources_of(self.host):
@@ -3457,10 +3875,11 @@ class Books(Ledger):
                     self._count_anew(asleep[source.name])
 
     def _count_anew(self, source: int) -> None:
-        """A source is configured again: its copies may have been deleted meanwhile (`forget`).  They count when the
-        backups have reported them; until then nothing is copied again."""
+        """A source is configured again: its copies may have been deleted meanwhile (`forget`).
+        They count when the backups have reported them; until then nothing is copied again."""
         with self.write() as db:
-            files = [row[0] for row in db.execute("SELECT DISTINCT file FROM copies WHERE source=?", (source,))]
+            files = [row[0] for row in db.execute("SELECT DISTINCT file FROM copies WHERE source=?",
+                                                  (source,))]
             db.execute("DELETE FROM copies WHERE source=?", (source,))
             db.execute("DELETE FROM caught_up WHERE source=?", (source,))
             self.regroup(files)
@@ -3470,19 +3889,24 @@ class Books(Ledger):
     # -- what a backup must hear --
 
     def todo(self, backup: int, source: int, kind: int, after: int) -> "List[Tuple[Any, ...]]":
-        """A page of rows (cursor, path as the backup has it, tag, digest that a counted copy has, WANTED columns or Nones
-        when retired)."""
+        """A page of rows (cursor, path as the backup has it, tag, digest that a counted copy has,
+        WANTED columns or Nones when retired)."""
         return self.rows(
-            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, CASE c.state WHEN 'k' THEN e.digest END, %s FROM copies c LEFT JOIN entries e ON e.id=c.file "
-            "LEFT JOIN gone g ON g.id=c.file WHERE c.backup=? AND c.source=? AND c.todo>0 AND c.todo&? AND c.file>? "
-            "ORDER BY c.file LIMIT ?" % self.WANTED, backup, source, kind, after, PAGE)
+            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, CASE c.state WHEN 'k' THEN "
+            "e.digest END, %s FROM copies c LEFT JOIN entries e ON e.id=c.file "
+            "LEFT JOIN gone g ON g.id=c.file WHERE c.backup=? AND c.source=? AND c.todo>0 AND "
+            "c.todo&? AND c.file>? ORDER BY c.file LIMIT "
+            "?" % self.WANTED, backup, source, kind, after, PAGE)
 
     def todo_counts(self, backup: int, source: int) -> int:
-        return self.one("SELECT COUNT(*) FROM (SELECT 1 FROM copies WHERE backup=? AND source=? AND todo>0 LIMIT ?)",
+        return self.one("SELECT COUNT(*) FROM (SELECT 1 FROM copies WHERE backup=? AND source=? "
+                        "AND todo>0 LIMIT ?)",
                         backup, source, PAGE)[0]
 
-    def done(self, backup: int, source: int, kind: int, rows: "List[Tuple[int, Optional[int]]]") -> None:
-        """`backup` has done what it was told for (cursor, new tag or None): moved, touched or retired it."""
+    def done(self, backup: int, source: int, kind: int,
+             rows: "List[Tuple[int, Optional[int]]]") -> None:
+        """`backup` has done what it was told for (cursor, new tag or None): moved, touched or
+        retired it."""
         with self.write() as db:
             for number, tag in rows:
                 if kind == TODO_RETIRE:
@@ -3490,28 +3914,35 @@ class Books(Ledger):
                                   (number, backup)).rowcount:
                         self._after_retire(number)
                 elif kind == TODO_MOVE:
-                    # A copy that was never reported or confirmed has no tag, and gets none by being moved.
-                    db.execute("UPDATE copies SET path=NULL, tag=CASE WHEN tag IS NOT NULL THEN COALESCE(?, tag) END, "
-                               "todo=todo&~? WHERE file=? AND backup=?", (tag, TODO_MOVE, number, backup))
+                    # A copy that was never reported or confirmed has no tag, and gets none by being
+                    # moved.
+                    db.execute("UPDATE copies SET path=NULL, tag=CASE WHEN tag IS NOT NULL THEN "
+                               "COALESCE(?, tag) END, todo=todo&~? WHERE file=? AND backup=?",
+                               (tag, TODO_MOVE, number, backup))
                 else:
-                    db.execute("UPDATE copies SET todo=todo&~? WHERE file=? AND backup=?", (kind, number, backup))
+                    db.execute("UPDATE copies SET todo=todo&~? WHERE file=? AND backup=?",
+                               (kind, number, backup))
 
     def sum_of(self, backup: int, source: int) -> "Tuple[int, int, int]":
         """(files, bytes, sum of tags) that these books believe `backup` holds of a source."""
-        row = self.one("SELECT files, bytes, tags FROM sums WHERE backup=? AND source=?", backup, source)
+        row = self.one("SELECT files, bytes, tags FROM sums WHERE backup=? AND source=?", backup,
+                       source)
         return (row[0], row[1], row[2]) if row else (0, 0, 0)
 
     # -- what a backup reports --
 
     def forget_copies(self, backup: int, source: int, paths: "List[bytes]") -> None:
-        """`backup` says that it does not (or no longer) hold what the books say it has under these paths."""
+        """`backup` says that it does not (or no longer) hold what the books say it has under these
+        paths."""
         with self.write() as db:
             for path in paths:
                 for (number,) in self.rows(
-                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? UNION SELECT c.file FROM entries e "
-                        "CROSS JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.source=? AND e.path=? AND c.path IS NULL "
-                        "UNION SELECT c.file FROM gone g CROSS JOIN copies c ON c.file=g.id AND c.backup=? "
-                        "WHERE g.source=? AND g.path=? AND c.path IS NULL", *(backup, source, path) * 3):
+                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? UNION "
+                        "SELECT c.file FROM entries e CROSS JOIN copies c ON c.file=e.id AND "
+                        "c.backup=? WHERE e.source=? AND e.path=? AND c.path IS NULL "
+                        "UNION SELECT c.file FROM gone g CROSS JOIN copies c ON c.file=g.id AND "
+                        "c.backup=? WHERE g.source=? AND g.path=? AND c.path IS NULL",
+                        *(backup, source, path) * 3):
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
                     self._are_news([number])
@@ -3528,39 +3959,50 @@ class Books(Ledger):
 
     def report(self, backup: int, source: "Dict[str, Any]", serial: int,
                rows: "List[Tuple[bytes, int, int, int]]") -> None:
-        """Take over (path, size, mtime, tag) that `backup` holds.  What is not counted yet becomes an update to do:
-        the backup confirms anew what has the present version's size and mtime, and fetches the rest."""
+        """Take over (path, size, mtime, tag) that `backup` holds.  What is not counted yet becomes
+        an update to do: the backup confirms anew what has the present version's size and mtime, and
+        fetches the rest."""
         for some in in_batches(rows, SLICE):
             with self.write():
-                known = dict(self.rows_among("SELECT path, id FROM entries WHERE source=? AND kind='f' AND path AMONG",
+                known = dict(self.rows_among("SELECT path, id FROM entries WHERE source=? AND "
+                                             "kind='f' AND path AMONG",
                                              [row[0] for row in some], source["id"]))
                 self._report_some(backup, source, serial, some, known)
 
-    def _report_some(self, backup: int, source: "Dict[str, Any]", serial: int, rows: "List[Tuple[bytes, int, int, int]]",
+    def _report_some(self, backup: int, source: "Dict[str, Any]", serial: int,
+                     rows: "List[Tuple[bytes, int, int, int]]",
                      known: "Dict[bytes, int]") -> None:
         seen, new = [], []
         held = {row[0]: row[1:] for row in self.rows_among(
-            "SELECT file, state, tag FROM copies WHERE backup=? AND file AMONG", known.values(), backup)}
+            "SELECT file, state, tag FROM copies WHERE backup=? AND file AMONG", known.values(),
+            backup)}
         for path, size, mtime, tag in rows:
             number, moved = known.get(path), None
             if number is None:
-                moved = self.one("SELECT c.file FROM copies c JOIN entries e ON e.id=c.file WHERE c.backup=? "
-                                 "AND c.source=? AND c.todo&? AND c.path=?", backup, source["id"], TODO_MOVE, path)
+                moved = self.one("SELECT c.file FROM copies c JOIN entries e ON e.id=c.file WHERE "
+                                 "c.backup=? AND c.source=? AND c.todo&? AND "
+                                 "c.path=?", backup, source["id"],
+                                 TODO_MOVE, path)
                 number = moved[0] if moved else self._gone_id(source["id"], path)
-                held[number] = self.one("SELECT state, tag FROM copies WHERE file=? AND backup=?", number, backup)
+                held[number] = self.one("SELECT state, tag FROM copies WHERE file=? AND backup=?",
+                                        number, backup)
             state, had = held.get(number) or (None, None)
             if state and had == tag and (state != "c" or moved):
                 seen.append((serial, number, backup))
             else:
-                new.append((number, backup, source["id"], "s" if path in known else "r", tag, size, mtime,
+                new.append((number, backup, source["id"], "s" if path in known else "r", tag, size,
+                            mtime,
                             self.up() + STALE_LEASE if path in known else None,
-                            TODO_UPDATE if path in known else TODO_RETIRE, None if path in known else path, serial))
+                            TODO_UPDATE if path in known else TODO_RETIRE, None if path in known
+                            else path, serial))
         self.db.executemany("UPDATE copies SET seen=? WHERE file=? AND backup=?", seen)
         self.db.executemany(
-            "INSERT INTO copies(file, backup, source, state, tag, held_size, held_mtime, expires, todo, path, seen) "
-            "VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(file, backup) DO UPDATE SET state=excluded.state, "
-            "tag=excluded.tag, held_size=excluded.held_size, held_mtime=excluded.held_mtime, "
-            "expires=excluded.expires, todo=excluded.todo, path=excluded.path, seen=excluded.seen", new)
+            "INSERT INTO copies(file, backup, source, state, tag, held_size, held_mtime, expires, "
+            "todo, path, seen) VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(file, backup) DO UPDATE "
+            "SET state=excluded.state, tag=excluded.tag, held_size=excluded.held_size, "
+            "held_mtime=excluded.held_mtime, expires=excluded.expires, todo=excluded.todo, "
+            "path=excluded.path, seen=excluded.seen",
+            new)
         self.regroup(row[0] for row in new)
 
     def _gone_id(self, source: int, path: bytes) -> int:
@@ -3575,37 +4017,44 @@ class Books(Ledger):
         return number
 
     def end_report(self, backup: int, source: "Dict[str, Any]", serial: int) -> None:
-        """The report is complete: what was not in it is not there.  A source of which these books have never
-        counted a copy, and that has less than half of what is reported, is held."""
+        """The report is complete: what was not in it is not there.  A source of which these books
+        have never counted a copy, and that has less than half of what is reported, is held."""
         missing = [row[0] for row in self.rows(
-            "SELECT file FROM copies WHERE backup=? AND source=? AND tag IS NOT NULL AND seen IS NOT ?",
+            "SELECT file FROM copies WHERE backup=? AND source=? AND tag IS NOT NULL AND seen IS "
+            "NOT ?",
             backup, source["id"], serial)]
-        for some in in_batches(missing, SLICE):  # who is cut off meanwhile has another sum, and reports again
+        # who is cut off meanwhile has another sum, and reports again
+        for some in in_batches(missing, SLICE):
             with self.write() as db:
                 for number in some:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
                 self.regroup(some)
         with self.write():
-            counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0", source["id"])[0]
+            counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0",
+                               source["id"])[0]
             if source["state"] != "ok" or counted or self.meta("accepted:" + source["name"]):
                 return
             bad, total = self.mismatch(source["id"])  # reads all that is known of copies
             empty = total and bad == total and not self.file_counts(source["id"])[0]
             if empty or total >= HELD_SHARE_OF and bad * 2 > total:
                 self.finish_scan(source["name"], state="held", cause="report",
-                                 reason="backups hold %s of it, and %s of these are not in it like that now"
+                                 reason="backups hold %s of it, and %s of these are not in it like "
+                                        "that now"
                                  % (count_of(total, "file"), format(bad, ",")))
                 self.list_held(source["id"], "report")
 
     def recovering(self, source: int) -> bool:
-        """Whether these books are new and some backup has not yet told them what it holds: until then nobody is given
-        files to copy that another may have.  For RECOVERY_WAIT at most: a host may be down."""
+        """Whether these books are new and some backup has not yet told them what it holds: until
+        then nobody is given files to copy that another may have.  For RECOVERY_WAIT at most: a host
+        may be down."""
         until = self.meta("recovering:%d" % source)
         if until is None:
             return False
-        waiting = self.one("SELECT 1 FROM backups b WHERE configured=1 AND lost=0 AND host<>? AND NOT EXISTS("
-                           "SELECT 1 FROM caught_up c WHERE c.backup=b.id AND c.source=?) LIMIT 1", self.host, source)
+        waiting = self.one("SELECT 1 FROM backups b WHERE configured=1 AND lost=0 AND host<>? AND "
+                           "NOT EXISTS(SELECT 1 FROM caught_up c WHERE c.backup=b.id AND "
+                           "c.source=?) LIMIT 1",
+                           self.host, source)
         if waiting and until > self.up():
             return True
         with self.write() as db:
@@ -3617,15 +4066,17 @@ class Books(Ledger):
             db.execute("INSERT OR IGNORE INTO caught_up VALUES(?,?)", (backup, source))
 
 
-# ==== 8. The scanner, and what the server reads of its own files ======================================
+# ==== 8. The scanner, and what the server reads of its own files ==================================
 
 SCAN_TABLES = """
 CREATE TEMP TABLE IF NOT EXISTS found(
-    path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT, size INTEGER, mtime INTEGER,
+    path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT,
+    size INTEGER, mtime INTEGER,
     mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB,
     blocked TEXT, xattrs TEXT);
 CREATE TEMP TABLE IF NOT EXISTS lost(
-    id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER, replaced INTEGER);
+    id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER,
+    replaced INTEGER);
 CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
 CREATE INDEX IF NOT EXISTS temp.lost_path ON lost(path);
 CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
@@ -3638,7 +4089,8 @@ and those that were replaced."""
 REPRESENTABLE = 1 << 62
 """Times in nanoseconds have to be below: so far they travel (until 2116)."""
 
-FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid", "gid", "ino", "ctime", "nlink",
+FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid",
+                 "gid", "ino", "ctime", "nlink",
                  "target", "blocked", "xattrs")
 
 
@@ -3655,8 +4107,8 @@ UNACCEPTABLE = ("gone", "restore", "paths")
 
 
 def held_config_text(hosts: "List[str]", removes: str) -> str:
-    return "%s held back on %s: it removes %s; if that is right: cbackup.pyz accept config; if not: correct cbackup.conf " \
-        "on any machine" % ("a changed configuration is", ", ".join(hosts), removes)
+    return "%s held back on %s: it removes %s; if that is right: cbackup.pyz accept config; if " \
+        "not: correct cbackup.conf on any machine" % ("a changed configuration is", ", ".join(hosts), removes)
 
 
 def held_advice(name: str, facts: "Dict[str, Any]") -> str:
@@ -3666,8 +4118,8 @@ def held_advice(name: str, facts: "Dict[str, Any]") -> str:
             "cbackup.conf), then: cbackup.pyz restore %s" % (facts["reason"], name)
     if facts.get("cause") in UNACCEPTABLE:
         return str(facts["reason"])
-    return "%s; if that is right: cbackup.pyz accept %s; if not, this puts back what was there: cbackup.pyz restore %s --force" % (
-        facts["reason"], name, name)
+    return "%s; if that is right: cbackup.pyz accept %s; if not, this puts back what was there: " \
+        "cbackup.pyz restore %s --force" % (facts["reason"], name, name)
 
 
 _NAMED_CLASS = re.compile(r"\[:([^\]]*):\]")
@@ -3809,7 +4261,8 @@ class LeftOut:
         return False
 
     def those_in(self, paths: "Iterable[bytes]") -> "Iterator[bytes]":
-        """Those of many files, the best sorted, that are not left out: neither themselves, nor with a directory above them."""
+        """Those of many files, the best sorted, that are not left out: neither themselves, nor with
+        a directory above them."""
         above, out, caches = b"", False, []
         for path in paths:
             directory = path.rpartition(b"/")[0]
@@ -3824,15 +4277,18 @@ class LeftOut:
 
 
 class Scan:
-    """One look at one source: compares the tree with the books, judges, and applies what is different.
+    """One look at one source: compares the tree with the books, judges, and applies what is
+    different.
 
-    Reads no contents.  Memory is that of the largest single directory.  Raises Held when the difference is
-    one that must not reach the backups by itself.
+    Reads no contents.  Memory is that of the largest single directory.  Raises Held when the
+    difference is one that must not reach the backups by itself.
     """
 
-    def __init__(self, books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None,
+    def __init__(self, books: Books, source: Source, skip: "Iterable[str]" = (),
+                 pace: "Optional[Pace]" = None,
                  consent: bool = False) -> None:
-        """consent: somebody said `accept`.  It is for what this scan finds, and ends with it, however it ends."""
+        """consent: somebody said `accept`.  It is for what this scan finds, and ends with it,
+        however it ends."""
         self.books, self.source, self.consent = books, source, consent
         self.root = os.fsencode(source.path)
         self.left_out = LeftOut(source)
@@ -3868,10 +4324,12 @@ class Scan:
             info = os.stat(self.root)
             names = os.listdir(self.root)
         except OSError as error:
-            raise Held("gone", "%s cannot be read (%s): is its disk mounted?" % (self.source.path, reason_of(error)))
+            raise Held("gone", "%s cannot be read (%s): is its disk mounted?"
+                       % (self.source.path, reason_of(error)))
         if RESTORE_DIR in names and restore_unfinished(self.root):
-            raise Held("restore", "a restore into %s is not finished: run it again until it says that everything is back, or "
-                       "delete %s to go on without what is missing"
+            raise Held("restore",
+                       "a restore into %s is not finished: run it again until it says that "
+                       "everything is back, or delete %s to go on without what is missing"
                        % (self.source.path, os.path.join(self.source.path, RESTORE_DIR.decode())))
         self.device, self.fsid = info.st_dev, _fsid(self.root)
         self.root_info = info
@@ -3890,8 +4348,10 @@ class Scan:
             directory, number = pending.pop()
             pending += self._walk_directory(directory, number)
 
-    def _walk_directory(self, directory: bytes, number: "Optional[int]") -> "List[Tuple[bytes, Optional[int]]]":
-        """Compare one directory with the books; returns its subdirectories that are to be walked."""
+    def _walk_directory(self, directory: bytes,
+                        number: "Optional[int]") -> "List[Tuple[bytes, Optional[int]]]":
+        """Compare one directory with the books; returns its subdirectories that are to be
+        walked."""
         known = self.books.children(number) if number is not None else {}
         try:
             entries = os.scandir(os.path.join(self.root, directory) if directory else self.root)
@@ -3937,9 +4397,11 @@ class Scan:
             self._problem(path, reason_of(error))
             known.pop(path, None)
             return None
-        if not all(-REPRESENTABLE < number < REPRESENTABLE for number in (info.st_mtime_ns, info.st_ctime_ns)) \
+        if not all(-REPRESENTABLE < number < REPRESENTABLE
+                   for number in (info.st_mtime_ns, info.st_ctime_ns)) \
                 or info.st_ino >> 63:
-            self._problem(path, "its time cannot be represented (%d s since 1970)" % info.st_mtime if info.st_ino >> 63 == 0
+            self._problem(path, "its time cannot be represented (%d s since 1970)" % info.st_mtime
+                          if info.st_ino >> 63 == 0
                           else "its inode number cannot be represented (%d)" % info.st_ino)
             known.pop(path, None)
             return None
@@ -3956,14 +4418,19 @@ class Scan:
         self.special += 1
         return None
 
-    def _facts(self, path: bytes, above: bytes, info: os.stat_result, kind: str) -> "Dict[str, Any]":
-        return {"path": path, "above": above, "kind": kind, "size": info.st_size if kind == "f" else 0,
-                "mtime": info.st_mtime_ns, "mode": stat.S_IMODE(info.st_mode), "uid": info.st_uid, "gid": info.st_gid,
-                "ino": info.st_ino, "ctime": info.st_ctime_ns, "nlink": info.st_nlink if kind == "f" else 1,
+    def _facts(self, path: bytes, above: bytes, info: os.stat_result,
+               kind: str) -> "Dict[str, Any]":
+        return {"path": path, "above": above, "kind": kind, "size": info.st_size if kind == "f"
+                else 0,
+                "mtime": info.st_mtime_ns, "mode": stat.S_IMODE(info.st_mode), "uid": info.st_uid,
+                "gid": info.st_gid,
+                "ino": info.st_ino, "ctime": info.st_ctime_ns, "nlink": info.st_nlink if kind == "f"
+                else 1,
                 "target": None, "blocked": None, "xattrs": None,
                 "fresh": self.xattrs and is_fresh(info), "known": None, "how": "new", "doubt": 0}
 
-    def _compare(self, row: "Dict[str, Any]", old: "Optional[Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
+    def _compare(self, row: "Dict[str, Any]",
+                 old: "Optional[Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
         """`row` with `known` and `how` filled in; None when nothing is different."""
         full = os.path.join(self.root, row["path"]) if row["path"] else self.root
         if old is None or old[1] != row["kind"]:
@@ -3973,10 +4440,12 @@ class Scan:
             return row
         number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs = old
         same_owner = (mode, uid, gid) == (row["mode"], row["uid"], row["gid"])
-        if same_owner and (size, mtime, ino, ctime) == (row["size"], row["mtime"], row["ino"], row["ctime"]) \
+        if same_owner and (size, mtime, ino, ctime) == (row["size"], row["mtime"], row["ino"],
+                                                        row["ctime"]) \
                 and blocked in (None, ROTTEN) and xattrs in ((0, 1) if self.xattrs else (None,)):
             if blocked:
-                self._problem(row["path"], "has rotted: its content changed, its size and times did not; bring "
+                self._problem(row["path"],
+                              "has rotted: its content changed, its size and times did not; bring "
                               "it back with `restore`, or `touch` it if it is right")
             if xattrs:
                 self._name_left_out(row["path"], self.books.xattrs_of(number))
@@ -3986,7 +4455,9 @@ class Scan:
         if row["kind"] == "d":
             row["how"] = "silent" if same_owner and mtime == row["mtime"] else "metadata"
         elif row["kind"] == "l":
-            row["how"] = "silent" if same_owner and (mtime, target) == (row["mtime"], row["target"]) else "content"
+            row["how"] = "silent" if same_owner and (mtime,
+                                                     target) == (row["mtime"],
+                                                                 row["target"]) else "content"
         else:
             row["how"] = self._file_change(row, old, same_owner)
         if row["how"] != "silent":
@@ -4006,21 +4477,24 @@ class Scan:
         return row
 
     def _file_change(self, row: "Dict[str, Any]", old: "Tuple[Any, ...]", same_owner: bool) -> str:
-        """What became of a known file.  The same size and time at the same path is presumed to be the same content, also in
-        another inode: a package that was installed again, a disk that was replaced.  With the same ctime besides it is known
-        to be: file systems without inodes of their own number them anew at each mount."""
+        """What became of a known file.  The same size and time at the same path is presumed to be
+        the same content, also in another inode: a package that was installed again, a disk that was
+        replaced.  With the same ctime besides it is known to be: file systems without inodes of
+        their own number them anew at each mount."""
         _, _, size, mtime, _, _, _, ino, ctime, nlink, _, blocked, _ = old
         if (size, mtime) != (row["size"], row["mtime"]):
             return "replaced" if ino != row["ino"] and ctime != row["ctime"] else "content"
         row["doubt"] = int(ctime != row["ctime"])
-        return "silent" if same_owner and blocked == row["blocked"] and nlink == row["nlink"] else "metadata"
+        return "silent" if same_owner and blocked == row["blocked"] and nlink == row["nlink"] \
+            else "metadata"
 
     def _read_more(self, row: "Dict[str, Any]", full: bytes) -> None:
         if row["kind"] == "l":
             try:
                 row["target"] = os.readlink(full)
             except OSError as error:
-                row["target"], row["blocked"] = b"", "unreadable"  # in no catalog, and looked at again by the next scan
+                # in no catalog, and looked at again by the next scan
+                row["target"], row["blocked"] = b"", "unreadable"
                 self._problem(row["path"], reason_of(error))
         elif row["kind"] == "f" and not os.access(full, os.R_OK):
             row["blocked"] = "unreadable"
@@ -4067,8 +4541,10 @@ class Scan:
         with self.books.lock:
             db = self.books.db
             db.execute("BEGIN")
-            db.executemany("INSERT OR REPLACE INTO found VALUES(%s)" % ",".join("?" * len(FOUND_COLUMNS)), values)
-            db.executemany("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 1 FROM entries WHERE id=?",
+            db.executemany("INSERT OR REPLACE INTO found VALUES(%s)"
+                           % ",".join("?" * len(FOUND_COLUMNS)), values)
+            db.executemany("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 1 "
+                           "FROM entries WHERE id=?",
                            replaced)
             db.execute("COMMIT")
 
@@ -4078,22 +4554,25 @@ class Scan:
             db = self.books.db
             db.execute("BEGIN")
             for path, old in known:
-                db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 FROM entries WHERE id=?",
+                db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 "
+                           "FROM entries WHERE id=?",
                            (old[0],))
                 if old[1] == "d":
-                    db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 FROM entries "
-                               "WHERE source=? AND path>? AND path<?", (self.row["id"], path + b"/", path + b"0"))
+                    db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, "
+                               "ino, 0 FROM entries WHERE source=? AND path>? AND path<?",
+                               (self.row["id"], path + b"/", path + b"0"))
             db.execute("COMMIT")
 
     # -- moves and the verdict --
 
     def _match_moves(self) -> None:
-        """A file that is lost under one path and found under another, with inode, size and mtime, was moved."""
+        """A file that is lost under one path and found under another, with inode, size and mtime,
+        was moved."""
         with self.books.lock:
             self.books.db.execute(
-                "INSERT OR IGNORE INTO moves SELECT l.id, f.path FROM found f JOIN lost l ON l.ino=f.ino AND l.size=f.size "
-                "AND l.mtime=f.mtime WHERE f.kind='f' AND l.kind='f' AND f.how IN ('new', 'replaced') AND f.path<>l.path "
-                "ORDER BY f.path, l.path")
+                "INSERT OR IGNORE INTO moves SELECT l.id, f.path FROM found f JOIN lost l ON "
+                "l.ino=f.ino AND l.size=f.size AND l.mtime=f.mtime WHERE f.kind='f' AND l.kind='f' "
+                "AND f.how IN ('new', 'replaced') AND f.path<>l.path ORDER BY f.path, l.path")
 
     def _count(self, sql: str) -> int:
         return self.books.one(sql)[0]
@@ -4113,12 +4592,15 @@ class Scan:
                 else "%s is empty"
             raise Held("empty", why % path + "; it had " + count_of(known, "file"))
         if elsewhere and gone + changed:
-            raise Held("device", "%s is on another file system than before, and %s of its %s are gone or different there"
+            raise Held("device",
+                       "%s is on another file system than before, and %s of its %s are gone or "
+                       "different there"
                        % (path, format(gone + changed, ","), count_of(known, "file")))
         if known >= HELD_SHARE_OF and (gone + changed) * 2 > known:
             left_out = self._left_out()
             words = "%s are left out now by `exclude` on its line, " % format(left_out, ",")
-            raise Held("mass", "of the %s in %s, %s%s are gone and %s have changed since the last look" % (
+            raise Held("mass", "of the %s in %s, %s%s are gone and %s have changed since the last "
+                               "look" % (
                 count_of(known, "file"), path, words if left_out else "",
                 format(gone - left_out, ","), format(changed, ",")))
 
@@ -4136,8 +4618,8 @@ class Scan:
             after = page[-1][0]
 
     def keep_list(self, held: bool) -> None:
-        """Have the books keep what was found, so that it can be seen what `accept` would let through; or
-        forget it, unless something else holds the source."""
+        """Have the books keep what was found, so that it can be seen what `accept` would let
+        through; or forget it, unless something else holds the source."""
         number = self.row["id"]
         if not held:
             row = self.books.source_row(self.source.name)
@@ -4147,10 +4629,13 @@ class Scan:
         moved = "EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
         with self.books.write() as db:
             db.execute("DELETE FROM held_files WHERE source=?", (number,))
-            db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost WHERE kind='f' AND replaced=0 AND NOT "
+            db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost WHERE kind='f' AND "
+                       "replaced=0 AND NOT "
                        + moved % "lost.id" + " ORDER BY path LIMIT ?", (number, HELD_FILES))
-            db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found WHERE kind='f' AND "
-                       "(how='content' OR how='replaced' AND NOT " + moved % "found.known" + ") ORDER BY path LIMIT ?",
+            db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found "
+                       "WHERE kind='f' AND (how='content' OR how='replaced' AND NOT "
+                       "" + moved % "found.known"
+                       + ") ORDER BY path LIMIT ?",
                        (number, HELD_FILES))
 
     # -- applying --
@@ -4160,7 +4645,8 @@ class Scan:
         after: "Tuple[Any, ...]" = ()
         while True:
             page = self.books.rows("SELECT %s FROM found WHERE %s %s ORDER BY path LIMIT ?" % (
-                ", ".join(FOUND_COLUMNS), condition, "AND path>?" if after else ""), *after + (APPLY_CHUNK,))
+                ", ".join(FOUND_COLUMNS), condition, "AND path>?" if after else ""),
+                                   *after + (APPLY_CHUNK,))
             for row in page:
                 yield dict(zip(FOUND_COLUMNS, row))
             if len(page) < APPLY_CHUNK:
@@ -4180,14 +4666,17 @@ class Scan:
         self._parent_known: "Tuple[Optional[bytes], int]" = (None, 0)
         different = self._bury_lost()
         moved = books.rows(
-            "SELECT m.lost, m.path, l.path, EXISTS(SELECT 1 FROM lost p JOIN moves o ON o.lost=p.id WHERE p.path=m.path) "
-            "OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path "
-            "AND f.kind='d') FROM moves m JOIN lost l ON l.id=m.lost ORDER BY m.path")
-        entangled = [move[:3] for move in moved if move[3]]  # swaps, chains, what became a directory: all at once
+            "SELECT m.lost, m.path, l.path, EXISTS(SELECT 1 FROM lost p JOIN moves o ON "
+            "o.lost=p.id WHERE p.path=m.path) OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) "
+            "OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path AND f.kind='d') FROM moves m JOIN "
+            "lost l ON l.id=m.lost ORDER BY m.path")
+        # swaps, chains, what became a directory: all at once
+        entangled = [move[:3] for move in moved if move[3]]
         with books.write():
             self.row = books.source_row(self.source.name)
             self._lift(entangled)
-            for row in self._rows("kind='d' AND how='new'"):  # one by one: what is in it wants its number
+            # one by one: what is in it wants its number
+            for row in self._rows("kind='d' AND how='new'"):
                 books.add_entries(self.row, [(row, self._parent_id(row))])
                 different = True
             self._parent_known = (None, 0)
@@ -4201,14 +4690,16 @@ class Scan:
         return self._apply_rest() or different or bool(moved)
 
     def _bury_lost(self) -> bool:
-        """What is gone, in short transactions: each of them is true by itself, and the next scan finds the rest."""
+        """What is gone, in short transactions: each of them is true by itself, and the next scan
+        finds the rest."""
         books, different = self.books, False
         lost = books.rows(
-            "SELECT l.id, l.path, l.kind FROM lost l WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) AND "
-            "(replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))")
+            "SELECT l.id, l.path, l.kind FROM lost l WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE "
+            "m.lost=l.id) AND (replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))")
         for some in in_batches(lost, SLICE):
             with books.write():
-                # What claims and reports did meanwhile concerns other columns; the generation may have moved on.
+                # What claims and reports did meanwhile concerns other columns; the generation may
+                # have moved on.
                 self.row = books.source_row(self.source.name)
                 for number, path, kind in some:
                     books.bury(self.row, number, path, kind)
@@ -4227,7 +4718,8 @@ class Scan:
 
     def _apply_rest(self) -> bool:
         """New files and symlinks and all changes in place, in transactions of limited size."""
-        condition = "NOT (kind='d' AND how='new') AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.path=found.path)"
+        condition = "NOT (kind='d' AND how='new') " \
+            "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.path=found.path)"
         rows, different, more = self._rows(condition), False, True
         while more:
             more, new = False, []
@@ -4239,7 +4731,8 @@ class Scan:
                         new.append((row, self._parent_id(row)))
                     else:
                         self.books.change_entry(self.row, row["known"], row,
-                                                "content" if row["how"] == "replaced" else row["how"])
+                                                "content" if row["how"] == "replaced"
+                                                else row["how"])
                     if count >= APPLY_CHUNK:
                         more = True
                         break
@@ -4247,27 +4740,32 @@ class Scan:
         return different
 
     def _is_new(self, row: "Dict[str, Any]") -> bool:
-        """Whether a path needs an entry: also when that which it had goes elsewhere with a file that was moved."""
+        """Whether a path needs an entry: also when that which it had goes elsewhere with a file
+        that was moved."""
         return row["how"] == "new" or row["how"] == "replaced" and self.books.one(
             "SELECT 1 FROM moves WHERE lost=?", row["known"]) is not None
 
     def _finish(self, changed: bool) -> None:
-        """The scan's own facts; what others than a scan had held stays held until they say otherwise, or with consent."""
+        """The scan's own facts; what others than a scan had held stays held until they say
+        otherwise, or with consent."""
         books, row = self.books, self.row
         facts: "Dict[str, Any]" = {
-            "device": self.device, "fsid": self.fsid, "scanned": clock.now(), "special": self.special,
+            "device": self.device, "fsid": self.fsid, "scanned": clock.now(),
+            "special": self.special,
             "problems": json.dumps({"count": self.problem_count, "some": self.problems})}
         with books.write():
             if changed:
                 books.note_change(row["id"])
             if self.consent:
-                books.set_meta("accepted:" + self.source.name, 1)  # these books need not ask again what backups report
+                # these books need not ask again what backups report
+                books.set_meta("accepted:" + self.source.name, 1)
                 books.settle_others(row, 0, consent=True)
             elif row["state"] == "held" and row["cause"] == "report":
                 bad, total = books.mismatch(row["id"])
                 held = bad * 2 > total
             else:
-                held = row["state"] == "held" and row["cause"] == "bytes" and books.mostly_other(row["id"])
+                held = row["state"] == "held" and row["cause"] == "bytes" \
+                    and books.mostly_other(row["id"])
             if self.consent or not held:
                 facts.update(state="ok", cause=None, reason=None)
             books.finish_scan(self.source.name, **facts)
@@ -4283,7 +4781,8 @@ def _fsid(path: bytes) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (), pace: "Optional[Pace]" = None,
+def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (),
+             pace: "Optional[Pace]" = None,
              consent: bool = False) -> bool:
     """One scan, its verdict recorded.  Returns whether anything was different."""
     scan = Scan(books, source, skip, pace, consent)
@@ -4301,15 +4800,19 @@ def record_held(books: Books, source: Source, held: Held) -> None:
     before = books.source_row(source.name)
     if before["state"] != "held" or before["reason"] != str(held):
         log.warning("source %s is held: %s", source.name, held)
-    books.finish_scan(source.name, state="held", cause=held.cause, reason=str(held), scanned=clock.now())
+    books.finish_scan(source.name, state="held", cause=held.cause, reason=str(held),
+                      scanned=clock.now())
 
 
-def compare_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]") -> "Tuple[str, Optional[bytes]]":
-    """Compare what a client says of a copy with the source's own file, shortly: (verdict, digest when all was read).
+def compare_own(tree: Tree, facts: "Dict[str, Any]",
+                given: "Dict[str, Any]") -> "Tuple[str, Optional[bytes]]":
+    """Compare what a client says of a copy with the source's own file, shortly: (verdict, digest
+    when all was read).
 
-    `facts`: Books.version_of; `given`: size, digest, offsets and samples.  Verdicts: "ok", "changed" (the file is not, or
-    no longer, the version in the books), "bad" (the copy is wrong), "unreadable", or "unproven": only reading all of our own
-    file will tell.  It is not slowed down: the bytes are those that were just sent, or few.
+    `facts`: Books.version_of; `given`: size, digest, offsets and samples.  Verdicts: "ok",
+    "changed" (the file is not, or no longer, the version in the books), "bad" (the copy is wrong),
+    "unreadable", or "unproven": only reading all of our own file will tell.  It is not slowed down:
+    the bytes are those that were just sent, or few.
     """
     try:
         descriptor, info = tree.open_file(given["path"])
@@ -4339,8 +4842,9 @@ def compare_own(tree: Tree, facts: "Dict[str, Any]", given: "Dict[str, Any]") ->
 
 
 def read_own(tree: Tree, facts: "Dict[str, Any]", pace: Pace) -> "Tuple[str, Optional[bytes]]":
-    """Read one of our own files in full: ("read", its digest), or why not: "changed" (it is not, or no longer, what the
-    books know), "fresh" (it was changed just now, and might be again without that its times show it), "unreadable"."""
+    """Read one of our own files in full: ("read", its digest), or why not: "changed" (it is not, or
+    no longer, what the books know), "fresh" (it was changed just now, and might be again without
+    that its times show it), "unreadable"."""
     try:
         descriptor, info = tree.open_file(facts["path"])
     except OSError as error:
@@ -4359,28 +4863,33 @@ def read_own(tree: Tree, facts: "Dict[str, Any]", pace: Pace) -> "Tuple[str, Opt
 
 
 def _why_unopened(error: OSError) -> str:
-    return "changed" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else "unreadable"
+    return "changed" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP,
+                                        errno.EINVAL) else "unreadable"
 
 
 def is_fresh(info: os.stat_result) -> bool:
-    """Whether a file was changed so shortly ago that a further change may leave its times as they are."""
+    """Whether a file was changed so shortly ago that a further change may leave its times as they
+    are."""
     margin = FINE_CLOCK if info.st_ctime_ns % 1000000000 else COARSE_CLOCK
-    return abs(time.time() - info.st_ctime) < margin  # the kernel's clock, also where tests set ours
+    # the kernel's clock, also where tests set ours
+    return abs(time.time() - info.st_ctime) < margin
 
 
 def _is_version(info: os.stat_result, facts: "Dict[str, Any]") -> bool:
-    return (info.st_size, info.st_mtime_ns, info.st_ino) == (facts["size"], facts["mtime"], facts["ino"]) \
+    return (info.st_size, info.st_mtime_ns, info.st_ino) == (facts["size"], facts["mtime"],
+                                                             facts["ino"]) \
         and info.st_ctime_ns == facts["ctime"]
 
 
-# ==== 9. The channel ==================================================================================
+# ==== 9. The channel ==============================================================================
 
 NO_TIME_CHECK = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME: a board without a clock wakes up in 1970 and must still be let in."""
 
 
 def tls_context(home: Home, server_side: bool) -> "ssl.SSLContext":
-    """TLS in which the cluster's certificate is chain and only root: both sides prove that they hold the key."""
+    """TLS in which the cluster's certificate is chain and only root: both sides prove that they
+    hold the key."""
     home.check_key()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -4401,10 +4910,13 @@ def tls_context(home: Home, server_side: bool) -> "ssl.SSLContext":
 # -- the messages: one table of what may be said, by which both sides check --
 #
 # A shape is a test (a function that says whether a value is right), or is built of shapes:
-#   [shape]           a list of at most LIST_LIMIT of them       (shape, shape)   a list of exactly these
-#   {"key": shape}    an object; keys that are not named here are ignored, and missing ones an error, unless
+#   [shape]           a list of at most LIST_LIMIT of them       (shape, shape)   a list of exactly
+# these
+#   {"key": shape}    an object; keys that are not named here are ignored, and missing ones an
+# error, unless
 #   May(shape)        the key may be missing; May(shape, default): it is there afterwards
-#   Maybe(shape)      or null                                    Each(shape)      an object of names and such values
+#   Maybe(shape)      or null                                    Each(shape)      an object of names
+# and such values
 #   Every(shape, n)   a list with a bound of its own
 # What is newer than level 1 is a May, in requests and in answers: the other side may be older.
 
@@ -4534,7 +5046,8 @@ def _one_of(*values: Any) -> "Callable[[Any], bool]":
 
 
 def misfit(value: Any, shape: Any) -> str:
-    """What is wrong with a value from a peer, and where in it; "" when it has the shape.  Enters defaults into objects."""
+    """What is wrong with a value from a peer, and where in it; "" when it has the shape.  Enters
+    defaults into objects."""
     if isinstance(shape, Maybe):
         return misfit(value, shape.of) if value is not None else ""
     if isinstance(shape, dict):
@@ -4542,7 +5055,8 @@ def misfit(value: Any, shape: Any) -> str:
     if isinstance(shape, Each):
         if not isinstance(value, dict) or len(value) > shape.most:
             return " is no object, or one that is too large"
-        parts: "Iterable[Tuple[Any, Any, Any]]" = ((key, each, shape.of) for key, each in value.items())
+        parts: "Iterable[Tuple[Any, Any, Any]]" = ((key, each, shape.of) for key,
+                                                   each in value.items())
         if not all(map(_is_name, value)):
             return " has a key that is no name"
     elif isinstance(shape, (list, Every)):
@@ -4567,8 +5081,9 @@ def misfit(value: Any, shape: Any) -> str:
 
 
 def _row_test(of: Any) -> "Callable[[Any], bool]":
-    """A test for what most of what is said is made of, in the shortest way: one value, or a row of values and lists of
-    values.  Where it fails, and for all other shapes, `misfit` says what is wrong."""
+    """A test for what most of what is said is made of, in the shortest way: one value, or a row of
+    values and lists of values.  Where it fails, and for all other shapes, `misfit` says what is
+    wrong."""
     if of is _is_said:  # which `misfit` makes fit
         return lambda value: False
     if callable(of):
@@ -4590,7 +5105,9 @@ def _row_test(of: Any) -> "Callable[[Any], bool]":
 
 
 def _list_test(test: "Callable[[Any], bool]", most: int) -> "Callable[[Any], bool]":
-    return lambda values: isinstance(values, (list, tuple)) and len(values) <= most and all(map(test, values))
+    return lambda values: isinstance(values,
+                                     (list,
+                                      tuple)) and len(values) <= most and all(map(test, values))
 
 
 def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
@@ -4613,7 +5130,8 @@ def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
 
 
 class Operation:
-    """What is sent, what is answered (beside "ok"), and the function of the server that does it (see `answers`)."""
+    """What is sent, what is answered (beside "ok"), and the function of the server that does it
+    (see `answers`)."""
 
     def __init__(self, request: "Dict[str, Any]", answer: "Dict[str, Any]") -> None:
         self.request, self.answer = request, answer
@@ -4626,99 +5144,142 @@ WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is
 """A file that is to be copied: see Wanted."""
 FOUND = (_is_path, _is_count)
 STANDING = {
-    "state": _is_word, "reason": Maybe(_is_said), "cause": Maybe(_is_word), "replicas": _is_count, "scanned": _is_flag,
-    "todo": _is_count, "sum": (_is_figure, _is_figure, _is_figure), "gen": _is_count, "recovering": _is_flag,
+    "state": _is_word, "reason": Maybe(_is_said), "cause": Maybe(_is_word), "replicas": _is_count,
+    "scanned": _is_flag,
+    "todo": _is_count, "sum": (_is_figure, _is_figure, _is_figure), "gen": _is_count,
+    "recovering": _is_flag,
     "claims": May(_is_flag, True)}
 WORDS = {
-    "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number), "want": Maybe(_is_count),
-    "used": Maybe(_is_count), "files": Maybe(_is_count), "age": Maybe(_is_real), "period": Maybe(_is_real),
+    "name": _is_name, "host": _is_text, "capacity": Maybe(_is_count), "free": Maybe(_is_number),
+    "want": Maybe(_is_count),
+    "used": Maybe(_is_count), "files": Maybe(_is_count), "age": Maybe(_is_real),
+    "period": Maybe(_is_real),
     "lost": _is_flag, "droppable": _is_count}
 """The last words of a backup."""
-OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _is_text, "history": Every(_is_text, 1000),
+OFFER = {"version": _is_count, "stamp": _is_count, "sha256": _is_text, "text": _is_text,
+         "history": Every(_is_text, 1000),
          "accepted": May(Every(_is_text, CONFIG_NAMES), list)}
 """A configuration: Home.config_offer."""
 SOME = {"count": May(_is_count, 0), "some": May([_is_said], list)}
 FIGURES = dict(dict.fromkeys((
-    "files", "bytes", "underserved_files", "underserved_bytes", "overserved_files", "missing_bytes", "claimed_files",
-    "blocked_files", "replicas"), _is_count), state=_is_word, reason=Maybe(_is_said), cause=Maybe(_is_word),
+    "files", "bytes", "underserved_files", "underserved_bytes", "overserved_files", "missing_bytes",
+    "claimed_files",
+    "blocked_files", "replicas"), _is_count), state=_is_word, reason=Maybe(_is_said),
+               cause=Maybe(_is_word),
     copies=Each(_is_count), special=Maybe(_is_count), last_scan=Maybe(_is_real),
-    problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_said)), unproven_files=May(_is_count),
-    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)], short_since=May(Maybe(_is_real)),
+    problems=SOME, stuck=May(SOME), late=May(_is_flag), failed=May(Maybe(_is_said)),
+               unproven_files=May(_is_count),
+    unproven_since=May(Maybe(_is_real)), short=[(_is_text, _is_count, _is_said)],
+               short_since=May(Maybe(_is_real)),
     held_files=May([(_is_path, _one_of("gone", "changed"))], list))
 """A source in the answer of `status`."""
-HERE = {"state": _is_said, "used": May(_is_count), "files": May(_is_count), "capacity": May(Maybe(_is_number)),
-        "sources": May(Each(_is_count)), "held": May(_is_count), "disk": May(_is_number), "new": May(_is_flag)}
+HERE = {"state": _is_said, "used": May(_is_count), "files": May(_is_count),
+        "capacity": May(Maybe(_is_number)),
+        "sources": May(Each(_is_count)), "held": May(_is_count), "disk": May(_is_number),
+        "new": May(_is_flag)}
 """A backup in its own host's answer of `status`."""
-PLANNED = {"state": _is_word, "scanned": _is_flag, "replicas": _is_count, "files": _is_count, "bytes": _is_count,
-           "bare": (_is_count, _is_count), "without": Each((_is_count, _is_count)), "largest": (_is_count, _is_text)}
+PLANNED = {"state": _is_word, "scanned": _is_flag, "replicas": _is_count, "files": _is_count,
+           "bytes": _is_count,
+           "bare": (_is_count, _is_count), "without": Each((_is_count, _is_count)),
+           "largest": (_is_count, _is_text)}
 
 _OF = {"backup": _is_name, "source": _is_name}
 _ROOM = dict(_OF, free=_is_number)
 
 OPERATIONS: "Dict[str, Operation]" = {
     "look": Operation({}, {"waiting": [_is_name]}),
-    "begin": Operation({"backup": _is_name, "identity": _is_hex_word, "adopt": _is_flag, "capacity": _is_count,
-                        "free": _is_number, "used": _is_count, "files": _is_count, "sums": Each(_is_anything)},
+    "begin": Operation({"backup": _is_name, "identity": _is_hex_word, "adopt": _is_flag,
+                        "capacity": _is_count,
+                        "free": _is_number, "used": _is_count, "files": _is_count,
+                        "sums": Each(_is_anything)},
                        {"books": _is_text, "sources": Each(STANDING)}),
     "standing": Operation(_OF, STANDING),
     "caught_up": Operation(_OF, {}),
-    "told": Operation({"backup": _is_name, "capacity": May(_is_count), "free": May(_is_number), "want": May(_is_count),
-                       "used": May(_is_count), "files": May(_is_count), "rows": May([(_is_name, _is_path)], list)}, {}),
-    "demand": Operation({"backup": _is_name, "capacity": _is_count, "free": _is_number, "beyond": May(_is_flag, False)}, {
-        "sources": Each({"missing": _is_count, "replicas": _is_count, "lacking": _is_count, "lacking_files": _is_count,
+    "told": Operation({"backup": _is_name, "capacity": May(_is_count), "free": May(_is_number),
+                       "want": May(_is_count),
+                       "used": May(_is_count), "files": May(_is_count),
+                       "rows": May([(_is_name, _is_path)], list)}, {}),
+    "demand": Operation({"backup": _is_name, "capacity": _is_count, "free": _is_number,
+                         "beyond": May(_is_flag, False)}, {
+        "sources": Each({"missing": _is_count, "replicas": _is_count, "lacking": _is_count,
+                         "lacking_files": _is_count,
                          "short": _is_count, "beyond": May(_is_count, 0)}), "backups": [WORDS]}),
-    # Where there is no `more` in an answer with pages, the last page is that with less than PAGE rows.
+    # Where there is no `more` in an answer with pages, the last page is that with less than PAGE
+    # rows.
     "todo": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), after=_is_count),
-                      {"more": May(_is_flag), "rows": [(_is_count, _is_path, Maybe(_is_number), Maybe(WANTED))],
+                      {"more": May(_is_flag),
+                       "rows": [(_is_count, _is_path, Maybe(_is_number), Maybe(WANTED))],
                        "digests": May([Maybe(_is_hex)], list)}),
     "done": Operation(dict(_OF, kind=_one_of(1, 2, 4, 8), rows=[(_is_number, Maybe(_is_tag))]), {}),
     "forget": Operation(dict(_OF, paths=[_is_path]), {}),
     "report_start": Operation(_OF, {"serial": _is_count}),
-    "report": Operation(dict(_OF, serial=_is_count, rows=[(_is_path, _is_size, _is_number, _is_tag)]), {}),
+    "report": Operation(dict(_OF, serial=_is_count,
+                             rows=[(_is_path, _is_size, _is_number, _is_tag)]), {}),
     "report_end": Operation(dict(_OF, serial=_is_count), STANDING),
     "claim": Operation(dict(_ROOM, most_files=_is_count, most_bytes=_is_count), {"rows": [WANTED]}),
     "claims": Operation(_OF, {"rows": [WANTED]}),
-    "claim_paths": Operation(dict(_ROOM, paths=[_is_path], relieved=Maybe(_is_name)), {"rows": [WANTED]}),
+    "claim_paths": Operation(dict(_ROOM, paths=[_is_path], relieved=Maybe(_is_name)),
+                             {"rows": [WANTED]}),
     "release": Operation(dict(_OF, paths=[_is_path], all=_is_flag), {}),
-    "confirm": Operation(dict(_OF, rows=[(_is_path, _is_count, _is_hex, Every(_is_count, 64), _is_hex)]),
+    "confirm": Operation(dict(_OF,
+                              rows=[(_is_path, _is_count, _is_hex, Every(_is_count, 64), _is_hex)]),
                          {"verdicts": [_is_word]}),
     "placed": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_tag)]), {"counted": [_is_path]}),
     "decline": Operation(dict(_OF, rows=[(_is_path, _is_number, _is_said)]), {}),
     "smallest": Operation(dict(_OF, above=_is_count, most=_is_count), {"file": Maybe(FOUND)}),
     "droppable": Operation(dict(_OF, need=_is_count), {"rows": [FOUND]}),
     "drop": Operation(dict(_OF, paths=[_is_path]), {"granted": [_is_path]}),
-    "relief": Operation(dict(_OF, relieved=_is_name, gap=_is_count, most=_is_count), {"rows": [FOUND]}),
-    # The rows of a catalog are checked where they are read, as those of a file are: CatalogRow.from_json.
-    "catalog": Operation({"source": _is_name, "since": _is_count, "upto": _is_count, "cursor": (_is_number, _is_number),
+    "relief": Operation(dict(_OF, relieved=_is_name, gap=_is_count, most=_is_count),
+                        {"rows": [FOUND]}),
+    # The rows of a catalog are checked where they are read, as those of a file are:
+    # CatalogRow.from_json.
+    "catalog": Operation({"source": _is_name, "since": _is_count, "upto": _is_count,
+                          "cursor": (_is_number, _is_number),
                           "after": _is_text_or_number},
-                         {"upto": _is_count, "time": _is_real, "books": _is_text, "rows": [_is_anything],
+                         {"upto": _is_count, "time": _is_real, "books": _is_text,
+                          "rows": [_is_anything],
                           "cursor": (_is_number, _is_number)}),
-    "status": Operation({}, {"sources": Each(FIGURES), "backups": [WORDS], "mine": Each(HERE), "duties": Each(_is_count),
-                             "config_version": _is_count, "config_held": May(Maybe(_is_said))}),
-    "plan": Operation({}, {"sources": Each(PLANNED), "rooms": Each({"capacity": _is_number, "used": _is_number})}),
-    "vaults": Operation({"source": _is_name}, {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
-    # Of level 2 on.  The newest catalogs that the source's own server made: generation, time, and whether something of the
+    "status": Operation({},
+                        {"sources": Each(FIGURES), "backups": [WORDS], "mine": Each(HERE),
+                         "duties": Each(_is_count),
+                         "config_version": _is_count, "config_held": May(Maybe(_is_said))}),
+    "plan": Operation({},
+                      {"sources": Each(PLANNED),
+                       "rooms": Each({"capacity": _is_number, "used": _is_number})}),
+    "vaults": Operation({"source": _is_name},
+                        {"vaults": Each({"catalogs": Every((_is_text, _is_count), 100000)})}),
+    # Of level 2 on.  The newest catalogs that the source's own server made: generation, time, and
+    # whether something of the
     # source had changed; the newest first.
     "generations": Operation({"source": _is_name}, {"rows": [(_is_count, _is_real, _is_flag)]}),
-    # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size, mtime, digest).
+    # Copies are (path, size, mtime, digest); with kind 2 old versions: (number, path, name, size,
+    # mtime, digest).
     "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1),
-                               prefix=May(_is_text, "")), {"rows": [_is_holding], "more": May(_is_flag)}),
-    # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was the present version.
-    "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1)),
-                      {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)], "next": Maybe(_is_text)}),
+                               prefix=May(_is_text, "")),
+                          {"rows": [_is_holding], "more": May(_is_flag)}),
+    # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was
+    # the present version.
+    "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number,
+                           kind=May(_one_of(1, 2, 4, 8), 1)),
+                      {"rows": [(_is_text, Maybe(_is_count), _is_number, _is_real)],
+                       "next": Maybe(_is_text)}),
     "held_files": Operation({"source": _is_name, "after": _is_text},
-                            {"rows": [(_is_path, _one_of("gone", "changed"))], "more": May(_is_flag)}),
+                            {"rows": [(_is_path, _one_of("gone", "changed"))],
+                             "more": May(_is_flag)}),
     "accept": Operation({"source": _is_name}, {"text": _is_said}),
-    "find": Operation({"pattern": _is_pattern}, {"more": _is_flag, "at": May(Every(Maybe(_is_count), 100000), list), "rows": Every(
+    "find": Operation({"pattern": _is_pattern},
+                      {"more": _is_flag, "at": May(Every(Maybe(_is_count), 100000), list),
+                       "rows": Every(
         (_is_name, _is_name, _is_path, _is_number, _is_number, Maybe(_is_real)), 100000)}),
     "forget_source": Operation({"source": _is_name}, {}),
     "config": Operation({}, {"config": OFFER}),
     "new_config": Operation({"config": OFFER}, {"taken": _is_flag}),
     # paths: of level 2 on, for a source: what is to be read.
-    "rsync": Operation({"of": _one_of(*SERVED), "name": _is_name, "source": _is_name, "paths": May([_is_path])}, {}),
+    "rsync": Operation({"of": _one_of(*SERVED), "name": _is_name, "source": _is_name,
+                        "paths": May([_is_path])}, {}),
 }
-"""Every operation that a server knows: beside its line here, a function of Service that is marked with `answers(name)`
-(`rsync`: Service.root_for)."""
+"""Every operation that a server knows: beside its line here, a function of Service that is marked
+with `answers(name)` (`rsync`: Service.root_for)."""
 
 
 def answers(name: str) -> "Callable[[Any], Any]":
@@ -4730,7 +5291,8 @@ def answers(name: str) -> "Callable[[Any], Any]":
 
 
 def check_offer(offer: Any) -> "Dict[str, Any]":
-    """A configuration from a peer, when it has the form of Home.config_offer.  Raises ProtocolError."""
+    """A configuration from a peer, when it has the form of Home.config_offer.  Raises
+    ProtocolError."""
     wrong = misfit(offer, OFFER)
     if wrong:
         raise ProtocolError("a configuration that is not of the form: it%s" % wrong)
@@ -4764,11 +5326,13 @@ class Allowance:
     """What a server listens to from all of its members together (see LIGHT)."""
 
     def __init__(self) -> None:
-        self.arriving, self.at_work, self.parsing = Budget(BUFFERS), Budget(AT_WORK), threading.Lock()
+        self.arriving, self.at_work, self.parsing = Budget(BUFFERS), Budget(AT_WORK), \
+            threading.Lock()
 
 
 def check_json(data: bytes) -> None:
-    """Look at a message before it is parsed: depth, number of values and length of numbers.  Raises ProtocolError."""
+    """Look at a message before it is parsed: depth, number of values and length of numbers.  Raises
+    ProtocolError."""
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     if data.count(b'"') > 4 * ELEMENTS:
@@ -4792,14 +5356,18 @@ def _no_constant(word: str) -> Any:
 
 
 class Channel:
-    """JSON messages, one a line, over a connected socket.  Long ones travel as {"z": base64 of zlib}.
+    """JSON messages, one a line, over a connected socket.  Long ones travel as {"z": base64 of
+    zlib}.
 
-    `limit`, `unpacked`: the longest line, and what it may unfold to (0: nothing that is packed).  `allowance`: a server's.
+    `limit`, `unpacked`: the longest line, and what it may unfold to (0: nothing that is packed).
+    `allowance`: a server's.
     """
 
-    def __init__(self, connection: socket.socket, limit: int = MESSAGE_LIMIT, unpacked: int = UNPACKED_LIMIT,
+    def __init__(self, connection: socket.socket, limit: int = MESSAGE_LIMIT,
+                 unpacked: int = UNPACKED_LIMIT,
                  allowance: "Optional[Allowance]" = None) -> None:
-        self.socket, self.limit, self.unpacked, self.allowance = connection, limit, unpacked, allowance
+        self.socket, self.limit, self.unpacked, self.allowance = connection, limit, unpacked, \
+            allowance
         self._buffer = bytearray()
         self._arriving = self._at_work = 0
 
@@ -4831,8 +5399,8 @@ class Channel:
         self.socket.sendall(data + b"\n")
 
     def receive(self, idle: float, whole: float = 60.0) -> "Optional[Dict[str, Any]]":
-        """The next message; None at the end of the connection.  `idle`: seconds until its first byte; once
-        begun, it has to be complete within `whole`.  Raises OSError or ProtocolError."""
+        """The next message; None at the end of the connection.  `idle`: seconds until its first
+        byte; once begun, it has to be complete within `whole`.  Raises OSError or ProtocolError."""
         begun: "Optional[float]" = time.monotonic() if self._buffer else None
         searched = 0
         while True:
@@ -4864,7 +5432,8 @@ class Channel:
 
     def _parse(self, line: bytes) -> "Dict[str, Any]":
         try:
-            with self.allowance.parsing if self.allowance and len(line) > PACK_FROM else contextlib.nullcontext():
+            with self.allowance.parsing if self.allowance and len(line) > PACK_FROM \
+                    else contextlib.nullcontext():
                 if self.unpacked and line.startswith(b'{"z":"') and line.endswith(b'"}'):
                     line = self._unpack(base64.b64decode(memoryview(line)[6:-2], validate=True))
                 check_json(line)
@@ -4898,7 +5467,9 @@ class Channel:
 
 def was_cut(error: BaseException) -> bool:
     """Whether a connection ended without that anybody said why."""
-    return isinstance(error, (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)) \
+    return isinstance(error,
+                      (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError,
+                       ssl.SSLZeroReturnError)) \
         or "EOF occurred" in str(error)
 
 
@@ -4908,9 +5479,13 @@ def why_not_connected(error: BaseException) -> str:
         return "it cut the connection: it is busy, or something on the way does not let it through"
     if isinstance(error, ssl.SSLError):
         words = str(error).lower().replace("_", " ")
-        if any(word in words for word in ("unknown ca", "certificate", "decrypt error", "signature", "handshake failure")):
-            return "TLS failed: this machine's cluster.pem is not the key of the cluster that it belongs to"
-        return "TLS failed: what listens there is no cbackup server (%s)" % (error.reason or reason_of(error))
+        if any(word in words
+               for word in ("unknown ca", "certificate", "decrypt error", "signature",
+                            "handshake failure")):
+            return "TLS failed: this machine's cluster.pem is not the key of the cluster that it " \
+                "belongs to"
+        return "TLS failed: what listens there is no cbackup server (%s)" % (
+            error.reason or reason_of(error))
     return reason_of(error)
 
 
@@ -4946,7 +5521,8 @@ class Dialer:
 
 
 class Link:
-    """A client's connection to the server of one host: opened at the first call, again after an interruption.
+    """A client's connection to the server of one host: opened at the first call, again after an
+    interruption.
 
     Not thread-safe: a thread that wants to talk at the same time opens one of its own.
     """
@@ -4989,7 +5565,8 @@ class Link:
         self.hello, self.level = hello, level if isinstance(level, int) and 1 < level < 1000 else 1
 
     def connect(self) -> Channel:
-        """A new connection, after the server's hello.  Raises Unreachable with a reason for people."""
+        """A new connection, after the server's hello.  Raises Unreachable with a reason for
+        people."""
         address, port = self.config.address(self.host)
         for attempt in range(CONNECT_TRIES):
             connection = channel = None
@@ -5000,7 +5577,8 @@ class Link:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 connection.settimeout(HANDSHAKE_TIMEOUT)
-                channel = Channel(self.dialer.context.wrap_socket(connection, do_handshake_on_connect=True))
+                channel = Channel(self.dialer.context.wrap_socket(connection,
+                                                                  do_handshake_on_connect=True))
                 # The server speaks first: with TLS 1.3 a refusal is only seen at the first read.
                 hello = channel.receive(HANDSHAKE_TIMEOUT)
                 if hello is None:
@@ -5012,10 +5590,13 @@ class Link:
                 if attempt + 1 < CONNECT_TRIES and connection and was_cut(error):
                     time.sleep(random.uniform(0.05, 0.2) * (attempt + 1))
                     continue
-                raise Unreachable(self.host, "%s:%d: %s" % (address, port, why_not_connected(error)))
+                raise Unreachable(self.host,
+                                  "%s:%d: %s" % (address, port, why_not_connected(error)))
         if hello.get("cbackup") != PROTOCOL:
             channel.close()
-            raise Unreachable(self.host, shown(str(hello.get("text") or "it speaks another version of the protocol")[:300]))
+            raise Unreachable(self.host,
+                              shown(str(hello.get("text")
+                                        or "it speaks another version of the protocol")[:300]))
         if hello.get("host") != self.host:
             channel.close()
             raise Unreachable(self.host, "%s:%d is the machine %r; correct its line in [hosts]"
@@ -5037,14 +5618,16 @@ class Link:
     def call(self, op: str, **fields: Any) -> "Dict[str, Any]":
         """Send a request and return the answer.  Raises Refused, Unreachable or ProtocolError.
 
-        A connection that broke is opened again once: every request may be answered twice without harm.
+        A connection that broke is opened again once: every request may be answered twice without
+        harm.
         """
         for attempt in (1, 2):
             fresh = self._channel is None
             try:
                 if self._channel is None:
                     self._channel = self._open()
-                self._channel.send(dict(fields, op=op, **({"level": LEVEL} if self.level > 1 else {})))
+                self._channel.send(dict(fields, op=op,
+                                        **({"level": LEVEL} if self.level > 1 else {})))
                 begun = time.monotonic()
                 answer = self._channel.receive(REPLY_TIMEOUT)
                 self._note_slowness(op, time.monotonic() - begun)
@@ -5102,28 +5685,33 @@ class Link:
 
 
 class Rounds:
-    """The bounds of a listing that comes in pages from one host: the cursor grows, the rows come to an end."""
+    """The bounds of a listing that comes in pages from one host: the cursor grows, the rows come to
+    an end."""
 
     def __init__(self, host: str, what: str) -> None:
         self.host, self.what, self.rows = host, what, 0
         self.last: Any = None
 
     def page(self, rows: int, cursor: Any) -> None:
-        """A page of so many rows came, and the next one is to begin behind `cursor`.  Raises Unreachable."""
+        """A page of so many rows came, and the next one is to begin behind `cursor`.  Raises
+        Unreachable."""
         self.rows += rows
         if self.last is not None and not cursor > self.last:
-            raise Unreachable(self.host, "talks nonsense: its list of %s goes round in circles" % self.what)
+            raise Unreachable(self.host,
+                              "talks nonsense: its list of %s goes round in circles" % self.what)
         if self.rows > ROWS_LIMIT:
             raise Unreachable(self.host, "talks nonsense: its list of %s has no end" % self.what)
         self.last = cursor
 
 
-def relay(tls: socket.socket, reader: int, writer: int, idle: float, on_bytes: "Callable[[int], None]") -> str:
+def relay(tls: socket.socket, reader: int, writer: int, idle: float,
+          on_bytes: "Callable[[int], None]") -> str:
     """Carry bytes between a TLS socket and a local pair of descriptors until one side ends.
 
-    Returns "done", "cut" (the peer went away) or "stalled" (`idle` seconds without a byte, or hardly any in RATE_WINDOW).  All are made
-    non-blocking; each direction waits only for itself, or rsync would deadlock.  `on_bytes` is called with what
-    came from the peer, and with 0 now and then; what it raises ends the transfer.
+    Returns "done", "cut" (the peer went away) or "stalled" (`idle` seconds without a byte, or
+    hardly any in RATE_WINDOW).  All are made non-blocking; each direction waits only for itself, or
+    rsync would deadlock.  `on_bytes` is called with what came from the peer, and with 0 now and
+    then; what it raises ends the transfer.
     """
     limit = 1 << 18
     tls.setblocking(False)
@@ -5234,7 +5822,7 @@ def _write(descriptor: int, data: bytearray) -> "Optional[int]":
         return None
 
 
-# ==== 10. rsync =======================================================================================
+# ==== 10. rsync ===================================================================================
 
 CONNECT_CODE = """\
 import array, sys
@@ -5246,9 +5834,9 @@ s = socket.socket(fileno=int(sys.argv[1]))
 s.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1]))])
 s.recv(1)
 """
-"""What the puller's rsync runs as its remote shell: it hands its own standard input and output to the process
-that holds the TLS connection, and waits until that is done with them.  No byte is copied twice.  `socket` around
-`_socket` would be half of its time, once for each batch of files."""
+"""What the puller's rsync runs as its remote shell: it hands its own standard input and output to
+the process that holds the TLS connection, and waits until that is done with them.  No byte is
+copied twice.  `socket` around `_socket` would be half of its time, once for each batch of files."""
 
 RSYNC_DAEMON_CONFIG = """\
 use chroot = {chroot}
@@ -5262,28 +5850,33 @@ refuse options = copy-links copy-unsafe-links copy-dirlinks remove-source-files 
 {owner}[m]
 path = {path}
 {only}"""
-"""One per connection.  `use chroot` must be written for 3.1.3 and older; uid and gid only as root, where a
-daemon without them reads as nobody; openrsync dies on any key that it does not know."""
+"""One per connection.  `use chroot` must be written for 3.1.3 and older; uid and gid only as root,
+where a daemon without them reads as nobody; openrsync dies on any key that it does not know."""
 
 
 RSYNC_ENDED = (0, 11, 23, 24)
 """Exit statuses of an rsync that came to the end of its list, or to the end of the disk (11)."""
 
 RSYNC_OWN = (1, 3, 13, 14, 20, 126, 127)
-"""Of one that failed here: its arguments, its files, processes, a signal (memory, 22, a peer can use up)."""
+"""Of one that failed here: its arguments, its files, processes, a signal (memory, 22, a peer can
+use up)."""
 
 
 def find_rsync() -> str:
-    """The path of an rsync that will do.  Raises UsageError that names the command to install one."""
+    """The path of an rsync that will do.  Raises UsageError that names the command to install
+    one."""
     path = shutil.which("rsync")
     if not path:
         raise UsageError("rsync is not installed: %s" % install_hint("rsync"))
     if path not in _RSYNC_CHECKED:
         try:
-            text = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  stdin=subprocess.DEVNULL, timeout=30).stdout.decode(errors="replace")
+            text = subprocess.run([path, "--version"], stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT,
+                                  stdin=subprocess.DEVNULL,
+                                  timeout=30).stdout.decode(errors="replace")
         except (OSError, subprocess.SubprocessError) as error:
-            raise UsageError("%s cannot be run (%s): %s" % (path, reason_of(error), install_hint("rsync")))
+            raise UsageError("%s cannot be run (%s): %s"
+                             % (path, reason_of(error), install_hint("rsync")))
         match = re.search(r"rsync\s+version\s+v?(\d+)\.(\d+)\.(\d+)", text)
         if not match:
             raise UsageError("%s is not an rsync that cbackup can use (%s): %s"
@@ -5298,8 +5891,9 @@ def find_rsync() -> str:
 
 
 RsyncKind = namedtuple("RsyncKind", "is_open is_old")
-"""is_open: it is openrsync, as macOS 15 has it: by its source, a client may take back what its configuration rules out.
-is_old: before 3.1, which looks for the rules of `./path` where the root is asked for as `.`."""
+"""is_open: it is openrsync, as macOS 15 has it: by its source, a client may take back what its
+configuration rules out. is_old: before 3.1, which looks for the rules of `./path` where the root is
+asked for as `.`."""
 
 _RSYNC_CHECKED: "Dict[str, RsyncKind]" = {}
 """Path of an rsync that will do -> of what kind it is."""
@@ -5321,9 +5915,9 @@ def rsync_idle() -> float:
 class Pull:
     """The outcome of one rsync: what matters is what lies at the destination, never `code` alone.
 
-    how: done | cut (the peer went away) | stalled | own (this machine's rsync failed).  parts: paths
-    of files to which only the rest was added, unchecked (rsync checks by itself what it goes on
-    with).  wire: bytes."""
+    how: done | cut (the peer went away) | stalled | own (this machine's rsync failed).  parts:
+    paths of files to which only the rest was added, unchecked (rsync checks by itself what it goes
+    on with).  wire: bytes."""
 
     def __init__(self, code: int = 0, how: str = "done", errors: "Iterable[str]" = ()) -> None:
         self.code, self.wire, self.how, self.errors = code, 0, how, list(errors)
@@ -5342,15 +5936,18 @@ class Pull:
         return next((line for line in self.errors if any(word in line for word in words)), "")
 
     def said_of(self, name: bytes) -> "Optional[str]":
-        """The first line of rsync's that has this (end of a) name in it; it writes odd bytes as \\#ooo."""
+        """The first line of rsync's that has this (end of a) name in it; it writes odd bytes as
+        \\#ooo."""
         for line in self.errors:
-            plain = re.sub(rb"\\#([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]), os.fsencode(line))
+            plain = re.sub(rb"\\#([0-3][0-7]{2})", lambda match: bytes([int(match.group(1), 8)]),
+                           os.fsencode(line))
             if name and name in plain:
                 return line
         return None
 
     def blames(self, path: bytes) -> bool:
-        """Whether a file is missing because of itself: an rsync that gave up in the middle of its list (11) names it."""
+        """Whether a file is missing because of itself: an rsync that gave up in the middle of its
+        list (11) names it."""
         return self.code != 11 or self.said_of(b"/" + path + b'"') is not None
 
     def own_failure(self) -> OwnFailure:
@@ -5370,8 +5967,8 @@ class Pull:
         return line
 
     def not_made(self, path: bytes) -> bool:
-        """Whether it was our own side that could not make or write the file, or the directory for it:
-        some file systems say of a name that they cannot hold that there is no such file."""
+        """Whether it was our own side that could not make or write the file, or the directory for
+        it: some file systems say of a name that they cannot hold that there is no such file."""
         return "/.cbackup/incoming/" in (self._line_of(path) or "")
 
     def why(self, path: bytes) -> str:
@@ -5395,8 +5992,9 @@ TEMPORARY_NAME = re.compile(rb"\.(.+)\.[A-Za-z0-9]{6,10}\Z", re.S)
 def keep_parts(tree: Tree, top: bytes, expected: "Callable[[bytes], bool]") -> None:
     """Put what a killed rsync left below `top` where the next one looks for parts of files.
 
-    A cut connection makes rsync do that by itself; kill -9 and power cuts leave .NAME.XXXXXX, which is never used again.
-    `expected`: whether a path below `top` is that of a file which is to arrive there.
+    A cut connection makes rsync do that by itself; kill -9 and power cuts leave .NAME.XXXXXX, which
+    is never used again. `expected`: whether a path below `top` is that of a file which is to arrive
+    there.
     """
     for rel in list(tree.walk_files(top)):
         above, _, name = rel.rpartition(b"/")
@@ -5423,14 +6021,14 @@ def with_parents(paths: "Iterable[bytes]") -> "set[bytes]":
 
 
 LONG_PATH = 2500
-"""Bytes of a path from which on a file is fetched alone: of several with more than about 2,700 rsync 3.5 says that it has
-not asked for them, and ends."""
+"""Bytes of a path from which on a file is fetched alone: of several with more than about 2,700
+rsync 3.5 says that it has not asked for them, and ends."""
 
 
 def pull_apart(items: "Iterable[Any]", path_of: "Callable[[Any], bytes]",
                fetch: "Callable[[List[Any]], Pull]") -> Pull:
-    """Fetch all items whose paths are not too long together, and each of the others by itself, until
-    one is not brought to its end."""
+    """Fetch all items whose paths are not too long together, and each of the others by itself,
+    until one is not brought to its end."""
     items, result = list(items), Pull()
     short = [item for item in items if len(path_of(item)) < LONG_PATH]
     long_ones = [[item] for item in items if len(path_of(item)) >= LONG_PATH]
@@ -5457,8 +6055,8 @@ def filters_for(paths: "Iterable[bytes]") -> "List[bytes]":
     too long.
 
     openrsync takes the ./ off a list's names before it hands them on, and a server of its kind, or
-    of 2.6.9, takes those that begin with # or ; for comments then.  Filters have no comments; but the
-    server reads whole directories for them.
+    of 2.6.9, takes those that begin with # or ; for comments then.  Filters have no comments; but
+    the server reads whole directories for them.
     """
     rules = set()
     for path in paths:
@@ -5473,19 +6071,23 @@ def filters_for(paths: "Iterable[bytes]") -> "List[bytes]":
     return [b"-r"] + [b"--include=/" + rule for rule in sorted(rules)] + [b"--exclude=*"]
 
 
-def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes, bwlimit: "Optional[int]" = None,
-         always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None, most: "Optional[int]" = None,
+def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes,
+         bwlimit: "Optional[int]" = None,
+         always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None,
+         most: "Optional[int]" = None,
          plain: bool = False, whole: bool = False) -> Pull:
     """Fetch files over a connection from `Link.stream` into the directory `destination`.
 
-    paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size and mtime are the
-    same.  most: a file of more bytes is left out.  plain: they are small, and nothing of them is there: written straight
-    under their names, as a whole, which costs half; not where there may be a file, which would be written into.
-    whole: nothing is made of the parts of files that are there.
-    Whatever happens, look at the destination afterwards: rsync's exit status says little (a file that changed while it was
-    sent arrives torn, with status 0).  Raises OwnFailure when no rsync can be started here.
+    paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size
+    and mtime are the same.  most: a file of more bytes is left out.  plain: they are small, and
+    nothing of them is there: written straight under their names, as a whole, which costs half; not
+    where there may be a file, which would be written into. whole: nothing is made of the parts of
+    files that are there. Whatever happens, look at the destination afterwards: rsync's exit status
+    says little (a file that changed while it was sent arrives torn, with status 0).  Raises
+    OwnFailure when no rsync can be started here.
     """
-    options: "List[Any]" = ["-W", "--inplace"] if plain else ["-S", b"--partial-dir=" + PART_SUFFIX_DIR]
+    options: "List[Any]" = ["-W", "--inplace"] if plain else ["-S",
+                                                              b"--partial-dir=" + PART_SUFFIX_DIR]
     options.append("--timeout=%d" % max(60, rsync_idle()))
     if whole and not plain:
         options.append("-W")
@@ -5507,7 +6109,8 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
                 result = _run_pull(connection, scratch, options, destination, on_bytes)
         except OSError as error:
             raise OwnFailure("rsync could not be started on this machine: %s%s" % (
-                shown(os.fsencode(error.filename)) + ": " if error.filename else "", reason_of(error)))
+                shown(os.fsencode(error.filename)) + ": " if error.filename else "",
+                reason_of(error)))
     if result.how == "stalled":
         result.errors.append("no byte came for %d s" % rsync_idle())
     return result
@@ -5520,15 +6123,20 @@ def _run_pull(connection: socket.socket, scratch: str, options: "List[Any]", des
     result, process = Pull(), None
     ours, theirs = socket.socketpair()
     with open(shell, "w") as stream:
-        stream.write("exec %s -I -S -c %s %d\n" % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
-    # sh reads it where nothing may be executed, too; a quote within quotes is written twice for rsync.
-    command: "List[Any]" = [find_rsync(), "-ptgo", "--numeric-ids", "--no-implied-dirs", "--chmod=Du+rwx,Fu+rw",
+        stream.write("exec %s -I -S -c %s %d\n"
+                     % (shlex.quote(sys.executable), shlex.quote(CONNECT_CODE), theirs.fileno()))
+    # sh reads it where nothing may be executed, too; a quote within quotes is written twice for
+    # rsync.
+    command: "List[Any]" = [find_rsync(), "-ptgo", "--numeric-ids", "--no-implied-dirs",
+                            "--chmod=Du+rwx,Fu+rw",
                             "--stats", "-e", "/bin/sh '%s'" % shell.replace("'", "''")]
     try:
         with open(out, "wb") as out_stream, open(err, "wb") as err_stream:
             process = subprocess.Popen(
-                command + options + ["cbackup::m/.", destination + b"/"], stdin=subprocess.DEVNULL, stdout=out_stream,
-                stderr=err_stream, pass_fds=[theirs.fileno()], start_new_session=True, env=dict(os.environ, LC_ALL="C"))
+                command + options + ["cbackup::m/.", destination + b"/"], stdin=subprocess.DEVNULL,
+                stdout=out_stream,
+                stderr=err_stream, pass_fds=[theirs.fileno()], start_new_session=True,
+                env=dict(os.environ, LC_ALL="C"))
         theirs.close()
         ended = _relay_for(process, ours, connection, on_bytes)
         result.code = _reap(process, 20.0 if ended != "stalled" else 2.0)
@@ -5539,7 +6147,8 @@ def _run_pull(connection: socket.socket, scratch: str, options: "List[Any]", des
         if process is not None:
             _reap(process, 0)
     with open(out, errors="replace") as stream:
-        match = re.search(r"Total (?:bytes )?received: ([\d.,]+)", stream.read())  # the second one is openrsync's
+        # the second one is openrsync's
+        match = re.search(r"Total (?:bytes )?received: ([\d.,]+)", stream.read())
         result.wire = int(re.sub(r"\D", "", match.group(1))) if match else 0
     with open(err, errors="replace") as stream:
         result.errors = [line.strip() for line in stream.readlines()[:2000] if line.strip()]
@@ -5548,20 +6157,22 @@ def _run_pull(connection: socket.socket, scratch: str, options: "List[Any]", des
 
 
 def _how_it_ended(relayed: str, result: Pull) -> str:
-    """Pull.how, from what the relay saw ("unstarted": it was never begun) and from what rsync said."""
+    """Pull.how, from what the relay saw ("unstarted": it was never begun) and from what rsync
+    said."""
     if relayed == "stalled":
         return "stalled"
     if result.code in RSYNC_ENDED:
         return "done"
     failed_here = result.code < 0 or result.code in RSYNC_OWN and not any(
-        word in line for line in result.errors for word in ("[sender", "compat.c", "io.c"))  # there the peer had a say
+        word in line for line in result.errors
+        for word in ("[sender", "compat.c", "io.c"))  # there the peer had a say
     return "own" if relayed == "unstarted" or relayed == "done" and failed_here else "cut"
 
 
 def _relay_for(process: "subprocess.Popen[bytes]", ours: socket.socket, connection: socket.socket,
                on_bytes: "Callable[[int], None]") -> str:
-    """Take over the pipes of the rsync that was just started and relay them until one side ends, see relay(); "unstarted"
-    when it gave none."""
+    """Take over the pipes of the rsync that was just started and relay them until one side ends,
+    see relay(); "unstarted" when it gave none."""
     ours.settimeout(60)
     try:
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(2 * 4))
@@ -5570,9 +6181,11 @@ def _relay_for(process: "subprocess.Popen[bytes]", ours: socket.socket, connecti
     pipes: "List[int]" = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            pipes += [int.from_bytes(data[i:i + 4], sys.byteorder) for i in range(0, len(data) - len(data) % 4, 4)]
+            pipes += [int.from_bytes(data[i:i + 4], sys.byteorder)
+                      for i in range(0, len(data) - len(data) % 4, 4)]
     try:
-        return relay(connection, pipes[0], pipes[1], rsync_idle(), on_bytes) if len(pipes) == 2 else "unstarted"
+        return relay(connection, pipes[0], pipes[1], rsync_idle(),
+                     on_bytes) if len(pipes) == 2 else "unstarted"
     finally:
         for descriptor in pipes:
             os.close(descriptor)
@@ -5580,7 +6193,8 @@ def _relay_for(process: "subprocess.Popen[bytes]", ours: socket.socket, connecti
 
 
 def _reap(process: "subprocess.Popen[bytes]", patience: float) -> int:
-    """Wait for a process that should end, then kill its whole group: rsync is two or three processes."""
+    """Wait for a process that should end, then kill its whole group: rsync is two or three
+    processes."""
     try:
         return process.wait(patience) if patience else process.wait(0.001)
     except subprocess.TimeoutExpired:
@@ -5595,8 +6209,8 @@ def _reap(process: "subprocess.Popen[bytes]", patience: float) -> int:
 
 
 def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
-    """What socketpair() gives, as a TCP connection: openrsync serves nothing else.  Only the connection that is made here is
-    accepted, whoever else finds the port."""
+    """What socketpair() gives, as a TCP connection: openrsync serves nothing else.  Only the
+    connection that is made here is accepted, whoever else finds the port."""
     ours = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
@@ -5623,9 +6237,11 @@ def nothing_but(paths: "Iterable[bytes]", also_dotted: bool = False) -> bytes:
     """Rules for `exclude from`, of which the first that matches decides: these paths and the
     directories above them, nothing else; `also_dotted`: under ./, too."""
     rules, paths = [b"+ /.\n"] if also_dotted else [], set(paths)
-    above = with_parents(paths) - paths  # first: rsync goes through the rules for each of them, and for each file in it
+    # first: rsync goes through the rules for each of them, and for each file in it
+    above = with_parents(paths) - paths
     for name in sorted(above) + sorted(paths):
-        # With a wildcard in it a backslash makes plain what follows; a line's end can only be any character.
+        # With a wildcard in it a backslash makes plain what follows; a line's end can only be any
+        # character.
         if re.search(rb"[*?[\r\n]", name):
             name = re.sub(rb"[\r\n]", b"?", re.sub(rb"([*?[\\])", rb"\\\1", name))
         rules.append(b"+ /" + name + b"\n" + (b"+ /./" + name + b"\n" if also_dotted else b""))
@@ -5641,7 +6257,8 @@ def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes
     ours, theirs = loopback_pair() if kind.is_open else socket.socketpair()
     process = None
     with plain_directory() as scratch:
-        # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink of ours can.
+        # rsync's configuration cannot hold every path (blanks at the end, newlines, %): a symlink
+        # of ours can.
         tree, configuration, rules = (os.path.join(scratch, name) for name in ("t", "conf", "only"))
         os.symlink(root, tree)
         limited = only is not None and not kind.is_open
@@ -5650,10 +6267,12 @@ def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes
                 raw.write(nothing_but(only or (), kind.is_old))
         with open(configuration, "w") as stream:
             stream.write(RSYNC_DAEMON_CONFIG.format(
-                chroot="yes" if as_root else "no", path=tree, owner="uid = 0\ngid = 0\n" if as_root else "",
+                chroot="yes" if as_root else "no", path=tree, owner="uid = 0\ngid = 0\n" if as_root
+                else "",
                 only="exclude from = %s\n" % rules if limited else ""))
         try:
-            process = subprocess.Popen([rsync, "--daemon", "--config=" + configuration], stdin=theirs, stdout=theirs,
+            process = subprocess.Popen([rsync, "--daemon", "--config=" + configuration],
+                                       stdin=theirs, stdout=theirs,
                                        stderr=subprocess.DEVNULL, start_new_session=True)
             theirs.close()
             how = relay(connection, ours.fileno(), ours.fileno(), 900.0, lambda count: None)
@@ -5667,7 +6286,7 @@ def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes
                 _reap(process, 0)
 
 
-# ==== 11. The backup: a location's own database, catalogs and directory ===============================
+# ==== 11. The backup: a location's own database, catalogs and directory ===========================
 
 VAULT_SCHEMA_VERSION = 3
 
@@ -5680,37 +6299,49 @@ CREATE TABLE held(
     PRIMARY KEY(source, path)) WITHOUT ROWID;
 CREATE INDEX held_checked ON held(checked);
 
--- Claimed and on its way.  stage 0: being copied to `incoming`; 1: confirmed, being put into its place.
+-- Claimed and on its way.  stage 0: being copied to `incoming`; 1: confirmed, being put into its
+-- place.
 CREATE TABLE coming(
-    source TEXT, path BLOB, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, version INTEGER,
+    source TEXT, path BLOB, size INTEGER, mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER,
+    version INTEGER,
     books TEXT, digest BLOB, stage INTEGER DEFAULT 0, PRIMARY KEY(source, path)) WITHOUT ROWID;
 
 -- Old versions, at PATH/.cbackup/<stored>.  done 0: the rename may not have happened yet.
 CREATE TABLE attic(
-    id INTEGER PRIMARY KEY, source TEXT, path BLOB, stored BLOB, size INTEGER, mtime INTEGER, digest BLOB,
+    id INTEGER PRIMARY KEY, source TEXT, path BLOB, stored BLOB, size INTEGER, mtime INTEGER,
+    digest BLOB,
     since REAL, why TEXT, done INTEGER DEFAULT 0);
 CREATE INDEX attic_since ON attic(since);
 CREATE INDEX attic_path ON attic(source, path);
 CREATE INDEX attic_under_way ON attic(source, path) WHERE done=0;
 
 -- Renames under way; ino tells after a crash how far each came.
-CREATE TABLE moving(id INTEGER PRIMARY KEY, source TEXT, old BLOB, new BLOB, ino INTEGER, cursor INTEGER);
+CREATE TABLE moving(id INTEGER PRIMARY KEY, source TEXT, old BLOB, new BLOB, ino INTEGER,
+    cursor INTEGER);
 
 -- Granted drops that are being carried out.
 CREATE TABLE dropping(source TEXT, path BLOB, PRIMARY KEY(source, path)) WITHOUT ROWID;
 
-CREATE TABLE sums(source TEXT PRIMARY KEY, files INTEGER, bytes INTEGER, tags INTEGER) WITHOUT ROWID;
+CREATE TABLE sums(source TEXT PRIMARY KEY, files INTEGER, bytes INTEGER,
+    tags INTEGER) WITHOUT ROWID;
 CREATE TABLE used(what TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID;
 INSERT INTO used VALUES('coming', 0), ('attic', 0);
 CREATE TRIGGER held_in AFTER INSERT ON held BEGIN
-    INSERT INTO sums SELECT NEW.source, 0, 0, 0 WHERE NOT EXISTS(SELECT 1 FROM sums WHERE source=NEW.source);
-    UPDATE sums SET files=files+1, bytes=bytes+NEW.size, tags=tags+NEW.tag WHERE source=NEW.source; END;
+    INSERT INTO sums SELECT NEW.source, 0, 0,
+    0 WHERE NOT EXISTS(SELECT 1 FROM sums WHERE source=NEW.source);
+    UPDATE sums SET files=files+1, bytes=bytes+NEW.size,
+    tags=tags+NEW.tag WHERE source=NEW.source; END;
 CREATE TRIGGER held_out AFTER DELETE ON held BEGIN
-    UPDATE sums SET files=files-1, bytes=bytes-OLD.size, tags=tags-OLD.tag WHERE source=OLD.source; END;
-CREATE TRIGGER coming_in AFTER INSERT ON coming BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE what='coming'; END;
-CREATE TRIGGER coming_out AFTER DELETE ON coming BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE what='coming'; END;
-CREATE TRIGGER attic_in AFTER INSERT ON attic BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE what='attic'; END;
-CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE what='attic'; END;
+    UPDATE sums SET files=files-1, bytes=bytes-OLD.size,
+    tags=tags-OLD.tag WHERE source=OLD.source; END;
+CREATE TRIGGER coming_in AFTER INSERT ON coming BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE
+    what='coming'; END;
+CREATE TRIGGER coming_out AFTER DELETE ON coming BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE
+    what='coming'; END;
+CREATE TRIGGER attic_in AFTER INSERT ON attic BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE
+    what='attic'; END;
+CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE
+    what='attic'; END;
 """
 
 
@@ -5729,21 +6360,25 @@ class Grant(namedtuple("Grant", "source path")):
 
 
 class Misplaced(CBackupError):
-    """A backup directory that is not what the configuration says: not mounted, of another cluster, another's."""
+    """A backup directory that is not what the configuration says: not mounted, of another cluster,
+    another's."""
 
 
-NOT_IN_USE = re.compile(r"(lost\+found|\.DS_Store|\.Trashes|\.Trash-\d+|\.Spotlight-V100|\.fseventsd|\.TemporaryItems"
-                        r"|\.DocumentRevisions-V100|\.apdisk|\.VolumeIcon\.icns|\.zfs|\.snap|\.snapshots?"
-                        r"|System Volume Information|\$RECYCLE\.BIN|@eaDir|#recycle)\Z")
-"""What systems put into the root of a file system by themselves: a directory with nothing else in it is empty."""
+NOT_IN_USE = re.compile(
+    r"(lost\+found|\.DS_Store|\.Trashes|\.Trash-\d+|\.Spotlight-V100|\.fseventsd|\.TemporaryItems"
+    r"|\.DocumentRevisions-V100|\.apdisk|\.VolumeIcon\.icns|\.zfs|\.snap|\.snapshots?"
+    r"|System Volume Information|\$RECYCLE\.BIN|@eaDir|#recycle)\Z")
+"""What systems put into the root of a file system by themselves: a directory with nothing else in
+it is empty."""
 
 
 def in_use_by_others(path: str) -> "List[str]":
-    """The names in a directory that is to become a backup, and that is not empty; [] when it is, or is not there.  What our
-    own first pass had made of .cbackup before it was cut off is nothing."""
+    """The names in a directory that is to become a backup, and that is not empty; [] when it is, or
+    is not there.  What our own first pass had made of .cbackup before it was cut off is nothing."""
     try:
         names = {name for name in os.listdir(path) if not NOT_IN_USE.match(name)}
-        if META_DIR.decode() in names and all(re.match(r"identity\.\d+\.new\Z", name) for name in os.listdir(
+        if META_DIR.decode() in names and all(re.match(r"identity\.\d+\.new\Z", name)
+                                              for name in os.listdir(
                 os.path.join(path, META_DIR.decode()))):
             names.remove(META_DIR.decode())
     except (FileNotFoundError, NotADirectoryError):
@@ -5752,8 +6387,9 @@ def in_use_by_others(path: str) -> "List[str]":
 
 
 def room_limit(spec: Backup, settled: int) -> int:
-    """The most bytes that may lie in a backup now: its `size`, and less when its file system would have less left than
-    `reserve`, or than our own databases need.  `settled`: bytes that lie there already."""
+    """The most bytes that may lie in a backup now: its `size`, and less when its file system would
+    have less left than `reserve`, or than our own databases need.  `settled`: bytes that lie there
+    already."""
     info = os.statvfs(spec.path)
     own = min(DATABASE_ROOM, info.f_blocks * info.f_frsize // 20)
     room = max(0, settled + info.f_bavail * info.f_frsize - max(own, spec.reserve or 0))
@@ -5764,22 +6400,25 @@ CLOCK_SLACK = 600.0
 """Seconds by which a host's clock may differ from the servers' before it is called wrong."""
 
 DATABASE_ROOM = 64 << 20
-"""Bytes that stay free on a backup's file system for our database, or 5 % of a small file system: a file system that
-is full to the last byte cannot even be told what to delete."""
+"""Bytes that stay free on a backup's file system for our database, or 5 % of a small file system: a
+file system that is full to the last byte cannot even be told what to delete."""
 
 
 class BackupDirectory(Store):
-    """One backup: whose directory it is, what it holds, how much room it has, and the only function that deletes in it.
+    """One backup: whose directory it is, what it holds, how much room it has, and the only function
+    that deletes in it.
 
-    Paths given to methods are those of the source; `place_of` says where they lie.  Use it by one thread at a
-    time (`lock` guards the database for the confirming thread).
+    Paths given to methods are those of the source; `place_of` says where they lie.  Use it by one
+    thread at a time (`lock` guards the database for the confirming thread).
     """
 
-    def __init__(self, spec: Backup, cluster: str, expected: "Optional[str]" = None, adopt: bool = False,
+    def __init__(self, spec: Backup, cluster: str, expected: "Optional[str]" = None,
+                 adopt: bool = False,
                  foreign: bool = False) -> None:
-        """Open the backup, make it when it is new.  `cluster`: Home.cluster_id.  `expected`: the identity that
-        was seen here before.  `adopt`: take what is there; `foreign`: even when it is of another cluster, whose key is lost.
-        Raises Misplaced when the directory is not this backup's."""
+        """Open the backup, make it when it is new.  `cluster`: Home.cluster_id.  `expected`: the
+        identity that was seen here before.  `adopt`: take what is there; `foreign`: even when it is
+        of another cluster, whose key is lost. Raises Misplaced when the directory is not this
+        backup's."""
         self.spec, self.name = spec, spec.name
         self.path = os.fsencode(spec.path)
         self.meta_path = os.path.join(spec.path, META_DIR.decode())
@@ -5788,20 +6427,24 @@ class BackupDirectory(Store):
         self.identity: str = identity["id"]
         self.tree = Tree(self.path, own_links=True)
         self._close_to_others()
-        self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA, VAULT_SCHEMA_VERSION,
+        self.db = open_database(os.path.join(self.meta_path, "backup.db"), VAULT_SCHEMA,
+                                VAULT_SCHEMA_VERSION,
                                 "DELETE", VAULT_UPGRADES)
         self.db.execute("CREATE TEMP TABLE kept(source TEXT PRIMARY KEY) WITHOUT ROWID")
         self.clock_wrong, self._kept_bytes = False, 0
         self._folding: "Optional[str]" = None
         self.stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock.now())).encode()
 
-    def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool, foreign: bool) -> "Dict[str, Any]":
+    def _identify(self, cluster: str, expected: "Optional[str]", adopt: bool,
+                  foreign: bool) -> "Dict[str, Any]":
         path = os.path.join(self.meta_path, "identity")
         identity = read_json(path)
         if not identity.get("id"):
             if expected and not adopt:
-                raise Misplaced("%s: %s was in use and has lost its .cbackup: is its disk mounted?  If this is the right, "
-                                "new directory: cbackup.pyz client --adopt %s" % (self.name, self.spec.path, self.name))
+                raise Misplaced("%s: %s was in use and has lost its .cbackup: is its disk mounted? "
+                                " If this is the right, new directory: cbackup.pyz client --adopt "
+                                "%s"
+                                % (self.name, self.spec.path, self.name))
             try:
                 self._check_empty(adopt)
                 os.makedirs(self.spec.path, mode=0o700, exist_ok=True)
@@ -5810,27 +6453,34 @@ class BackupDirectory(Store):
                 atomic_write(path, json.dumps(identity).encode())
                 fsync_directory(self.spec.path)
             except OSError as error:
-                raise Misplaced("%s: %s: %s" % (self.name, error.filename or self.spec.path, reason_of(error)))
+                raise Misplaced("%s: %s: %s"
+                                % (self.name, error.filename or self.spec.path, reason_of(error)))
         elif identity.get("cluster") != cluster and not (adopt and foreign):
-            raise Misplaced("%s: %s belongs to another cluster; choose another directory; or, if it is yours and no machine has "
-                            "its key any more: cbackup.pyz client --adopt %s%s" % (
+            raise Misplaced("%s: %s belongs to another cluster; choose another directory; or, if "
+                            "it is yours and no machine has its key any more: cbackup.pyz client "
+                            "--adopt %s%s" % (
                                 self.name, self.spec.path, self.name, " --yes" if adopt else ""))
-        elif (identity.get("cluster"), identity.get("backup")) != (cluster, self.name) or expected not in (
+        elif (identity.get("cluster"), identity.get("backup")) != (cluster,
+                                                                   self.name) or expected not in (
                 None, identity["id"]):
             if not adopt:
-                raise Misplaced("%s: %s is the backup %s (%s), not the one that was here; if that is right: "
-                                "cbackup.pyz client --adopt %s" % (self.name, self.spec.path, identity.get("backup"),
-                                                                   identity["id"][:6], self.name))
+                raise Misplaced("%s: %s is the backup %s (%s), not the one that was here; if that "
+                                "is right: cbackup.pyz client --adopt %s"
+                                % (self.name, self.spec.path, identity.get("backup"),
+                                   identity["id"][:6], self.name))
             identity.update(backup=self.name, cluster=cluster)
             atomic_write(path, json.dumps(identity).encode())
         return identity
 
     def _close_to_others(self) -> None:
-        """What lies here is for nobody else: a copy has the mode of its file, whose directory may have been closed."""
+        """What lies here is for nobody else: a copy has the mode of its file, whose directory may
+        have been closed."""
         for name in self.tree.list():
             info = self.tree.lstat(name)
-            if info is not None and stat.S_ISDIR(info.st_mode) and stat.S_IMODE(info.st_mode) != 0o700 and (
-                    name == META_DIR or os.path.isdir(os.path.join(os.fsencode(self.meta_path), b"catalog", name))):
+            if info is not None and stat.S_ISDIR(info.st_mode) \
+                    and stat.S_IMODE(info.st_mode) != 0o700 and (
+                    name == META_DIR
+                    or os.path.isdir(os.path.join(os.fsencode(self.meta_path), b"catalog", name))):
                 with contextlib.suppress(OSError):  # on some file systems there are no modes
                     self.tree.chmod(name, 0o700)
 
@@ -5838,10 +6488,11 @@ class BackupDirectory(Store):
         """Refuse to make a backup of a directory that somebody uses for something else."""
         names = [] if adopt else in_use_by_others(self.spec.path)
         if names:
-            raise Misplaced("%s: %s is not empty and is no backup (it has %s%s): nothing in it was touched.  Choose another "
-                            "directory; or, if these are copies of a backup whose .cbackup is lost: "
-                            "cbackup.pyz client --adopt %s" % (
-                                self.name, self.spec.path, ", ".join(shown(os.fsencode(name)) for name in names[:3]),
+            raise Misplaced("%s: %s is not empty and is no backup (it has %s%s): nothing in it was "
+                            "touched.  Choose another directory; or, if these are copies of a "
+                            "backup whose .cbackup is lost: cbackup.pyz client --adopt %s" % (
+                                self.name, self.spec.path,
+                                ", ".join(shown(os.fsencode(name)) for name in names[:3]),
                                 ", ..." if len(names) > 3 else "", self.name))
 
     def close(self) -> None:
@@ -5873,17 +6524,19 @@ class BackupDirectory(Store):
     def delete(self, rel: bytes, grant: "Optional[Grant]") -> None:
         """Delete one file: the only place in the program that does so in a backup.
 
-        Outside of .cbackup/ it wants the server's grant for just this file.  A file that is gone already is
-        no error: the grant may be carried out twice.
+        Outside of .cbackup/ it wants the server's grant for just this file.  A file that is gone
+        already is no error: the grant may be carried out twice.
         """
-        own = rel.startswith(tuple(META_DIR + b"/%s/" % kind for kind in (b"attic", b"incoming", b"bad", b"moving")))
+        own = rel.startswith(tuple(META_DIR + b"/%s/" % kind
+                                   for kind in (b"attic", b"incoming", b"bad", b"moving")))
         if not own and (grant is None or self.place_of(grant.source, grant.path) != rel):
             raise AssertionError("deleting %r without a grant" % rel)
         try:
             self.tree.unlink(rel)
         except OSError as error:
             info = self.tree.lstat(rel)
-            if info is not None and stat.S_ISDIR(info.st_mode):  # in `incoming`: at its source it became one
+            # in `incoming`: at its source it became one
+            if info is not None and stat.S_ISDIR(info.st_mode):
                 self.tree.clear_empty(rel)
             elif error.errno not in (errno.ENOENT, errno.ENOTDIR) + Tree.IMPOSSIBLE:
                 raise
@@ -5891,7 +6544,8 @@ class BackupDirectory(Store):
             self._prune(rel)  # not in `incoming`, where an rsync may be about to use the directory
 
     def _prune(self, rel: bytes) -> None:
-        """Remove the directories above a deleted file as far as they are empty; never .cbackup's own."""
+        """Remove the directories above a deleted file as far as they are empty; never .cbackup's
+        own."""
         above = rel.rpartition(b"/")[0]
         while above.count(b"/") >= 2:
             try:
@@ -5904,7 +6558,8 @@ class BackupDirectory(Store):
 
     def used(self) -> int:
         """Bytes of copies, of files on their way and of the attic."""
-        return self.one("SELECT (SELECT COALESCE(SUM(bytes), 0) FROM sums) + (SELECT SUM(bytes) FROM used)")[0]
+        return self.one("SELECT (SELECT COALESCE(SUM(bytes), 0) FROM sums) + (SELECT SUM(bytes) "
+                        "FROM used)")[0]
 
     def attic_bytes(self) -> int:
         return self.one("SELECT bytes FROM used WHERE what='attic'")[0]
@@ -5918,36 +6573,46 @@ class BackupDirectory(Store):
         return room_limit(self.spec, self.used() - coming)
 
     def free(self) -> int:
-        """Room for copies, bytes; negative when over capacity.  Old versions do not count against it: they go
-        when the room is needed (`make_room`), but for those that are to be kept (`keep_old`)."""
+        """Room for copies, bytes; negative when over capacity.  Old versions do not count against
+        it: they go when the room is needed (`make_room`), but for those that are to be kept
+        (`keep_old`)."""
         return self.capacity() - self.used() + self.attic_bytes() - self._kept_bytes
 
     # -- copies --
 
-    def hold(self, source: str, path: bytes, size: int, mtime: int, digest: bytes, checked: float) -> None:
+    def hold(self, source: str, path: bytes, size: int, mtime: int, digest: bytes,
+             checked: float) -> None:
         self.hold_all(source, [(path, size, mtime, digest, checked)])
 
     def hold_all(self, source: str, rows: "Iterable[Tuple[bytes, int, int, bytes, float]]") -> None:
         """Enter copies: (path, size, mtime, digest, when it was read)."""
         rows = list(rows)
         with self.write() as db:
-            db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, row[0]) for row in rows])
+            db.executemany("DELETE FROM held WHERE source=? AND path=?",
+                           [(source, row[0]) for row in rows])
             db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
-                           [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked)
+                           [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest),
+                             checked)
                             for path, size, mtime, digest, checked in rows])
 
     def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
         """(size, mtime, digest, tag) of a copy; None when we have none."""
-        return self.one("SELECT size, mtime, digest, tag FROM held WHERE source=? AND path=?", source, path)
+        return self.one("SELECT size, mtime, digest, tag FROM held WHERE source=? AND path=?",
+                        source, path)
 
     def is_known(self, source: str, path: bytes) -> bool:
-        """Whether a file may lie at the place of `path`: a copy, one that is about to be, or one that is to be deleted."""
-        return self.one("SELECT 1 FROM held WHERE source=? AND path=? UNION SELECT 1 FROM coming WHERE source=? AND path=? "
-                        "AND stage=1 UNION SELECT 1 FROM dropping WHERE source=? AND path=?", *(source, path) * 3) is not None
+        """Whether a file may lie at the place of `path`: a copy, one that is about to be, or one
+        that is to be deleted."""
+        return self.one("SELECT 1 FROM held WHERE source=? AND path=? UNION SELECT 1 FROM coming "
+                        "WHERE source=? AND path=? AND stage=1 UNION SELECT 1 FROM dropping WHERE "
+                        "source=? AND path=?",
+                        *(source, path) * 3) is not None
 
-    def held_page(self, source: str, after: bytes, limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
+    def held_page(self, source: str, after: bytes,
+                  limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
         """(path, size, mtime, digest, tag) of copies, by path."""
-        return self.rows("SELECT path, size, mtime, digest, tag FROM held WHERE source=? AND path>? ORDER BY path LIMIT ?",
+        return self.rows("SELECT path, size, mtime, digest, tag FROM held WHERE source=? AND "
+                         "path>? ORDER BY path LIMIT ?",
                          source, after, limit)
 
     def sum_of(self, source: str) -> "Tuple[int, int, int]":
@@ -5955,7 +6620,8 @@ class BackupDirectory(Store):
         return (row[0], row[1], row[2]) if row else (0, 0, 0)
 
     def sources(self) -> "List[str]":
-        return [row[0] for row in self.rows("SELECT source FROM sums WHERE files>0 ORDER BY source")]
+        return [row[0] for row in self.rows(
+            "SELECT source FROM sums WHERE files>0 ORDER BY source")]
 
 
 class Folding(BackupDirectory):
@@ -5969,33 +6635,36 @@ class Folding(BackupDirectory):
         return "c" in self._folding or "f" in self._folding
 
     def _learn_folding(self) -> str:
-        """What this file system does with names: c, case is the same; f, normal forms are the same; n, a name comes back in
-        another form than it was given.  Tried out once, and again on a disk to which all was copied from one of another kind,
-        as far as that shows without writing."""
+        """What this file system does with names: c, case is the same; f, normal forms are the same;
+        n, a name comes back in another form than it was given.  Tried out once, and again on a disk
+        to which all was copied from one of another kind, as far as that shows without writing."""
         known, case = self.meta("folding"), self.tree.lstat(META_DIR.upper()) is not None
         if known is not None and ("c" in known) == case:
             return str(known)
         known, probe = "c" if case else "", META_DIR + "/probe-\u00e9".encode()
         with contextlib.suppress(OSError):  # without such letters there are no forms of them
             self.tree.make_directory(probe)
-            known += "f" if self.tree.lstat(META_DIR + "/probe-e\u0301".encode()) is not None else ""
+            known += "f" if self.tree.lstat(META_DIR
+                                            + "/probe-e\u0301".encode()) is not None else ""
             known += "n" if probe.rpartition(b"/")[2] not in self.tree.list(META_DIR) else ""
             self.tree.rmdir(probe)
         self.set_meta("folding", known)
         return known
 
     def anothers(self, place: bytes) -> "Optional[bytes]":
-        """The path of the file whose place this is, when that is another one that this file system takes for the same; also of
-        a file that is not ours."""
+        """The path of the file whose place this is, when that is another one that this file system
+        takes for the same; also of a file that is not ours."""
         if not self.folds or self.tree.lstat(place) is None:
             return None
         name, _, path = place.partition(b"/")
         source, here = as_text(name), self._listed(place)
         self._fold_all()
-        for (other,) in self.rows("SELECT path FROM temp.folded WHERE source=? AND key=? AND path<>?", source, fold_key(path), path):
+        for (other,) in self.rows("SELECT path FROM temp.folded WHERE source=? AND key=? AND "
+                                  "path<>?", source, fold_key(path), path):
             if self._listed(name + b"/" + other) == here:
                 return other
-        strange = here.rpartition(b"/")[2] != place.rpartition(b"/")[2] and "n" not in str(self._folding)
+        strange = here.rpartition(b"/")[2] != place.rpartition(b"/")[2] \
+            and "n" not in str(self._folding)
         return here[len(name) + 1:] if strange and not self.held(source, path) else None
 
     def _listed(self, rel: bytes) -> bytes:
@@ -6009,30 +6678,37 @@ class Folding(BackupDirectory):
         return above
 
     def _fold_all(self) -> None:
-        """Make the table of the folded names of our copies, and keep it up to date; once, when something is to be done."""
+        """Make the table of the folded names of our copies, and keep it up to date; once, when
+        something is to be done."""
         with self.lock:
             if self.db.execute("SELECT 1 FROM temp.sqlite_master WHERE name='folded'").fetchone():
                 return
             self.db.create_function("fold_key", 1, fold_key)
-            self.db.execute("CREATE TEMP TABLE folded(source TEXT, key BLOB, path BLOB, PRIMARY KEY(source, key, path)) "
-                            "WITHOUT ROWID")
+            self.db.execute("CREATE TEMP TABLE folded(source TEXT, key BLOB, path BLOB, PRIMARY "
+                            "KEY(source, key, path)) WITHOUT ROWID")
             for table, which in (("held", ""), ("coming", " WHERE stage=1")):
-                self.db.execute("INSERT OR IGNORE INTO folded SELECT source, fold_key(path), path FROM main.%s%s" % (table, which))
-            added = "BEGIN INSERT OR IGNORE INTO folded VALUES(NEW.source, fold_key(NEW.path), NEW.path); END"
+                self.db.execute("INSERT OR IGNORE INTO folded SELECT source, fold_key(path), path "
+                                "FROM main.%s%s" % (table, which))
+            added = "BEGIN INSERT OR IGNORE INTO folded " \
+                "VALUES(NEW.source, fold_key(NEW.path), NEW.path); END"
             self.db.execute("CREATE TEMP TRIGGER folded_held AFTER INSERT ON main.held " + added)
-            self.db.execute("CREATE TEMP TRIGGER folded_coming AFTER UPDATE OF stage ON main.coming " + added)
+            self.db.execute("CREATE TEMP TRIGGER folded_coming AFTER UPDATE OF stage ON "
+                            "main.coming " + added)
             for table, other in (("held", "coming"), ("coming", "held")):
                 self.db.execute(
-                    "CREATE TEMP TRIGGER folded_not_%s AFTER DELETE ON main.%s WHEN NOT EXISTS(SELECT 1 FROM main.%s o WHERE "
-                    "o.source=OLD.source AND o.path=OLD.path) BEGIN DELETE FROM folded WHERE source=OLD.source AND "
-                    "key=fold_key(OLD.path) AND path=OLD.path; END" % (table, table, other))
+                    "CREATE TEMP TRIGGER folded_not_%s AFTER DELETE ON main.%s WHEN NOT "
+                    "EXISTS(SELECT 1 FROM main.%s o WHERE o.source=OLD.source AND o.path=OLD.path) "
+                    "BEGIN DELETE FROM folded WHERE source=OLD.source AND key=fold_key(OLD.path) "
+                    "AND path=OLD.path; END" % (table, table, other))
 
     def is_here_as(self, source: str, path: bytes) -> bool:
-        """Whether `path`, as this file system lists it, is one of our copies under a name that it has folded."""
+        """Whether `path`, as this file system lists it, is one of our copies under a name that it
+        has folded."""
         if not self.folds:
             return False
         self._fold_all()
-        return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source, fold_key(path)) is not None
+        return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source,
+                        fold_key(path)) is not None
 
     def _own_at(self, source: str, path: bytes) -> "Optional[os.stat_result]":
         """The stat of what stands at a file's place; None also when that is another's."""
@@ -6042,13 +6718,15 @@ class Folding(BackupDirectory):
     def clear_the_way(self, place: bytes) -> None:
         """Remove what our skeleton (empty directories, symlinks) has at a file's place.
 
-        Raises OSError for a directory with files in it, and for a name that this file system takes for another.
+        Raises OSError for a directory with files in it, and for a name that this file system takes
+        for another.
         """
         info, other = self.tree.lstat(place), self.anothers(place)
         if info is None:
             return
         if other is not None:
-            raise OSError(errno.EEXIST, "it %s, which is here" % difference(other, place.partition(b"/")[2]))
+            raise OSError(errno.EEXIST,
+                          "it %s, which is here" % difference(other, place.partition(b"/")[2]))
         if stat.S_ISLNK(info.st_mode):
             self.tree.unlink(place)
         elif stat.S_ISDIR(info.st_mode):
@@ -6058,9 +6736,9 @@ class Folding(BackupDirectory):
 
     def set_metadata(self, rel: bytes, mode: int, uid: int, gid: int, mtime: int,
                      info: "Optional[os.stat_result]" = None) -> None:
-        """Mode, times and, as root, owner, where they are others; `info`: its stat, when it was asked for just now.  What the
-        file system cannot do is no error: the catalog has it, and with it what a copy never has: a program here is not to run
-        as somebody else."""
+        """Mode, times and, as root, owner, where they are others; `info`: its stat, when it was
+        asked for just now.  What the file system cannot do is no error: the catalog has it, and
+        with it what a copy never has: a program here is not to run as somebody else."""
         info, mode = info or self.tree.lstat(rel), mode & 0o777
         if os.geteuid() != 0:
             mode |= 0o400  # we must be able to read it back
@@ -6080,24 +6758,28 @@ class Attic(Folding):
     """Old versions, below .cbackup/, and what goes by the server's grant."""
 
     def keep_old(self, sources: "Iterable[str]", clock_wrong: bool) -> None:
-        """What holds until the next call: old versions of `sources` (those that are held) neither expire nor give room, and
-        with a wrong clock nothing expires."""
+        """What holds until the next call: old versions of `sources` (those that are held) neither
+        expire nor give room, and with a wrong clock nothing expires."""
         self.clock_wrong = clock_wrong
         with self.lock:
             self.db.execute("DELETE FROM temp.kept")
-            self.db.executemany("INSERT OR IGNORE INTO temp.kept VALUES(?)", [(source,) for source in sources])
+            self.db.executemany("INSERT OR IGNORE INTO temp.kept VALUES(?)",
+                                [(source,) for source in sources])
             self._kept_bytes = self.one(
-                "SELECT COALESCE(SUM(size), 0) FROM attic WHERE source IN (SELECT source FROM temp.kept)")[0]
+                "SELECT COALESCE(SUM(size), 0) FROM attic WHERE source IN (SELECT source FROM "
+                "temp.kept)")[0]
 
     def keeps_old(self, source: str) -> bool:
         """Whether nothing that is old of this source may go now, see `keep_old`."""
-        return self.clock_wrong or self.one("SELECT 1 FROM temp.kept WHERE source=?", source) is not None
+        return self.clock_wrong or self.one("SELECT 1 FROM temp.kept WHERE source=?",
+                                            source) is not None
 
-    OLD = "SELECT id, stored, size, since, why FROM attic WHERE done=1 AND source NOT IN (SELECT source FROM temp.kept) "
+    OLD = "SELECT id, stored, size, since, why FROM attic WHERE done=1 " \
+        "AND source NOT IN (SELECT source FROM temp.kept) "
 
     def make_room(self, need: int, keep: float = 0.0) -> "Tuple[int, int]":
-        """Delete old versions, oldest first, until `need` bytes are free.  Returns (files, bytes) of those that had not
-        been there for `keep` seconds yet."""
+        """Delete old versions, oldest first, until `need` bytes are free.  Returns (files, bytes)
+        of those that had not been there for `keep` seconds yet."""
         files = size = 0
         while True:
             missing, some = need - (self.capacity() - self.used()), []
@@ -6116,8 +6798,10 @@ class Attic(Folding):
         """Delete what has been in the attic for `keep` seconds."""
         if self.clock_wrong:
             return
-        with self.write() as db:  # the clock was ahead when these came: they would stay for too long
-            db.execute("UPDATE attic SET since=? WHERE since>?", (clock.now(), clock.now() + CLOCK_SLACK))
+        # the clock was ahead when these came: they would stay for too long
+        with self.write() as db:
+            db.execute("UPDATE attic SET since=? WHERE since>?",
+                       (clock.now(), clock.now() + CLOCK_SLACK))
         while True:
             page = self.rows(self.OLD + "AND since<? LIMIT 500", clock.now() - keep)
             if not page:
@@ -6125,7 +6809,8 @@ class Attic(Folding):
             self._delete_old([row[:2] for row in page])
 
     def _delete_old(self, rows: "List[Tuple[int, bytes]]") -> None:
-        """Delete old versions, (number, name in .cbackup): the files first, for they may be gone twice."""
+        """Delete old versions, (number, name in .cbackup): the files first, for they may be gone
+        twice."""
         for _, stored in rows:
             self.delete(META_DIR + b"/" + stored, None)
         with self.write() as db:
@@ -6141,14 +6826,16 @@ class Attic(Folding):
         raise CBackupError("no name left in the attic for %s" % shown(path))
 
     def _attic_taken(self, source: str, path: bytes, stored: bytes) -> bool:
-        """Whether something lies, or is to lie, at `stored`, below it, or where it needs a directory: within one second a
-        path may have been a file and a directory."""
-        below = self.one("SELECT 1 FROM attic WHERE source=? AND path>? AND path<? AND stored>? AND stored<? LIMIT 1",
+        """Whether something lies, or is to lie, at `stored`, below it, or where it needs a
+        directory: within one second a path may have been a file and a directory."""
+        below = self.one("SELECT 1 FROM attic WHERE source=? AND path>? AND path<? AND stored>? "
+                         "AND stored<? LIMIT 1",
                          source, path + b"/", path + b"0", stored + b"/", stored + b"0")
         if below or self.tree.lstat(META_DIR + b"/" + stored) is not None:
             return True
         while path:
-            if self.one("SELECT 1 FROM attic WHERE source=? AND path=? AND stored=?", source, path, stored):
+            if self.one("SELECT 1 FROM attic WHERE source=? AND path=? AND stored=?", source, path,
+                        stored):
                 return True
             path, stored = path.rpartition(b"/")[0], stored.rpartition(b"/")[0]
             info = self.tree.lstat(META_DIR + b"/" + stored) if path else None
@@ -6157,19 +6844,23 @@ class Attic(Folding):
         return False
 
     def set_aside(self, source: str, paths: "List[bytes]", why: str) -> None:
-        """Move files of this backup into the attic (`why`: changed, deleted, found or bad) and forget them as copies."""
+        """Move files of this backup into the attic (`why`: changed, deleted, found or bad) and
+        forget them as copies."""
         names = []
         with self.write() as db:
             for path in paths:
                 info = self._own_at(source, path)
-                row = self.one("SELECT size, mtime, digest FROM held WHERE source=? AND path=?", source, path)
+                row = self.one("SELECT size, mtime, digest FROM held WHERE source=? AND path=?",
+                               source, path)
                 db.execute("DELETE FROM held WHERE source=? AND path=?", (source, path))
                 if info is None or not stat.S_ISREG(info.st_mode):
                     continue
                 stored = self.attic_name(source, path, b"bad" if why == "bad" else b"attic")
-                size, mtime, digest = row if row and why != "bad" else (info.st_size, info.st_mtime_ns, None)
+                size, mtime, digest = row if row and why != "bad" \
+                    else (info.st_size, info.st_mtime_ns, None)
                 number = db.execute(
-                    "INSERT INTO attic(source, path, stored, size, mtime, digest, since, why) VALUES(?,?,?,?,?,?,?,?)",
+                    "INSERT INTO attic(source, path, stored, size, mtime, digest, since, why) "
+                    "VALUES(?,?,?,?,?,?,?,?)",
                     (source, path, stored, info.st_size, mtime, digest, clock.now(), why)).lastrowid
                 names.append((number, path, stored))
         test_point("set-aside-planned")
@@ -6179,14 +6870,17 @@ class Attic(Folding):
             touched += [META_DIR + b"/" + stored, self.place_of(source, path)]
         self.tree.sync(touched)
         with self.write() as db:
-            db.executemany("UPDATE attic SET done=1 WHERE id=?", [(number,) for number, _, _ in names])
+            db.executemany("UPDATE attic SET done=1 WHERE id=?",
+                           [(number,) for number, _, _ in names])
 
     def _finish_attic(self) -> None:
         """Renames into the attic that a crash left undone."""
-        for number, source, path, stored in self.rows("SELECT id, source, path, stored FROM attic WHERE done=0"):
+        for number, source, path, \
+                stored in self.rows("SELECT id, source, path, stored FROM attic WHERE done=0"):
             place = self.place_of(source, path)
             held = self.one("SELECT 1 FROM held WHERE source=? AND path=?", source, path)
-            coming = self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage=1", source, path)
+            coming = self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage=1", source,
+                              path)
             if coming:
                 continue
             if self.tree.lstat(META_DIR + b"/" + stored) is None:
@@ -6203,12 +6897,13 @@ class Attic(Folding):
     # -- drops --
 
     def drop(self, grants: "List[Grant]") -> int:
-        """Carry out grants; returns the bytes freed.  The rows go first: a row without a file would be counted as a copy;
-        what is still to be deleted is written down with it."""
+        """Carry out grants; returns the bytes freed.  The rows go first: a row without a file would
+        be counted as a copy; what is still to be deleted is written down with it."""
         freed = 0
         with self.write() as db:
             for grant in grants:
-                row = self.one("SELECT size FROM held WHERE source=? AND path=?", grant.source, grant.path)
+                row = self.one("SELECT size FROM held WHERE source=? AND path=?", grant.source,
+                               grant.path)
                 freed += row[0] if row else 0
                 db.execute("DELETE FROM held WHERE source=? AND path=?", (grant.source, grant.path))
                 db.execute("INSERT OR IGNORE INTO dropping VALUES(?,?)", (grant.source, grant.path))
@@ -6226,8 +6921,8 @@ class Attic(Folding):
                 db.executemany("DELETE FROM dropping WHERE source=? AND path=?", rows)
 
     def forget_source(self, source: str) -> int:
-        """Delete all copies and old versions of a source that is no longer configured: the user's word is the grant.
-        Returns how many copies went."""
+        """Delete all copies and old versions of a source that is no longer configured: the user's
+        word is the grant. Returns how many copies went."""
         count = 0
         while True:
             page = self.held_page(source, b"")
@@ -6243,58 +6938,65 @@ class Attic(Folding):
 
 
 class Journal(Attic):
-    """Steps that are written down before they are done on the disk, so that `recover` finishes what was cut off: files on
-    their way in, and renames."""
+    """Steps that are written down before they are done on the disk, so that `recover` finishes what
+    was cut off: files on their way in, and renames."""
 
     # -- files on their way in --
 
     def expect(self, source: str, books: str, files: "List[Wanted]") -> None:
         """Write down claims before anything is copied."""
         with self.write() as db:
-            db.executemany("DELETE FROM coming WHERE source=? AND path=?", [(source, f.path) for f in files])
-            db.executemany("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, books) "
-                           "VALUES(?,?,?,?,?,?,?,?,?)",
-                           [(source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version, books) for f in files])
+            db.executemany("DELETE FROM coming WHERE source=? AND path=?",
+                           [(source, f.path) for f in files])
+            db.executemany("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, "
+                           "books) VALUES(?,?,?,?,?,?,?,?,?)",
+                           [(source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version,
+                             books) for f in files])
 
     def give_up(self, source: str, paths: "Iterable[bytes]", keep_parts: bool = False) -> None:
         """Forget files that were on their way, and what arrived of them."""
         paths = list(paths)
         with self.write() as db:
-            db.executemany("DELETE FROM coming WHERE source=? AND path=?", [(source, path) for path in paths])
+            db.executemany("DELETE FROM coming WHERE source=? AND path=?",
+                           [(source, path) for path in paths])
         if not keep_parts:
             for path in paths:
                 self.delete(self.incoming(source, path), None)
 
     def sweep_incoming(self) -> None:
-        """Delete what lies in `incoming` for files that are no longer expected (and rsync's leftovers)."""
+        """Delete what lies in `incoming` for files that are no longer expected (and rsync's
+        leftovers)."""
         incoming = META_DIR + b"/incoming"
         for rel in list(self.tree.walk_files(incoming)):
             source, _, path = rel[len(incoming) + 1:].partition(b"/")
             parts = path.split(b"/")
             if len(parts) > 1 and parts[-2] == PART_SUFFIX_DIR:
                 path = b"/".join(parts[:-2] + parts[-1:])
-            if not self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage<2", as_text(source), path):
+            if not self.one("SELECT 1 FROM coming WHERE source=? AND path=? AND stage<2",
+                            as_text(source), path):
                 self.delete(rel, None)
         self.tree.clear_empty(incoming)
 
     def empty_incoming(self) -> None:
         """Delete what is only half here, without the database: it may be the disk that is full."""
         with contextlib.suppress(OSError, sqlite3.Error):
-            keep = {self.incoming(s, p) for s, p in self.rows("SELECT source, path FROM coming WHERE stage=1")}
+            keep = {self.incoming(s, p) for s,
+                    p in self.rows("SELECT source, path FROM coming WHERE stage=1")}
             for rel in list(self.tree.walk_files(META_DIR + b"/incoming")):
                 if rel not in keep:
                     self.delete(rel, None)
 
     def prepare_basis(self, source: str, path: bytes) -> None:
-        """Give rsync the present version as the basis of a difference: a second link to it in `incoming`."""
+        """Give rsync the present version as the basis of a difference: a second link to it in
+        `incoming`."""
         staged = self.incoming(source, path)
         if self.tree.lstat(staged) is None:
             with contextlib.suppress(OSError):
                 self.tree.link(self.place_of(source, path), staged)
 
     def plan_places(self, source: str, rows: "List[Tuple[bytes, bytes]]") -> "set[bytes]":
-        """(path, digest) were confirmed: write down that they go to their places, and old versions to the attic.  Returns
-        the paths at whose places there is nothing."""
+        """(path, digest) were confirmed: write down that they go to their places, and old versions
+        to the attic.  Returns the paths at whose places there is nothing."""
         bare: "set[bytes]" = set()
         with self.write() as db:
             db.executemany("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?",
@@ -6305,24 +7007,28 @@ class Journal(Attic):
                     bare.add(path)
                 if info is None or not stat.S_ISREG(info.st_mode):
                     continue
-                row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, path)
+                row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source,
+                               path)
                 mtime, old = row or (info.st_mtime_ns, None)
-                db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, why) VALUES(?,?,?,?,?,?,?,?)",
-                           (source, path, self.attic_name(source, path), info.st_size, mtime, old, clock.now(),
+                db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, "
+                           "why) VALUES(?,?,?,?,?,?,?,?)",
+                           (source, path, self.attic_name(source, path), info.st_size, mtime, old,
+                            clock.now(),
                             "changed" if row else "found"))
         return bare
 
     def planned(self, source: str) -> "Dict[bytes, Tuple[Any, ...]]":
-        """What `plan_places` wrote down and nobody has ended: path -> (mode, uid, gid, mtime, name in the attic for what
-        is at the place, or None)."""
+        """What `plan_places` wrote down and nobody has ended: path -> (mode, uid, gid, mtime, name
+        in the attic for what is at the place, or None)."""
         old = dict(self.rows("SELECT path, stored FROM attic WHERE source=? AND done=0", source))
         return {row[0]: row[1:] + (old.get(row[0]),) for row in self.rows(
             "SELECT path, mode, uid, gid, mtime FROM coming WHERE source=? AND stage=1", source)}
 
     def put_in_place(self, source: str, path: bytes, plan: "Tuple[Any, ...]", bare: bool = False,
                      info: "Optional[os.stat_result]" = None) -> None:
-        """Rename a confirmed file from `incoming` to its place; may be done twice.  `plan`: see `planned`; `bare`: there is
-        nothing at its place; `info`: its stat, when it was looked at before.  Raises OSError."""
+        """Rename a confirmed file from `incoming` to its place; may be done twice.  `plan`: see
+        `planned`; `bare`: there is nothing at its place; `info`: its stat, when it was looked at
+        before.  Raises OSError."""
         staged, place = self.incoming(source, path), self.place_of(source, path)
         info = info or self.tree.lstat(staged)
         if info is None:
@@ -6334,24 +7040,28 @@ class Journal(Attic):
             try:
                 self.tree.link(place, META_DIR + b"/" + stored)
             except OSError:
-                with contextlib.suppress(FileNotFoundError):  # a file system without links: a moment without the file
+                # a file system without links: a moment without the file
+                with contextlib.suppress(FileNotFoundError):
                     self.tree.rename(place, META_DIR + b"/" + stored)
             test_point("linked")
         self.set_metadata(staged, mode, uid, gid, mtime, info)
         self.tree.rename(staged, place)
 
     def sync_places(self, source: str, paths: "Iterable[bytes]") -> None:
-        """Make durable that files are at their places, and the versions before them in the attic.  Where that fails they are
-        not what was confirmed any more, whatever is still read of them now: `recover` is to set them aside."""
+        """Make durable that files are at their places, and the versions before them in the attic.
+        Where that fails they are not what was confirmed any more, whatever is still read of them
+        now: `recover` is to set them aside."""
         paths = list(paths)
-        names = [self.place_of(source, path) for path in paths] + [META_DIR + b"/" + stored for (stored,) in self.rows_among(
+        names = [self.place_of(source, path) for path in paths] + [META_DIR + b"/" + stored
+                                                                   for (stored,) in self.rows_among(
             "SELECT stored FROM attic WHERE done=0 AND source=? AND path AMONG", paths, source)]
         try:
             self.tree.sync(names)
         except OSError:
             with contextlib.suppress(sqlite3.Error), self.write() as db:
-                db.executemany("UPDATE coming SET digest=NULL WHERE source=? AND path=? AND stage=1",
-                               [(source, path) for path in paths])
+                db.executemany(
+                    "UPDATE coming SET digest=NULL WHERE source=? AND path=? AND stage=1",
+                    [(source, path) for path in paths])
             raise
 
     def arrived(self, source: str, paths: "Iterable[bytes]") -> None:
@@ -6359,7 +7069,8 @@ class Journal(Attic):
         paths, now = list(paths), clock.now()
         with self.write() as db:
             self.hold_all(source, [row + (now,) for row in self.rows_among(
-                "SELECT path, size, mtime, digest FROM coming WHERE source=? AND path AMONG", paths, source)])
+                "SELECT path, size, mtime, digest FROM coming WHERE source=? AND path AMONG", paths,
+                source)])
             keys = [(source, path) for path in paths]
             db.executemany("DELETE FROM coming WHERE source=? AND path=?", keys)
             db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0", keys)
@@ -6372,30 +7083,36 @@ class Journal(Attic):
             for cursor, old, new in rows:
                 info = self.tree.lstat(self.place_of(source, old))
                 db.execute("INSERT INTO moving(source, old, new, ino, cursor) VALUES(?,?,?,?,?)",
-                           (source, old, new, info.st_ino if info and stat.S_ISREG(info.st_mode) else None, cursor))
+                           (source, old, new, info.st_ino if info and stat.S_ISREG(info.st_mode)
+                            else None, cursor))
 
     def write_cursor(self, source: str, old: bytes, new: bytes, cursor: int) -> None:
         """The server's present number for a move that an earlier pass began."""
         with self.write() as db:
-            db.execute("UPDATE moving SET cursor=? WHERE source=? AND old=? AND new=?", (cursor, source, old, new))
+            db.execute("UPDATE moving SET cursor=? WHERE source=? AND old=? AND new=?",
+                       (cursor, source, old, new))
 
     def lift_moves(self, source: str) -> None:
-        """First half of the renames that are written down: every file to a name of its own, so that swaps and chains
-        work.  May be done twice."""
-        for number, old, ino in self.rows("SELECT id, old, ino FROM moving WHERE source=? ORDER BY id", source):
+        """First half of the renames that are written down: every file to a name of its own, so that
+        swaps and chains work.  May be done twice."""
+        for number, old, ino in self.rows("SELECT id, old, ino FROM moving WHERE source=? ORDER BY "
+                                          "id", source):
             if ino is not None and self._is_inode(self.place_of(source, old), ino):
                 self.tree.rename(self.place_of(source, old), self._between(number))
         test_point("moves-between")
 
     def settle_moves(self, source: str, last: bool) -> "Tuple[List[Tuple[int, int]], List[bytes]]":
-        """Second half: to the new paths.  Returns ((cursor, new tag) of what is in place, old paths of what is not).
-        `last`: what cannot be put into its place goes to the attic; else it waits for the next time, unless its old name
-        is needed."""
+        """Second half: to the new paths.  Returns ((cursor, new tag) of what is in place, old paths
+        of what is not). `last`: what cannot be put into its place goes to the attic; else it waits
+        for the next time, unless its old name is needed."""
         done: "List[Tuple[int, bytes, bytes, Any]]" = []
         failed: "List[Tuple[int, bytes]]" = []
-        for number, old, new, cursor in self.rows("SELECT id, old, new, cursor FROM moving WHERE source=? ORDER BY id", source):
+        for number, old, new, \
+                cursor in self.rows("SELECT id, old, new, cursor FROM moving WHERE source=? ORDER "
+                                    "BY id", source):
             place, between = self.place_of(source, new), self._between(number)
-            row = self.one("SELECT size, mtime, digest, checked FROM held WHERE source=? AND path=?", source, old)
+            row = self.one("SELECT size, mtime, digest, checked FROM held "
+                           "WHERE source=? AND path=?", source, old)
             try:
                 if self.tree.lstat(between) is not None:
                     if row is None:
@@ -6405,11 +7122,13 @@ class Journal(Attic):
                         self.set_aside(source, [new], "deleted")
                     self.clear_the_way(place)
                     self.tree.rename(between, place)
-                elif row is None or self.tree.digest(place)[0] != row[2]:  # not renamed by an earlier process
+                elif row is None or self.tree.digest(place)[0] != row[
+                    2]:  # not renamed by an earlier process
                     raise FileNotFoundError(errno.ENOENT, "it is not here")
                 done.append((cursor, old, new, row))
             except OSError as error:
-                log.info("%s: %s cannot be moved to %s: %s", self.name, shown(old), shown(new), reason_of(error))
+                log.info("%s: %s cannot be moved to %s: %s", self.name, shown(old), shown(new),
+                         reason_of(error))
                 failed.append((number, old))
         self.tree.sync([self.place_of(source, new) for _, _, new, _ in done])
         taken = {new for _, _, new, _ in done}
@@ -6417,10 +7136,13 @@ class Journal(Attic):
             if last or old in taken:
                 self._abandon_move(source, number, old)
         with self.write() as db:
-            db.executemany("DELETE FROM held WHERE source=? AND path=?", [(source, old) for _, old, _, _ in done])
+            db.executemany("DELETE FROM held WHERE source=? AND path=?",
+                           [(source, old) for _, old, _, _ in done])
             self.hold_all(source, [(new,) + row for _, _, new, row in done if row])
-            db.executemany("DELETE FROM moving WHERE source=? AND old=? AND new=?", [(source, o, n) for _, o, n, _ in done])
-        return [(cursor, self.held(source, new)[3]) for cursor, _, new, row in done if row], [old for _, old in failed]
+            db.executemany("DELETE FROM moving WHERE source=? AND old=? AND new=?",
+                           [(source, o, n) for _, o, n, _ in done])
+        return [(cursor, self.held(source, new)[3]) for cursor, _, new, row in done
+                if row], [old for _, old in failed]
 
     def _abandon_move(self, source: str, number: int, old: bytes) -> None:
         """A file for which there is no place: into the attic, and no copy any more."""
@@ -6428,14 +7150,17 @@ class Journal(Attic):
         info = self.tree.lstat(self._between(number))
         if info is not None:
             self.tree.rename(self._between(number), META_DIR + b"/" + stored)
-            self.tree.sync([META_DIR + b"/" + stored, self._between(number)])  # its number is given again
+            # its number is given again
+            self.tree.sync([META_DIR + b"/" + stored, self._between(number)])
         with self.write() as db:
             row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, old)
             if info is not None:
-                db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, why, done) "
-                           "VALUES(?,?,?,?,?,?,?,'found',1)", (source, old, stored, info.st_size) + (row or (0, None))
+                db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, "
+                           "why, done) VALUES(?,?,?,?,?,?,?,'found',1)",
+                           (source, old, stored, info.st_size) + (row or (0, None))
                            + (clock.now(),))
-            if self.tree.lstat(self.place_of(source, old)) is None:  # else an earlier process has put another one there
+            # else an earlier process has put another one there
+            if self.tree.lstat(self.place_of(source, old)) is None:
                 db.execute("DELETE FROM held WHERE source=? AND path=?", (source, old))
             db.execute("DELETE FROM moving WHERE id=?", (number,))
 
@@ -6463,7 +7188,8 @@ class Journal(Attic):
                 "SELECT 1 FROM coming WHERE source=? AND path=?", source, path) is not None)
 
     def _end_placing(self, source: str, path: bytes, plan: "Tuple[Any, ...]") -> None:
-        """Put a file in its place that was confirmed and may be there already; give it up when that cannot be."""
+        """Put a file in its place that was confirmed and may be there already; give it up when that
+        cannot be."""
         try:
             if self._still_whole(source, path):
                 self.put_in_place(source, path, plan)
@@ -6473,12 +7199,13 @@ class Journal(Attic):
         self.give_up(source, [path])
 
     def _still_whole(self, source: str, path: bytes) -> bool:
-        """Whether what was confirmed is still what lies here: when the power failed before it was durable, its bytes may be
-        gone; without a digest, the disk has failed to keep them.  What is not, at its place, is set aside, unless it is still
-        the version before."""
+        """Whether what was confirmed is still what lies here: when the power failed before it was
+        durable, its bytes may be gone; without a digest, the disk has failed to keep them.  What is
+        not, at its place, is set aside, unless it is still the version before."""
         digest = self.one("SELECT digest FROM coming WHERE source=? AND path=?", source, path)[0]
         staged = self.tree.lstat(self.incoming(source, path)) is not None
-        found = self.tree.digest(self.incoming(source, path) if staged else self.place_of(source, path))[0]
+        found = self.tree.digest(self.incoming(source, path) if staged
+                                 else self.place_of(source, path))[0]
         before = self.held(source, path)
         if found != digest and not staged and (digest is None or not before or before[2] != found):
             self.set_aside(source, [path], "bad")
@@ -6486,18 +7213,21 @@ class Journal(Attic):
 
 
 class Vault(Journal):
-    """One backup: the only code that writes or deletes below its directory; each of the classes above is one reason to.  Here
-    are what is made again when the database was lost, catalogs, and the directories and symlinks around the copies."""
+    """One backup: the only code that writes or deletes below its directory; each of the classes
+    above is one reason to.  Here are what is made again when the database was lost, catalogs, and
+    the directories and symlinks around the copies."""
 
     # -- after the database was lost --
 
     def needs_rebuild(self) -> bool:
-        """Whether the database is newer than the directory: it was lost, and is to be made again from what lies here."""
+        """Whether the database is newer than the directory: it was lost, and is to be made again
+        from what lies here."""
         return self.meta("complete") is None
 
     def rebuild(self, configured: "Iterable[str]", say: "Callable[[bytes], None]") -> int:
-        """Enter the files that lie here into the database, with digests read from the files: those that a catalog of their
-        source names, and all of a `configured` source that has no catalog.  Returns how many.
+        """Enter the files that lie here into the database, with digests read from the files: those
+        that a catalog of their source names, and all of a `configured` source that has no catalog.
+        Returns how many.
 
         What each file is a copy of is for the servers to say: the next report confirms it, or not.
         """
@@ -6506,11 +7236,13 @@ class Vault(Journal):
             db.execute("DELETE FROM attic")
         for name in self.tree.list():
             info = self.tree.lstat(name)
-            if name == META_DIR or not _NAME.match(as_text(name)) or info is None or not stat.S_ISDIR(info.st_mode):
+            if name == META_DIR or not _NAME.match(as_text(name)) or info is None \
+                    or not stat.S_ISDIR(info.st_mode):
                 continue
             known = self._named_in_catalogs(as_text(name))
             if known or as_text(name) in configured:
-                paths = (self._named_as(rel[len(name) + 1:], known) for rel in self.tree.walk_files(name))
+                paths = (self._named_as(rel[len(name) + 1:], known)
+                         for rel in self.tree.walk_files(name))
                 for batch in in_batches(path for path in paths if path is not None):
                     count += self._enter(as_text(name), batch, say)
         for kind in (b"attic", b"bad", b"moving"):
@@ -6520,24 +7252,29 @@ class Vault(Journal):
         return count
 
     def _named_as(self, path: bytes, known: bool) -> "Optional[bytes]":
-        """Under which name a file that lies here is in the catalogs: on some file systems another one than they list."""
+        """Under which name a file that lies here is in the catalogs: on some file systems another
+        one than they list."""
         if not known or self.one("SELECT 1 FROM named WHERE path=?", path):
             return path
         row = self.one("SELECT path FROM named WHERE key=?", fold_key(path)) if self.folds else None
         return row[0] if row else None
 
     def _named_with(self, path: bytes, digest: bytes) -> bytes:
-        """Of names that this file system takes for one, that of which the catalogs say that it has this content."""
-        row = self.one("SELECT path FROM named WHERE key=? AND digest=? ORDER BY path<>?", fold_key(path), digest, path) \
+        """Of names that this file system takes for one, that of which the catalogs say that it has
+        this content."""
+        row = self.one("SELECT path FROM named WHERE key=? AND digest=? ORDER BY path<>?",
+                       fold_key(path), digest, path) \
             if self.folds else None
         return row[0] if row else path
 
     def _named_in_catalogs(self, source: str) -> bool:
-        """Fill the table `named` with all files that the kept catalogs of a source name; False without a catalog."""
+        """Fill the table `named` with all files that the kept catalogs of a source name; False
+        without a catalog."""
         with self.lock:
-            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS named(path BLOB PRIMARY KEY, key BLOB, digest BLOB) "
-                            "WITHOUT ROWID")
-            self.db.execute("CREATE INDEX IF NOT EXISTS named_key ON named(key) WHERE key IS NOT NULL")
+            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS named(path BLOB PRIMARY KEY, key "
+                            "BLOB, digest BLOB) WITHOUT ROWID")
+            self.db.execute("CREATE INDEX IF NOT EXISTS named_key ON named(key) WHERE key IS NOT "
+                            "NULL")
             self.db.execute("DELETE FROM named")
         directory = os.path.join(self.meta_path, "catalog", source)
         try:
@@ -6545,27 +7282,33 @@ class Vault(Journal):
                 for row in read_catalog(os.path.join(directory, found.name)):
                     if row.kind == "f":
                         self.db.execute("INSERT OR IGNORE INTO named VALUES(?,?,?)", (
-                            (row.path, fold_key(row.path), row.digest) if self.folds else (row.path, None, None)))
+                            (row.path, fold_key(row.path), row.digest) if self.folds
+                            else (row.path, None, None)))
         except CBackupError as error:
             log.warning("%s: %s", self.name, error)
             return False
         return self.one("SELECT 1 FROM named LIMIT 1") is not None
 
     def _enter_old(self, kind: bytes, paths: "List[bytes]") -> None:
-        """Old versions, named KIND/SOURCE/TIME/path; or what a rename that was cut off has left in `moving`."""
+        """Old versions, named KIND/SOURCE/TIME/path; or what a rename that was cut off has left in
+        `moving`."""
         with self.write() as db:
             for rel in paths:
                 parts, info = rel.split(b"/", 4), self.tree.lstat(rel)
                 if info is None or not stat.S_ISREG(info.st_mode):
                     continue
-                source, path, since = (as_text(parts[2]), parts[4], _stamp_time(parts[3])) if len(parts) == 5 else \
+                source, path, since = (as_text(parts[2]), parts[4],
+                                       _stamp_time(parts[3])) if len(parts) == 5 else \
                     ("", rel, clock.now())
-                db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) VALUES(?,?,?,?,?,?,?,1)",
-                           (source, path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns, since,
+                db.execute("INSERT INTO attic(source, path, stored, size, mtime, since, why, done) "
+                           "VALUES(?,?,?,?,?,?,?,1)",
+                           (source, path, rel[len(META_DIR) + 1:], info.st_size, info.st_mtime_ns,
+                            since,
                             "deleted" if kind == b"attic" else "bad"))
 
     def _enter(self, source: str, paths: "List[bytes]", say: "Callable[[bytes], None]") -> int:
-        """Read copies and enter them; returns how many.  The database is not held up while they are read."""
+        """Read copies and enter them; returns how many.  The database is not held up while they are
+        read."""
         found = []
         for path in paths:
             try:
@@ -6590,24 +7333,27 @@ class Vault(Journal):
         return path
 
     def merge_catalogs(self, source: str, books: str, chain: "List[CatalogFile]") -> None:
-        """Make one file of all the news in a chain, so that no catalog consists of too many.  Raises CBackupError when one
-        of them is damaged."""
+        """Make one file of all the news in a chain, so that no catalog consists of too many.
+        Raises CBackupError when one of them is damaged."""
         directory = self.catalog_directory(source)
         with self.lock:
-            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS merged(path BLOB PRIMARY KEY, line TEXT) WITHOUT ROWID")
+            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS merged(path BLOB PRIMARY KEY, line "
+                            "TEXT) WITHOUT ROWID")
             self.db.execute("DELETE FROM merged")
             for found in chain[1:]:
                 self.db.executemany("INSERT OR REPLACE INTO merged VALUES(?,?)", (
                     (row.path, json.dumps(row.to_wire(LEVEL)))
                     for row in read_catalog(os.path.join(directory, found.name))))
-            header = {"catalog": 1, "source": source, "books": books, "since": chain[0].upto, "upto": chain[-1].upto,
+            header = {"catalog": 1, "source": source, "books": books, "since": chain[0].upto,
+                      "upto": chain[-1].upto,
                       "time": chain[-1].time}
             write_catalog(directory, header, (json.loads(line) for (line,) in self.db.execute(
                 "SELECT line FROM merged ORDER BY path")))
             self.db.execute("DELETE FROM merged")
 
     def keep_text(self, name: str, text: str) -> None:
-        """Keep a text under .cbackup/: the configuration, so that a disk alone is enough for a fresh machine."""
+        """Keep a text under .cbackup/: the configuration, so that a disk alone is enough for a
+        fresh machine."""
         path, data = os.path.join(self.meta_path, name), text.encode()
         with contextlib.suppress(OSError):
             with open(path, "rb") as stream:
@@ -6615,11 +7361,13 @@ class Vault(Journal):
                     return
         atomic_write(path, data)
 
-    def apply_skeleton(self, source: str, rows: "Iterable[CatalogRow]") -> "Iterator[Tuple[bytes, OSError]]":
-        """Bring directories and symlinks in line with catalog news (rows of `no_file`), so that `cp` alone gives the whole
-        tree.  Yields (path, error) of those that cannot be here.
+    def apply_skeleton(self, source: str,
+                       rows: "Iterable[CatalogRow]") -> "Iterator[Tuple[bytes, OSError]]":
+        """Bring directories and symlinks in line with catalog news (rows of `no_file`), so that
+        `cp` alone gives the whole tree.  Yields (path, error) of those that cannot be here.
 
-        Takes only removals of empty directories and symlinks upon itself; files are copies and have their own rules.
+        Takes only removals of empty directories and symlinks upon itself; files are copies and have
+        their own rules.
         """
         gone: "List[bytes]" = []
         for row in rows:
@@ -6627,7 +7375,8 @@ class Vault(Journal):
             info = self.tree.lstat(place)
             kind = stat.S_IFMT(info.st_mode) if info else 0
             other = self.anothers(place)
-            if other is not None:  # the directories of two names become one; of two symlinks one is laid
+            # the directories of two names become one; of two symlinks one is laid
+            if other is not None:
                 if row.kind == "l":
                     yield row.path, OSError(errno.EEXIST, "it " + difference(other, row.path))
                 continue
@@ -6676,7 +7425,8 @@ def files_here(tree: Tree, source: str, after: bytes = b"", below: bytes = b"",
 
 
 def old_files_here(tree: Tree, source: str) -> "Iterator[Tuple[bytes, bytes, int, int]]":
-    """(path, name in the attic, size, mtime) of the old versions in a backup's directory, without asking its database."""
+    """(path, name in the attic, size, mtime) of the old versions in a backup's directory, without
+    asking its database."""
     top = META_DIR + b"/attic/" + source.encode()
     for rel in tree.walk_files(top):
         info, path = tree.lstat(rel), rel[len(top) + 1:].partition(b"/")[2]
@@ -6706,7 +7456,8 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
     __slots__ = ()
 
     def more(self) -> "Dict[str, Any]":
-        """What level 1 does not know: "proven" and "readable", 0, of a file that is not, and "xattrs"."""
+        """What level 1 does not know: "proven" and "readable", 0, of a file that is not, and
+        "xattrs"."""
         more: "Dict[str, Any]" = {} if self.proven else {"proven": 0}
         if not self.readable:
             more["readable"] = 0
@@ -6720,8 +7471,10 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         level 1 passes over."""
         if self.kind is None:
             return [as_text(self.path)]
-        extra = self.digest.hex() if self.digest else as_text(self.target) if self.target is not None else None
-        return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid, self.user,
+        extra = self.digest.hex() if self.digest else as_text(self.target) \
+            if self.target is not None else None
+        return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid,
+                self.user,
                 self.group, self.link, extra, list(self.holders)]
 
     def to_wire(self, level: int) -> "List[Any]":
@@ -6741,12 +7494,18 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         if len(row) == 1:
             return cls(path)
         _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row[:12]
-        numbers = type(size) is type(mtime) is type(mode) is type(uid) is type(gid) is type(link or 0) is int
-        if not numbers or kind not in ("f", "d", "l") or not isinstance(user, str) or not isinstance(group, str) \
-                or not 0 <= size < 1 << 63 or not -1 << 63 <= mtime < 1 << 63 or not 0 <= mode <= 0o7777 \
-                or not 0 <= uid < 1 << 32 or not 0 <= gid < 1 << 32 or not -1 << 63 <= (link or 0) < 1 << 63 \
+        numbers = type(size) is type(mtime) is type(mode) is type(uid) is type(gid) is type(
+            link or 0) is int
+        if not numbers or kind not in ("f", "d",
+                                       "l") or not isinstance(user,
+                                                              str) or not isinstance(group, str) \
+                or not 0 <= size < 1 << 63 or not -1 << 63 <= mtime < 1 << 63 \
+                or not 0 <= mode <= 0o7777 \
+                or not 0 <= uid < 1 << 32 or not 0 <= gid < 1 << 32 \
+                or not -1 << 63 <= (link or 0) < 1 << 63 \
                 or extra is not None and not isinstance(extra, str) \
-                or not isinstance(holders, list) or not all([isinstance(name, str) for name in holders]):
+                or not isinstance(holders,
+                                  list) or not all([isinstance(name, str) for name in holders]):
             raise ProtocolError("a catalog row with wrong values for %s" % shown(path))
         digest = target = None
         if kind == "f" and extra is not None:
@@ -6763,7 +7522,8 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         if len(row) == 13:
             more = row[12] if isinstance(row[12], dict) else {"proven": row[12]}
         more = more or {}
-        return cls(path, kind, size, mtime, mode, uid, gid, _account(user), _account(group), link, target, digest,
+        return cls(path, kind, size, mtime, mode, uid, gid, _account(user), _account(group), link,
+                   target, digest,
                    _names(tuple(holders)), more.get("proven") is None,
                    _checked_xattrs(more.get("xattrs"), path), more.get("readable") is None)
 
@@ -6780,11 +7540,13 @@ def _names(names: "Tuple[str, ...]") -> "Tuple[str, ...]":
 
 
 def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str]]]":
-    """Extended attributes from a peer or a disk.  Raises ProtocolError for what no file can have."""
+    """Extended attributes from a peer or a disk.  Raises ProtocolError for what no file can
+    have."""
     try:
         if value is None:
             return None
-        size = sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True)) for name, text in value.items())
+        size = sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True)) for name,
+                   text in value.items())
         if size <= 2 * XATTRS_LIMIT and all(re.match(r"[^\0]{1,255}\Z", name) for name in value):
             return value
     except (AttributeError, TypeError, ValueError):
@@ -6803,12 +7565,14 @@ class CatalogFile(namedtuple("CatalogFile", "name since upto time")):
     def parse(cls, name: str) -> "Optional[CatalogFile]":
         match = cls.PATTERN.match(name)
         found = cls(name, *(int(part) for part in match.groups())) if match else None
-        return found if found and found.since < found.upto else None  # else a chain of them would have no end
+        # else a chain of them would have no end
+        return found if found and found.since < found.upto else None
 
 
 def list_catalogs(names: "Iterable[str]") -> "List[CatalogFile]":
     """The catalog files among `names`, newest generation first."""
-    return sorted((found for found in map(CatalogFile.parse, names) if found), key=lambda f: (-f.upto, f.since))
+    return sorted((found for found in map(CatalogFile.parse, names) if found),
+                  key=lambda f: (-f.upto, f.since))
 
 
 def catalogs_in(directory: str) -> "List[CatalogFile]":
@@ -6820,12 +7584,14 @@ def catalogs_in(directory: str) -> "List[CatalogFile]":
 
 
 def by_end(files: "List[CatalogFile]") -> "Dict[int, CatalogFile]":
-    """Generation -> the file that leads to it, of several the one that reaches back the furthest.  files: list_catalogs."""
+    """Generation -> the file that leads to it, of several the one that reaches back the furthest.
+    files: list_catalogs."""
     return {f.upto: f for f in reversed(files)}
 
 
 def chain_to(ends: "Dict[int, CatalogFile]", last: CatalogFile) -> "List[CatalogFile]":
-    """The files to read, oldest first, for the catalog that ends with `last`; [] when one is missing.  ends: by_end."""
+    """The files to read, oldest first, for the catalog that ends with `last`; [] when one is
+    missing.  ends: by_end."""
     chain = [last]
     while chain[-1].since:
         if chain[-1].since not in ends:
@@ -6835,7 +7601,8 @@ def chain_to(ends: "Dict[int, CatalogFile]", last: CatalogFile) -> "List[Catalog
 
 
 def catalog_chain(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "List[CatalogFile]":
-    """The files to read, oldest first, for the newest catalog (not newer than `at`); [] when there is none."""
+    """The files to read, oldest first, for the newest catalog (not newer than `at`); [] when there
+    is none."""
     ends = by_end(files)
     for last in files:
         chain = chain_to(ends, last) if at is None or last.time <= at else []
@@ -6844,8 +7611,10 @@ def catalog_chain(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "
     return []
 
 
-def catalog_chains(files: "List[CatalogFile]", at: "Optional[float]" = None) -> "Iterator[List[CatalogFile]]":
-    """The chain of the newest catalog, then those of older ones, for the case that it is damaged."""
+def catalog_chains(files: "List[CatalogFile]",
+                   at: "Optional[float]" = None) -> "Iterator[List[CatalogFile]]":
+    """The chain of the newest catalog, then those of older ones, for the case that it is
+    damaged."""
     chain = catalog_chain(files, at)
     while chain:
         yield chain
@@ -6853,13 +7622,16 @@ def catalog_chains(files: "List[CatalogFile]", at: "Optional[float]" = None) -> 
         chain = catalog_chain(files, at)
 
 
-def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[List[Any]]") -> "Optional[CatalogFile]":
-    """Write one catalog file, durably, of rows as CatalogRow.to_wire gives them; `header` has source, books and since; `upto`
-    and `time` may be filled in while `rows` is consumed.  Returns None, and leaves nothing, when there was no row."""
+def write_catalog(directory: str, header: "Dict[str, Any]",
+                  rows: "Iterable[List[Any]]") -> "Optional[CatalogFile]":
+    """Write one catalog file, durably, of rows as CatalogRow.to_wire gives them; `header` has
+    source, books and since; `upto` and `time` may be filled in while `rows` is consumed.  Returns
+    None, and leaves nothing, when there was no row."""
     temporary, count = os.path.join(directory, "new"), 0
     line_of = json.JSONEncoder(separators=(",", ":")).encode
     with open(temporary, "wb") as raw:
-        with io.BufferedWriter(gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="", mtime=0),  # type: ignore
+        with io.BufferedWriter(gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="",
+                                             mtime=0),  # type: ignore
                                READ_BLOCK) as stream:
             for row in rows:
                 for value in (row[12], row[:12]) if len(row) > 12 else (row,):
@@ -6878,7 +7650,8 @@ def write_catalog(directory: str, header: "Dict[str, Any]", rows: "Iterable[List
 
 
 PRUNE_EVERY = 86400.0
-"""Seconds between two looks for catalogs that no kept time needs: which these are takes a moment to find out."""
+"""Seconds between two looks for catalogs that no kept time needs: which these are takes a moment to
+find out."""
 
 CATALOG_FILES = 60
 """News that a catalog consists of until they are made one file."""
@@ -6927,7 +7700,8 @@ class DirectoriesAnd:
 
 
 def no_file(line: bytes) -> bool:
-    """The same for the lines that are of no file: directories, symlinks, and what is no longer there."""
+    """The same for the lines that are of no file: directories, symlinks, and what is no longer
+    there."""
     return not _FILE_LINE.match(line)
 
 
@@ -6941,7 +7715,8 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
     count, ended, more = 0, False, None
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw, \
-                io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BLOCK) as stream:  # type: ignore[arg-type]
+                io.BufferedReader(gzip.GzipFile(fileobj=raw),
+                                  READ_BLOCK) as stream:  # type: ignore[arg-type]
             if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
                 raise ValueError("it is no file")
             for line in iter(lambda: stream.readline(CATALOG_LINE), b""):
@@ -6992,16 +7767,18 @@ def prune_catalogs(directory: str, keep: float) -> None:
                 os.unlink(os.path.join(directory, found.name))
 
 
-# ==== 12. The server ==================================================================================
+# ==== 12. The server ==============================================================================
 
 
 def shared_disks(backups: "Dict[str, Dict[str, Any]]", host: str) -> "List[str]":
-    """A line for each disk of a host that has several backups.  backups: name -> facts, with `disk`, of that host."""
+    """A line for each disk of a host that has several backups.  backups: name -> facts, with
+    `disk`, of that host."""
     disks: "Dict[int, List[str]]" = {}
     for name, facts in sorted(backups.items()):
         if facts.get("disk") is not None:
             disks.setdefault(facts["disk"], []).append(name)
-    return ["%s are on one disk of %s: one failure takes all of them (they count as one host anyway)"
+    return ["%s are on one disk of %s: one failure takes all of them (they count as one host "
+            "anyway)"
             % (" and ".join(names), host) for names in disks.values() if len(names) > 1]
 
 
@@ -7082,8 +7859,8 @@ class Scanner(threading.Thread):
             self._changed.notify_all()
 
     def look(self, age: float, wait: float) -> "List[str]":
-        """Want a look at every source that began at most `age` seconds ago; returns, after at most `wait`
-        seconds, the sources for which there is none yet."""
+        """Want a look at every source that began at most `age` seconds ago; returns, after at most
+        `wait` seconds, the sources for which there is none yet."""
         since = clock.steady() - age
         deadline = time.monotonic() + wait
         with self._changed:
@@ -7129,13 +7906,15 @@ class Scanner(threading.Thread):
                 self._changed.notify_all()
 
     def _next(self) -> "Optional[str]":
-        """Wait until a source is due, and return it; None from time to time, for a look at the configuration."""
+        """Wait until a source is due, and return it; None from time to time, for a look at the
+        configuration."""
         with self._changed:
             now, every = clock.steady(), self.service.config.scan
             due = []
             for name in self.service.books.active_sources():
                 seen = self._seen.get(name)
-                if seen is None or self._wanted.get(name, float("-inf")) > seen or now - seen >= every:
+                if seen is None or self._wanted.get(name,
+                                                    float("-inf")) > seen or now - seen >= every:
                     due.append((seen or 0.0, name))
             if due:
                 return min(due)[1]
@@ -7144,10 +7923,12 @@ class Scanner(threading.Thread):
 
 
 class Reader(threading.Thread):
-    """Reads, beside everything else, those of this host's files whose digest is only presumed: the proof.
+    """Reads, beside everything else, those of this host's files whose digest is only presumed: the
+    proof.
 
-    The last that were presumed are read first: they are still in the page cache; before all others those about which
-    somebody waits to hear (`first`).  What is still to be read is in the books, so that a restart goes on where it was.
+    The last that were presumed are read first: they are still in the page cache; before all others
+    those about which somebody waits to hear (`first`).  What is still to be read is in the books,
+    so that a restart goes on where it was.
     """
 
     BATCH, BATCH_SECONDS = 200, 2.0
@@ -7173,7 +7954,8 @@ class Reader(threading.Thread):
             self._changed.notify_all()
 
     def first(self, numbers: "Iterable[int]", wait: float) -> None:
-        """Have these files read before all others; returns when they were, or after `wait` seconds."""
+        """Have these files read before all others; returns when they were, or after `wait`
+        seconds."""
         numbers, deadline = list(numbers), time.monotonic() + wait
         with self._changed:
             self._wanted += [number for number in numbers if number not in self._wanted]
@@ -7181,7 +7963,8 @@ class Reader(threading.Thread):
         if not self.is_alive():  # a Service without a Server
             self._read_wanted()
         with self._changed:
-            while not self._stop and set(numbers) & set(self._wanted) and time.monotonic() < deadline:
+            while not self._stop and set(numbers) & set(self._wanted) \
+                    and time.monotonic() < deadline:
                 self._changed.wait(deadline - time.monotonic())
 
     def catch_up(self, wait: float) -> None:
@@ -7209,7 +7992,8 @@ class Reader(threading.Thread):
                 pause = 5.0  # the books may be damaged, their disk full: others say so
 
     def _round(self) -> bool:
-        """Read what is to be read, until there is nothing or something newer; whether some was too fresh to be read."""
+        """Read what is to be read, until there is nothing or something newer; whether some was too
+        fresh to be read."""
         fresh = self._read_wanted()
         for name in self.service.books.active_sources():
             with contextlib.suppress(Refused):  # its line has gone meanwhile
@@ -7261,7 +8045,8 @@ class Reader(threading.Thread):
             books.settle_others(source, self._equal.get(name, 0))
 
     def _read_wanted(self) -> bool:
-        """Read what somebody waits for, in its order.  Returns whether something of it was too fresh to be read."""
+        """Read what somebody waits for, in its order.  Returns whether something of it was too
+        fresh to be read."""
         fresh = False
         while self._wanted and not self._stop:
             number = self._wanted[0]
@@ -7269,7 +8054,8 @@ class Reader(threading.Thread):
                 facts = self.service.books.facts_of(number)
                 name = facts and self.service.books.source_name(facts["source"])
                 if facts and name:
-                    fresh = "fresh" in self._read_some(self.service.books.source_row(name), [facts]) or fresh
+                    fresh = "fresh" in self._read_some(self.service.books.source_row(name),
+                                                       [facts]) or fresh
             except Refused as error:
                 log.info("%s", error)
             finally:
@@ -7280,10 +8066,11 @@ class Reader(threading.Thread):
 
 
 class ServerState:
-    """What a server answers.  Knows nothing of sockets: `handle` takes a request and returns the answer, so that
-    the same decisions can be tried without a network."""
+    """What a server answers.  Knows nothing of sockets: `handle` takes a request and returns the
+    answer, so that the same decisions can be tried without a network."""
 
-    def __init__(self, home: Home, config: Config, host: str, books: "Optional[Books]" = None) -> None:
+    def __init__(self, home: Home, config: Config, host: str,
+                 books: "Optional[Books]" = None) -> None:
         self.home, self.config, self.host = home, config, host
         self.address = config.address(host)
         self.books = books or Books(home.state("books.db"), host)
@@ -7305,13 +8092,14 @@ class ServerState:
 
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
-        return {"cbackup": PROTOCOL, "level": LEVEL, "host": self.host, "books": self.books.id, "version": __version__,
+        return {"cbackup": PROTOCOL, "level": LEVEL, "host": self.host, "books": self.books.id,
+                "version": __version__,
                 "time": clock.now(),
                 "config": [state.get("version", 0), state.get("stamp", 0), state.get("sha256", "")]}
 
     def handle(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """The answer to one request.  Raises CBackupError for what is refused.  Fields that are not known are ignored: a newer
-        peer may have sent them."""
+        """The answer to one request.  Raises CBackupError for what is refused.  Fields that are not
+        known are ignored: a newer peer may have sent them."""
         op = request.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
             raise Refused("unknown-op", self._unknown_operation(op, request.get("level")))
@@ -7325,8 +8113,9 @@ class ServerState:
 
     def _unknown_operation(self, op: Any, level: Any) -> str:
         older = isinstance(level, int) and level < LEVEL
-        return "no operation is called %s; update cbackup on %s: this server is version %s (level %d)" % (
-            repr(op)[:40], "the machine that asks" if older else self.host, __version__, LEVEL)
+        return "no operation is called %s; update cbackup on %s: this server is version %s " \
+            "(level %d)" % (repr(op)[:40], "the machine that asks" if older else self.host,
+                            __version__, LEVEL)
 
     # -- looks at the sources --
 
@@ -7338,11 +8127,14 @@ class ServerState:
         if outside:
             record_held(self.books, source, Held("paths", outside))
             return
-        skip = [self.home.state_path, self.home.key_path] + [b.path for b in self.config.backups_of(self.host)]
+        skip = [self.home.state_path, self.home.key_path] + [b.path
+                                                             for b in self.config.backups_of(
+            self.host)]
         with self._scanning:  # one at a time: `accept` scans in its own thread
             begun = clock.steady()
             try:
-                run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")), consent)
+                run_scan(self.books, source, skip, Pace(self.config.rate(source, key="read_rate")),
+                         consent)
                 self.books.set_meta("took:" + name, clock.steady() - begun)
             except Exception as error:  # in memory: the books may be what failed
                 self.failures[name] = "%s (%s)" % (reason_of(error), error.__class__.__name__)
@@ -7351,17 +8143,19 @@ class ServerState:
         self.reader.wake()
 
     def overdue_after(self) -> float:
-        """Seconds after which a look at a source is too old: some of the periods, or several times as long as looking at all
-        of them took, but an hour at least."""
+        """Seconds after which a look at a source is too old: some of the periods, or several times
+        as long as looking at all of them took, but an hour at least."""
         took = sum(self.books.meta("took:" + name) or 0.0 for name in self.books.active_sources())
         return max(OVERDUE_LEAST, OVERDUE_PERIODS * self.config.scan, OVERDUE_TIMES * took)
 
     def look_facts(self, row: "Dict[str, Any]") -> "Dict[str, Any]":
-        """What a source's server says of its looks at it: `last_scan`, seconds ago; `late`, whether that is too long ago;
-        `failed`, why the last look failed, or None; and `problems`, what could not be read."""
+        """What a source's server says of its looks at it: `last_scan`, seconds ago; `late`, whether
+        that is too long ago; `failed`, why the last look failed, or None; and `problems`, what
+        could not be read."""
         ago = None if row["scanned"] is None else max(0.0, clock.now() - row["scanned"])
         return {"last_scan": ago, "late": ago is not None and ago > self.overdue_after(),
-                "failed": self.failures.get(row["name"]), "problems": json.loads(row["problems"] or "{}")}
+                "failed": self.failures.get(row["name"]),
+                "problems": json.loads(row["problems"] or "{}")}
 
     def _look_after_restores(self) -> None:
         """A restore that began or ended since the last look is not news for later: look at its
@@ -7377,7 +8171,8 @@ class ServerState:
     # -- the configuration --
 
     def catch_up_with_home(self) -> None:
-        """Take over the configuration as it is in the file, when it is another.  Raises ConfigError for a wrong one."""
+        """Take over the configuration as it is in the file, when it is another.  Raises ConfigError
+        for a wrong one."""
         config = self.home.config()
         if config.text != self.config.text:
             self.reload(config)
@@ -7395,7 +8190,8 @@ class ServerState:
         for line in shared_disks(self._own_backups(), self.host):
             log.warning("%s", line)
         if config.address(self.host) != self.address:
-            log.warning("%s is to listen on %s:%d now: restart the server", self.host, *config.address(self.host))
+            log.warning("%s is to listen on %s:%d now: restart the server", self.host,
+                        *config.address(self.host))
 
     def say_news_of_lines(self) -> None:
         for line in self.home.news_of_lines("server", self.config, self.host):
@@ -7411,7 +8207,8 @@ class ServerState:
     # -- backups of this host --
 
     def _open_backups(self) -> "List[Backup]":
-        return [spec for spec in self.config.backups_of(self.host) if not self.home.outside(spec.path)]
+        return [spec for spec in self.config.backups_of(self.host)
+                if not self.home.outside(spec.path)]
 
     def _own_backup(self, name: str) -> Backup:
         """A backup of this host, at a place where it may be."""
@@ -7423,8 +8220,8 @@ class ServerState:
         return spec
 
     def _own_backups(self) -> "Dict[str, Any]":
-        """The backups of this host as they lie here now: used bytes, files, capacity, and what is wrong with them.  `new`: no
-        client has been at work in it."""
+        """The backups of this host as they lie here now: used bytes, files, capacity, and what is
+        wrong with them.  `new`: no client has been at work in it."""
         out: "Dict[str, Any]" = {}
         known = read_json(os.path.join(self.home.state_path, "backups.json"))
         for spec in self.config.backups_of(self.host):
@@ -7433,9 +8230,11 @@ class ServerState:
                 wrong = self.home.outside(spec.path)
                 if wrong:
                     raise Refused("unknown", wrong)
-                wrong = reader.misplaced(self.home.cluster_id(), known.get(spec.name)) or reader.not_writable()
+                wrong = reader.misplaced(self.home.cluster_id(),
+                                         known.get(spec.name)) or reader.not_writable()
                 facts = {"state": wrong or "ok", "new": not wrong and spec.name not in known}
-                facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev, **({"state": wrong} if wrong else {}))
+                facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev,
+                             **({"state": wrong} if wrong else {}))
             except (CBackupError, OSError) as error:
                 if facts.get("state", "ok") == "ok":
                     facts["state"] = str(error)
@@ -7450,8 +8249,9 @@ class Standings(ServerState):
 
     @answers("look")
     def op_look(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """Make sure that the sources were looked at lately; answers after at most LOOK_WAIT seconds, and a few more for
-        reading what is presumed to be the same: what is not is better known before a pass."""
+        """Make sure that the sources were looked at lately; answers after at most LOOK_WAIT
+        seconds, and a few more for reading what is presumed to be the same: what is not is better
+        known before a pass."""
         if self.scanner is None:
             return {"waiting": []}
         self._look_after_restores()
@@ -7462,22 +8262,26 @@ class Standings(ServerState):
 
     @answers("begin")
     def op_begin(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """A backup's first words in a pass; the answer says how each source and the backup's copies stand."""
+        """A backup's first words in a pass; the answer says how each source and the backup's copies
+        stand."""
         books, name = self.books, request["backup"]
         number = books.backup_id(name)
         books.expire(self.config.lost_after)
         known = books.one("SELECT identity FROM backups WHERE id=?", number)[0]
         if known not in (None, request["identity"]) and not request["adopt"] \
-                and books.one("SELECT 1 FROM copies WHERE backup=? AND tag IS NOT NULL LIMIT 1", number):
-            raise Refused("identity", "the backup %s used to be another directory, with copies in it; if this one is right: "
-                          "cbackup.pyz client --adopt %s" % (name, name))
+                and books.one("SELECT 1 FROM copies WHERE backup=? AND tag IS NOT NULL LIMIT 1",
+                              number):
+            raise Refused("identity",
+                          "the backup %s used to be another directory, with copies in it; if this "
+                          "one is right: cbackup.pyz client --adopt %s" % (name, name))
         words = {key: request[key] for key in ("identity", "capacity", "free", "used", "files")}
         books.hear(name, dict(words, first=True))
         sources = {}
         for source in books.active_sources():
             row = books.source_row(source)
             told = request["sums"].get(source)
-            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]) and told[0] < row["gen"] + GENERATION_JUMP:
+            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]) \
+                    and told[0] < row["gen"] + GENERATION_JUMP:
                 books.raise_generation(row["id"], told[0])
                 books.note_list(number, row["id"], told[0])
                 row = books.source_row(source)
@@ -7486,10 +8290,12 @@ class Standings(ServerState):
 
     def _standing(self, backup: int, row: "Dict[str, Any]") -> "Dict[str, Any]":
         books = self.books
-        return {"state": row["state"], "reason": row["reason"], "cause": row["cause"], "replicas": row["replicas"],
+        return {"state": row["state"], "reason": row["reason"], "cause": row["cause"],
+                "replicas": row["replicas"],
                 "scanned": row["scanned"] is not None, "todo": books.todo_counts(backup, row["id"]),
                 "sum": list(books.sum_of(backup, row["id"])), "gen": books.close_generation(row),
-                "recovering": books.recovering(row["id"]), "claims": bool(books.own_claims(backup, row["id"], 1))}
+                "recovering": books.recovering(row["id"]),
+                "claims": bool(books.own_claims(backup, row["id"], 1))}
 
     @answers("standing")
     def op_standing(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7499,32 +8305,39 @@ class Standings(ServerState):
     @answers("caught_up")
     def op_caught_up(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A backup has told these books all that it holds of a source."""
-        self.books.catch_up(self.books.backup_id(request["backup"]), self.books.source_row(request["source"])["id"])
+        self.books.catch_up(self.books.backup_id(request["backup"]),
+                            self.books.source_row(request["source"])["id"])
         return {}
 
     @answers("told")
     def op_told(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """A backup's words between the others; rows: (source, path) of files whose update is under way in it."""
+        """A backup's words between the others; rows: (source, path) of files whose update is under
+        way in it."""
         books = self.books
         number = books.hear(request["backup"], {key: request.get(key) for key in (
             "capacity", "free", "want", "used", "files")})
         active = books.active_sources()
-        books.renew_updates(number, [(books.source_row(source)["id"], as_raw(path)) for source, path in request["rows"]
-                                     if source in active])
+        books.renew_updates(number,
+                            [(books.source_row(source)["id"], as_raw(path)) for source,
+                             path in request["rows"]
+                             if source in active])
         return {}
 
     @answers("demand")
     def op_demand(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """For the rules: what is missing of each source, what this backup lacks, everybody's last words."""
+        """For the rules: what is missing of each source, what this backup lacks, everybody's last
+        words."""
         books = self.books
-        number = books.hear(request["backup"], {"capacity": request["capacity"], "free": request["free"]})
+        number = books.hear(request["backup"],
+                            {"capacity": request["capacity"], "free": request["free"]})
         sources, room = {}, books.room_of_others(number) if request.get("beyond") else None
         for name in books.active_sources():
             row = books.source_row(name)
             if row["state"] != "ok":
                 continue
             size, files = books.lacking(number, row, request["capacity"])
-            sources[name] = {"missing": books.unclaimed_bytes(row), "replicas": row["replicas"], "lacking": size,
+            sources[name] = {"missing": books.unclaimed_bytes(row), "replicas": row["replicas"],
+                             "lacking": size,
                              "lacking_files": files,
                              "short": books.short_count(row)}
             if room is not None:
@@ -7538,8 +8351,10 @@ class Standings(ServerState):
         row = self.books.changeable(request["source"])
         rows, more = with_more(self.books.todo(
             self.books.backup_id(request["backup"]), row["id"], request["kind"], request["after"]))
-        return {"more": more, "rows": [[cursor, as_text(path), tag, _files_out([wanted])[0] if wanted[0] is not None else None]
-                         for cursor, path, tag, _, *wanted in rows],
+        return {"more": more,
+                "rows": [[cursor, as_text(path), tag, _files_out([wanted])[0]
+                          if wanted[0] is not None else None]
+           for cursor, path, tag, _, *wanted in rows],
                 "digests": [row[3].hex() if row[3] else None for row in rows]}
 
     @answers("done")
@@ -7552,7 +8367,8 @@ class Standings(ServerState):
     @answers("forget")
     def op_forget(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.source_row(request["source"])
-        self.books.forget_copies(self.books.backup_id(request["backup"]), row["id"], _paths_of(request))
+        self.books.forget_copies(self.books.backup_id(request["backup"]), row["id"],
+                                 _paths_of(request))
         return {}
 
     @answers("report_start")
@@ -7585,7 +8401,8 @@ class Confirmations(Standings):
         number = self.books.hear(request["backup"], {"free": request["free"]})
         if self.books.recovering(row["id"]):
             return {"rows": []}
-        return {"rows": _files_out(self.books.claim(number, row, request["free"], min(request["most_files"], PAGE),
+        return {"rows": _files_out(self.books.claim(number, row, request["free"],
+                                                    min(request["most_files"], PAGE),
                                                     request["most_bytes"]))}
 
     @answers("claims")
@@ -7593,14 +8410,18 @@ class Confirmations(Standings):
         """The claims that a backup has: those of an earlier pass that did not come to its end."""
         row = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {})
-        return {"rows": _files_out(first_page(claim[1:] for claim in self.books.own_claims(number, row["id"], PAGE)))}
+        return {"rows": _files_out(first_page(claim[1:]
+                                              for claim in self.books.own_claims(
+            number, row["id"], PAGE)))}
 
     @answers("claim_paths")
     def op_claim_paths(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {"free": request["free"]})
-        relieved = None if request["relieved"] is None else self.books.backup_id(request["relieved"])
-        return {"rows": _files_out(self.books.claim_paths(number, row, _paths_of(request), relieved))}
+        relieved = None if request["relieved"] is None \
+            else self.books.backup_id(request["relieved"])
+        return {"rows": _files_out(self.books.claim_paths(number, row, _paths_of(request),
+                                                          relieved))}
 
     @answers("release")
     def op_release(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -7613,11 +8434,13 @@ class Confirmations(Standings):
 
     @answers("confirm")
     def op_confirm(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """Compare digests and samples of copies with our own files; the first step of a confirmation.
+        """Compare digests and samples of copies with our own files; the first step of a
+        confirmation.
 
-        rows: [path, version, digest, [offset...], samples' digest]; the answer has one word for each: "ok"; "changed": the
-        file is another by now; "bad": the copy is; "rotten": our own file is no longer what it was, its times are;
-        "unreadable"; "unproven": ask again later, our own file has to be read first.
+        rows: [path, version, digest, [offset...], samples' digest]; the answer has one word for
+        each: "ok"; "changed": the file is another by now; "bad": the copy is; "rotten": our own
+        file is no longer what it was, its times are; "unreadable"; "unproven": ask again later, our
+        own file has to be read first.
         """
         source = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {})
@@ -7628,22 +8451,25 @@ class Confirmations(Standings):
             self.reader.first(disputed.values(), LOOK_WAIT)
             for at, file in disputed.items():
                 words[at] = self._decide(file, given[at]), words[at][1]
-        good = [(facts["id"], facts["version"], one["digest"]) for one, (word, facts) in zip(given, words) if word == "ok"]
+        good = [(facts["id"], facts["version"], one["digest"]) for one,
+                (word, facts) in zip(given, words) if word == "ok"]
         noted = set(self.books.record_check(number, self.books.source_row(request["source"]), good))
         self.reader.wake()
-        return {"verdicts": [word if word != "ok" or facts["id"] in noted else "changed" for word, facts in words]}
+        return {"verdicts": [word if word != "ok" or facts["id"] in noted else "changed" for word,
+                             facts in words]}
 
     def _compare_all(self, source: "Dict[str, Any]", given: "List[Dict[str, Any]]",
                      ) -> "List[Tuple[str, Dict[str, Any]]]":
-        """For each row of a confirmation the word (see op_confirm) and the facts of our file.  Small files are read in full:
-        that is their proof."""
+        """For each row of a confirmation the word (see op_confirm) and the facts of our file.
+        Small files are read in full: that is their proof."""
         words: "List[Tuple[str, Dict[str, Any]]]" = []
         proofs = []
         known = self.books.versions_of(source["id"], [one["path"] for one in given])
         with _open_source(self.config.sources[source["name"]]) as tree:
             for one in given:
                 facts = known.get(one["path"])
-                if facts is None or facts["version"] != one["version"] or facts["blocked"] == "unreadable":
+                if facts is None or facts["version"] != one["version"] \
+                        or facts["blocked"] == "unreadable":
                     words.append(("changed", {}))
                     continue
                 word, own = compare_own(tree, facts, one)
@@ -7652,7 +8478,9 @@ class Confirmations(Standings):
                 words.append((word, facts))
         with self.books.write():
             row = self.books.source_row(source["name"])
-            for (at, (facts, _, _)), verdict in zip(proofs, self.books.prove_all(row, [one for _, one in proofs])):
+            for (at, (facts, _, _)), verdict in zip(proofs,
+                                                    self.books.prove_all(
+                row, [one for _, one in proofs])):
                 self.say_of_proof(source["name"], facts["path"], verdict)
                 if verdict in ("changed", "rotten"):
                     words[at] = verdict, facts
@@ -7660,7 +8488,8 @@ class Confirmations(Standings):
         return words
 
     def _decide(self, file: int, given: "Dict[str, Any]") -> str:
-        """The word for a copy about which there was a dispute, after our own file was to be read."""
+        """The word for a copy about which there was a dispute, after our own file was to be
+        read."""
         facts = self.books.facts_of(file)
         if facts is None or facts["version"] != given["version"] or facts["path"] != given["path"]:
             return "changed"
@@ -7672,13 +8501,16 @@ class Confirmations(Standings):
 
     def say_of_proof(self, source: str, path: bytes, verdict: str) -> None:
         if verdict == "rotten":
-            log.warning("%s in %s has rotted: its content changed, its size and times did not", shown(path), source)
+            log.warning("%s in %s has rotted: its content changed, its size and times did not",
+                        shown(path), source)
         elif verdict == "copies":
-            log.info("%s in %s: its copies were of another content, and are made again", shown(path), source)
+            log.info("%s in %s: its copies were of another content, and are made again",
+                     shown(path), source)
 
     @staticmethod
     def _given(item: "List[Any]") -> "Dict[str, Any]":
-        return {"path": as_raw(item[0]), "version": item[1], "digest": bytes.fromhex(item[2]), "offsets": item[3],
+        return {"path": as_raw(item[0]), "version": item[1], "digest": bytes.fromhex(item[2]),
+                "offsets": item[3],
                 "samples": bytes.fromhex(item[4])}
 
     @answers("placed")
@@ -7721,8 +8553,10 @@ class Confirmations(Standings):
         return {"granted": [as_text(path) for path in granted]}
 
     def _prove_first(self, source: "Dict[str, Any]", paths: "List[bytes]") -> None:
-        """What may be deleted elsewhere is to be a fact: read those files now, as far as that goes quickly."""
-        doubtful = [one["id"] for one in self.books.versions_of(source["id"], paths).values() if one["doubt"] is not None]
+        """What may be deleted elsewhere is to be a fact: read those files now, as far as that goes
+        quickly."""
+        doubtful = [one["id"] for one in self.books.versions_of(source["id"], paths).values()
+                    if one["doubt"] is not None]
         if doubtful:
             self.reader.first(doubtful, LOOK_WAIT)
 
@@ -7730,32 +8564,38 @@ class Confirmations(Standings):
     def op_relief(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         row = self.books.changeable(request["source"])
         rows = [] if self.books.recovering(row["id"]) else self.books.relief_offers(
-            self.books.backup_id(request["backup"]), row, self.books.backup_id(request["relieved"]), request["gap"],
+            self.books.backup_id(request["backup"]), row, self.books.backup_id(request["relieved"]),
+            request["gap"],
             request["most"])
         return {"rows": _files_out(first_page(rows))}
 
 
 class Service(Confirmations):
-    """What a server answers: the operations of the classes above, catalogs, what status and restore ask for, and what may be
-    read by rsync."""
+    """What a server answers: the operations of the classes above, catalogs, what status and restore
+    ask for, and what may be read by rsync."""
 
     # -- catalogs --
 
     @answers("catalog")
     def op_catalog(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """A page of the news since a generation, up to `upto` (0: the newest).  First the entries, cursor (gen, id),
-        then, with cursor (-1, 0) and `after` a path, the paths that are no more."""
+        """A page of the news since a generation, up to `upto` (0: the newest).  First the entries,
+        cursor (gen, id), then, with cursor (-1, 0) and `after` a path, the paths that are no
+        more."""
         row = self.books.source_row(request["source"])
         upto = request["upto"] or self.books.close_generation(row)
         cursor = tuple(request["cursor"])
-        out: "Dict[str, Any]" = {"upto": upto, "time": self.books.generation_time(row["id"], upto), "books": self.books.id}
+        out: "Dict[str, Any]" = {"upto": upto, "time": self.books.generation_time(row["id"], upto),
+                                 "books": self.books.id}
         if cursor[0] >= 0:
             rows, more = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
-            out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid), self.names.group(gid),
-                                      link, target, digest, tuple((holders or "").split(",")) if holders else (),
+            out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid),
+                                      self.names.group(gid),
+                                      link, target, digest, tuple((holders or "").split(","))
+                                      if holders else (),
                                       bool(proven), xattrs and json.loads(xattrs), bool(readable),
                                       ).to_wire(request["level"])
-                           for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
+                           for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest,
+                                holders,
                                 proven, readable, xattrs) in rows]
             out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
         else:
@@ -7780,15 +8620,18 @@ class Service(Confirmations):
         for name in books.active_sources():
             row = books.source_row(name)
             figures = books.figures(row)
-            figures.update(host=self.host, path=row["path"], replicas=row["replicas"], state=row["state"],
+            figures.update(host=self.host, path=row["path"], replicas=row["replicas"],
+                           state=row["state"],
                            reason=row["reason"], cause=row["cause"], special=row["special"],
-                           stuck=self._stuck(row), held_files=[[as_text(path), change] for path, change in
-                                                               books.held_page(row["id"], b"", 6)], **self.look_facts(row))
+                           stuck=self._stuck(row),
+                           held_files=[[as_text(path), change] for path, change in
+                                       books.held_page(row["id"], b"", 6)], **self.look_facts(row))
             figures.update(short_since=books.short_since(row["id"], row["replicas"]),
                            short=[[as_text(path), size, why] for path, size, why in
                                   books.short_files(row["id"], row["replicas"], 10)])
             sources[name] = figures
-        return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(), "duties": books.duties(),
+        return {"sources": sources, "backups": books.last_words(), "mine": self._own_backups(),
+                "duties": books.duties(),
                 "config_version": self.home.config_state().get("version", 0),
                 "config_held": self.home.held_config().get("removes")}
 
@@ -7798,17 +8641,22 @@ class Service(Confirmations):
 
     @answers("plan")
     def op_plan(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """What `plan` has to know of this host: its sources, and how much its backups can hold (`rooms`)."""
+        """What `plan` has to know of this host: its sources, and how much its backups can hold
+        (`rooms`)."""
         books, sources = self.books, {}
         books.expire(self.config.lost_after)
         for name in books.active_sources():
             row = books.source_row(name)
-            sources[name] = dict(books.plan_facts(row), state=row["state"], scanned=row["scanned"] is not None)
-        return {"sources": sources, "rooms": {spec.name: self._room_of(spec) for spec in self.config.backups_of(self.host)}}
+            sources[name] = dict(books.plan_facts(row), state=row["state"],
+                                 scanned=row["scanned"] is not None)
+        return {"sources": sources,
+                "rooms": {spec.name: self._room_of(spec)
+                          for spec in self.config.backups_of(self.host)}}
 
     @staticmethod
     def _room_of(spec: Backup) -> "Dict[str, int]":
-        """{"capacity", "used"} of a backup of this host; of one that is still to be made, where it will be."""
+        """{"capacity", "used"} of a backup of this host; of one that is still to be made, where it
+        will be."""
         try:
             facts = VaultReader(spec).facts()
             return {"capacity": facts["capacity"], "used": facts["used"]}
@@ -7821,33 +8669,44 @@ class Service(Confirmations):
     @answers("vaults")
     def op_vaults(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """The backups of this host that have something of a source, with their catalog files."""
-        with contextlib.suppress(CBackupError, OSError):  # a line that was written just now is one of them
+        # a line that was written just now is one of them
+        with contextlib.suppress(CBackupError, OSError):
             self.catch_up_with_home()
         out = {}
         for spec in self._open_backups():
             directory = os.path.join(spec.path, META_DIR.decode(), "catalog", request["source"])
             try:
-                names = [(name, os.path.getsize(os.path.join(directory, name))) for name in os.listdir(directory)]
+                names = [(name, os.path.getsize(os.path.join(directory, name)))
+                         for name in os.listdir(directory)]
             except OSError:
                 names = []
-            out[spec.name] = {"catalogs": [[f.name, dict(names)[f.name]] for f in list_catalogs(n for n, _ in names)]}
+            out[spec.name] = {"catalogs": [[f.name, dict(names)[f.name]]
+                                           for f in list_catalogs(n for n, _ in names)]}
         return {"vaults": out}
 
     @answers("holdings")
     def op_holdings(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """A page of what a backup of this host has of a source, by path; with `kind` 2 of its old versions, by number."""
+        """A page of what a backup of this host has of a source, by path; with `kind` 2 of its old
+        versions, by number."""
         spec = self._own_backup(request["backup"])
         reader, after, prefix = VaultReader(spec), request["after"], as_raw(request["prefix"])
         if request.get("kind") == 2:
-            rows, more = with_more(reader.old_versions(request["source"], after if isinstance(after, int) else 0, prefix))
-            return {"more": more, "rows": [[number, as_text(path), as_text(stored), size, mtime, digest.hex() if digest else None]
-                             for number, path, stored, size, mtime, digest in rows]}
-        rows, more = with_more(reader.held_page(request["source"], as_raw(after) if isinstance(after, str) else b"", prefix))
-        return {"more": more, "rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime, d in rows]}
+            rows, more = with_more(reader.old_versions(request["source"], after
+                                                       if isinstance(after, int) else 0, prefix))
+            return {"more": more,
+                    "rows": [[number, as_text(path), as_text(stored), size, mtime, digest.hex()
+                              if digest else None]
+               for number, path, stored, size, mtime, digest in rows]}
+        rows, more = with_more(reader.held_page(request["source"], as_raw(after)
+                                                if isinstance(after, str) else b"", prefix))
+        return {"more": more,
+                "rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime,
+                         d in rows]}
 
     @answers("find")
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """Copies and older versions in the backups of this host, of files that match a pattern; FIND_LIMIT a backup."""
+        """Copies and older versions in the backups of this host, of files that match a pattern;
+        FIND_LIMIT a backup."""
         found, times, more = [], [], False
         for spec in self._open_backups():
             with contextlib.suppress(Refused):
@@ -7855,18 +8714,20 @@ class Service(Confirmations):
                 rows = reader.find(request["pattern"])
                 page = first_page(rows[:FIND_LIMIT])
                 more = more or len(rows) > len(page)
-                found += [[spec.name, source, as_text(path), size, mtime, since] for source, path, size, mtime, since in page]
+                found += [[spec.name, source, as_text(path), size, mtime, since] for source, path,
+                          size, mtime, since in page]
                 times += reader.times_of(page)
         return {"rows": found, "at": times, "more": more}
 
     @answers("list")
     def op_list(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """What a backup of this host has directly in a directory of a source: copies, with `kind` 2 older versions.  Of level
-        2 on.  `next`: what to go on with as `after`, null at the end."""
+        """What a backup of this host has directly in a directory of a source: copies, with `kind` 2
+        older versions.  Of level 2 on.  `next`: what to go on with as `after`, null at the end."""
         spec = self._own_backup(request["backup"])
         directory, after = as_raw(request["path"]), as_raw(str(request["after"]))
         rows, following = VaultReader(spec).list_directory(
-            request["source"], check_relative(directory) if directory else b"", request.get("kind") == 2, after)
+            request["source"], check_relative(directory) if directory else b"",
+            request.get("kind") == 2, after)
         return {"rows": [[as_text(row[0])] + list(row[1:]) for row in rows],
                 "next": None if following is None else as_text(following)}
 
@@ -7881,11 +8742,13 @@ class Service(Confirmations):
 
     @answers("forget_source")
     def op_forget_source(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
-        """Remember that the copies of a source that is no longer configured may go; the clients of this host do it."""
+        """Remember that the copies of a source that is no longer configured may go; the clients of
+        this host do it."""
         self.catch_up_with_home()
         if request["source"] in self.config.sources:
             raise Refused("configured", "source %s is in the configuration" % request["source"])
-        self.home.note_forget(request["source"], [b.name for b in self.config.backups_of(self.host)])
+        self.home.note_forget(request["source"],
+                              [b.name for b in self.config.backups_of(self.host)])
         return {}
 
     @answers("config")
@@ -7915,24 +8778,27 @@ class Service(Confirmations):
     # -- rsync --
 
     def root_for(self, request: "Dict[str, Any]") -> "Tuple[str, Optional[List[bytes]]]":
-        """(the directory that an rsync request may read, of a source nothing but these paths in it)."""
+        """(the directory that an rsync request may read, of a source nothing but these paths in
+        it)."""
         wrong = misfit(request, OPERATIONS["rsync"].request)
         if wrong:
             raise ProtocolError("rsync%s" % wrong)
         if request["of"] == "source":
             return self._part_of_source(request)
         spec = self._own_backup(request["name"])
-        below = {"backup": (request["source"],), "attic": (META_DIR.decode(), "attic", request["source"]),
+        below = {"backup": (request["source"],),
+                 "attic": (META_DIR.decode(), "attic", request["source"]),
                  "catalog": (META_DIR.decode(), "catalog", request["source"])}[request["of"]]
         root = os.path.join(spec.path, *below)
-        if os.path.realpath(root) != os.path.join(os.path.realpath(spec.path), *below) or not os.path.isdir(root):
+        if os.path.realpath(root) != os.path.join(os.path.realpath(spec.path),
+                                                  *below) or not os.path.isdir(root):
             raise Refused("unknown", "backup %s has nothing of %s" % (spec.name, request["source"]))
         return root, None
 
     def _part_of_source(self, request: "Dict[str, Any]") -> "Tuple[str, Optional[List[bytes]]]":
-        """Of a source only files can be read that are in the catalog, and not left out by now: those
-        that are asked for, or for a client of level 1, which does not say, all that somebody has
-        claimed or is to update."""
+        """Of a source only files can be read that are in the catalog, and not left out by now:
+        those that are asked for, or for a client of level 1, which does not say, all that somebody
+        has claimed or is to update."""
         row = self.books.changeable(request["source"])
         if self.home.outside(row["path"]):
             raise Refused("held", self.home.outside(row["path"]))
@@ -7945,7 +8811,8 @@ class Service(Confirmations):
             asked = self.books.on_their_way(row["id"], ON_THEIR_WAY + 1)
             if len(asked) > ON_THEIR_WAY:
                 if source.exclude or source.exclude_caches:
-                    raise Refused("unknown-op", "too many files are on their way: update cbackup on the "
+                    raise Refused("unknown-op",
+                                  "too many files are on their way: update cbackup on the "
                                   "machine that asks")
                 return root, None
         left_out = LeftOut(source)
@@ -7953,7 +8820,8 @@ class Service(Confirmations):
 
 
 ON_THEIR_WAY = 20000
-"""Most files that a client is served which does not say what it wants: rsync compares each with each."""
+"""Most files that a client is served which does not say what it wants: rsync compares each with
+each."""
 
 
 def _open_source(spec: Source) -> Tree:
@@ -7968,8 +8836,8 @@ FIND_LIMIT = 1000
 
 
 def compile_pattern(pattern: str) -> "Callable[[bytes], bool]":
-    """A test for paths: the path itself, everything below it, or an fnmatch pattern for the whole path; a pattern
-    without `/` is for the last name too."""
+    """A test for paths: the path itself, everything below it, or an fnmatch pattern for the whole
+    path; a pattern without `/` is for the last name too."""
     import fnmatch
     plain, test = as_raw(pattern).strip(b"/"), re.compile(fnmatch.translate(pattern.strip("/")))
 
@@ -8004,7 +8872,8 @@ class VaultReader:
         path = os.path.join(self.spec.path, META_DIR.decode(), "backup.db")
         if not os.path.exists(path):
             raise Refused("unknown", "%s has nothing in it yet (no client has run)" % self.spec.path
-                          if os.path.isdir(self.spec.path) else "%s does not exist: is its disk mounted?" % self.spec.path)
+                          if os.path.isdir(self.spec.path)
+                          else "%s does not exist: is its disk mounted?" % self.spec.path)
         try:
             db = sqlite3.connect(path, timeout=30)
             try:
@@ -8012,26 +8881,32 @@ class VaultReader:
             finally:
                 db.close()
         except sqlite3.Error as error:
-            raise Refused("damaged", "the database in %s cannot be read: %s" % (self.spec.path, error))
+            raise Refused("damaged",
+                          "the database in %s cannot be read: %s" % (self.spec.path, error))
 
     def facts(self) -> "Dict[str, Any]":
-        files, held, other = self._query("SELECT (SELECT COALESCE(SUM(files), 0) FROM sums), (SELECT COALESCE(SUM(bytes), 0) "
-                                         "FROM sums), (SELECT SUM(bytes) FROM used)")[0]
+        files, held, other = self._query("SELECT (SELECT COALESCE(SUM(files), 0) FROM sums), "
+                                         "(SELECT COALESCE(SUM(bytes), 0) FROM sums), (SELECT "
+                                         "SUM(bytes) FROM used)")[0]
         used, capacity = held + other, room_limit(self.spec, held + other)
-        state = "ok" if used <= capacity else "%s are used, and only %s may be" % (format_size(used), format_size(capacity))
+        state = "ok" if used <= capacity \
+            else "%s are used, and only %s may be" % (format_size(used), format_size(capacity))
         return {"state": state, "used": used, "held": held, "files": files, "capacity": capacity,
                 "sources": dict(self._query("SELECT source, files FROM sums WHERE files>0"))}
 
     def misplaced(self, cluster: str, expected: "Optional[str]") -> str:
-        """Why the directory is not this backup's; "" when it is, or when nothing is there and nothing is expected."""
+        """Why the directory is not this backup's; "" when it is, or when nothing is there and
+        nothing is expected."""
         identity = read_json(os.path.join(self.spec.path, META_DIR.decode(), "identity"))
         if not identity.get("id"):
-            return "%s has lost its .cbackup: is its disk mounted?" % self.spec.path if expected else ""
+            return "%s has lost its .cbackup: is its disk mounted?" % self.spec.path if expected \
+                else ""
         if identity.get("cluster") != cluster:
             return "%s belongs to another cluster" % self.spec.path
         if identity.get("backup") != self.spec.name or expected not in (None, identity["id"]):
             return "%s is the backup %s (%s), not the one that was here" % (
-                self.spec.path, shown(str(identity.get("backup")).encode()), str(identity["id"])[:6])
+                self.spec.path, shown(str(identity.get("backup")).encode()),
+                str(identity["id"])[:6])
         return ""
 
     def not_writable(self) -> str:
@@ -8040,10 +8915,12 @@ class VaultReader:
             return ""
         if os.statvfs(self.spec.path).f_flag & os.ST_RDONLY:
             return "%s is on a file system that is read-only" % self.spec.path
-        return "" if os.access(self.spec.path, os.W_OK | os.X_OK) else "%s cannot be written to" % self.spec.path
+        return "" if os.access(self.spec.path,
+                               os.W_OK | os.X_OK) else "%s cannot be written to" % self.spec.path
 
     def _usable(self) -> bool:
-        """Whether the database can be read and is complete.  If not, the files are there all the same."""
+        """Whether the database can be read and is complete.  If not, the files are there all the
+        same."""
         with contextlib.suppress(Refused):
             return bool(self._query("SELECT 1 FROM meta WHERE key='complete'"))
         return False
@@ -8052,7 +8929,8 @@ class VaultReader:
         try:
             return Tree(self.spec.path)
         except OSError as error:
-            raise Refused("unknown", "%s: %s: is its disk mounted?" % (self.spec.path, reason_of(error)))
+            raise Refused("unknown",
+                          "%s: %s: is its disk mounted?" % (self.spec.path, reason_of(error)))
 
     def held_page(self, source: str, after: bytes, prefix: bytes = b"",
                   ) -> "List[Tuple[bytes, int, int, Optional[bytes]]]":
@@ -8061,17 +8939,20 @@ class VaultReader:
         if self._usable():
             return self._query(
                 "SELECT path, size, mtime, digest FROM held WHERE source=? AND path%s? AND path<? "
-                "ORDER BY path LIMIT ?" % (">" if after >= prefix else ">="), source, max(after, prefix),
+                "ORDER BY path LIMIT ?" % (">" if after >= prefix else ">="), source,
+                max(after, prefix),
                 beyond_prefix(prefix), PAGE)
         with self._tree() as tree:
             found = (row for row in files_here(tree, source, after) if row[0].startswith(prefix))
             return [row + (None,) for row in itertools.islice(found, PAGE)]
 
     def find(self, pattern: str) -> "List[Tuple[str, bytes, int, int, Optional[float]]]":
-        """(source, path, size, mtime, None for a copy or since when it is an old version), a few more than FIND_LIMIT."""
+        """(source, path, size, mtime, None for a copy or since when it is an old version), a few
+        more than FIND_LIMIT."""
         test, found = compile_pattern(pattern), []
         for sql in ("SELECT source, path, size, mtime, NULL FROM held",
-                    "SELECT source, path, size, mtime, since FROM attic WHERE done=1 AND why<>'bad' ORDER BY since DESC"):
+                    "SELECT source, path, size, mtime, since FROM attic WHERE done=1 AND "
+                    "why<>'bad' ORDER BY since DESC"):
             for row in self._each(sql):
                 if test(row[1]):
                     found.append(row)
@@ -8081,30 +8962,35 @@ class VaultReader:
 
     def list_directory(self, source: str, directory: bytes, old: bool, after: bytes,
                        ) -> "Tuple[List[Tuple[bytes, Optional[int], int, float]], Optional[bytes]]":
-        """What is directly in a directory of a source, or is that path: copies, or with `old` older versions; from the path
-        `after` on, about a PAGE.
+        """What is directly in a directory of a source, or is that path: copies, or with `old` older
+        versions; from the path `after` on, about a PAGE.
 
-        Returns rows (name, empty for the path itself; size, None for a directory with something in it; mtime; until when it
-        was the present version) and the path to go on with, None at the end.  What is deeper down is skipped by index.
+        Returns rows (name, empty for the path itself; size, None for a directory with something in
+        it; mtime; until when it was the present version) and the path to go on with, None at the
+        end.  What is deeper down is skipped by index.
         """
         table, more = ("attic", "since AS until") if old else ("held", "0 AS until")
         rows = "SELECT path, size, mtime, %s FROM %s WHERE source=?1 AND %s%%s" % (
             more, table, "done=1 AND why<>'bad' AND " if old else "")
         found: "List[Tuple[bytes, Optional[int], int, float]]" = []
-        prefix, end = (directory + b"/", directory + b"0") if directory else (b"", b"\xff" * 8)  # "0" comes after "/"
+        # "0" comes after "/"
+        prefix, end = (directory + b"/", directory + b"0") if directory else (b"", b"\xff" * 8)
         with self._database() as db:
             if directory and not after:
-                found += [(b"",) + row[1:] for row in db.execute(rows % "path=?2 LIMIT 100", (source, directory))]
+                found += [(b"",) + row[1:]
+                          for row in db.execute(rows % "path=?2 LIMIT 100", (source, directory))]
             at = max(prefix, after)
             while len(found) < PAGE:
-                first = db.execute(rows % "path>=?2 AND path<?3 ORDER BY path LIMIT 1", (source, at, end)).fetchone()
+                first = db.execute(rows % "path>=?2 AND path<?3 ORDER BY path LIMIT 1",
+                                   (source, at, end)).fetchone()
                 if first is None:
                     return found, None
                 name, slash, _ = first[0][len(prefix):].partition(b"/")
                 if slash:
                     found.append((name, None, 0, 0))
                 elif old:
-                    found += [(name,) + row[1:] for row in db.execute(rows % "path=?2 LIMIT 100", (source, first[0]))]
+                    found += [(name,) + row[1:]
+                              for row in db.execute(rows % "path=?2 LIMIT 100", (source, first[0]))]
                 else:
                     found.append((name,) + first[1:])
                 at = prefix + name + (b"0" if slash else b"\0")
@@ -8126,25 +9012,29 @@ class VaultReader:
         """(number, path, name in the attic, size, mtime, digest or None) of old versions of paths
         that begin so, by number."""
         if self._usable():
-            return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE source=? AND id>? AND done=1 "
-                               "AND why<>'bad' AND path>=? AND path<? ORDER BY id LIMIT ?", source, after, prefix,
+            return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE "
+                               "source=? AND id>? AND done=1 AND why<>'bad' AND path>=? AND path<? "
+                               "ORDER BY id LIMIT ?", source,
+                               after, prefix,
                                beyond_prefix(prefix), PAGE)
         with self._tree() as tree:
             rows = (row for row in old_files_here(tree, source) if row[0].startswith(prefix))
             found = enumerate(rows, 1)
-            return [(number,) + row + (None,) for number, row in itertools.islice(found, after, after + PAGE)]
+            return [(number,) + row + (None,) for number,
+                    row in itertools.islice(found, after, after + PAGE)]
 
 
 INVITATION_SECONDS, INVITATION_TRIES = 3600.0, 5
 
 
 def make_invitation(home: Home) -> str:
-    """A token for one machine: the certificate's fingerprint, by which the new machine knows the server, and a
-    secret, by which the server knows the new machine.  An earlier invitation ends."""
+    """A token for one machine: the certificate's fingerprint, by which the new machine knows the
+    server, and a secret, by which the server knows the new machine.  An earlier invitation ends."""
     secret = secrets.token_hex(10)
     with home.lock("invitation.lock"):
         atomic_write(home.state("invitation.json"), json.dumps({
-            "secret": hashlib.sha256(secret.encode()).hexdigest(), "until": clock.now() + INVITATION_SECONDS,
+            "secret": hashlib.sha256(secret.encode()).hexdigest(),
+            "until": clock.now() + INVITATION_SECONDS,
             "tries": INVITATION_TRIES, "wrong": {}}).encode())
     return home.cluster_id()[:32] + secret
 
@@ -8152,14 +9042,18 @@ def make_invitation(home: Home) -> str:
 def open_invitation(home: Home, address: str = "") -> "Dict[str, Any]":
     """The invitation that can still be used, from that address; {} when there is none."""
     found = read_json(home.state("invitation.json"))
-    usable = found.get("tries", 0) > 0 and found.get("until", 0) > clock.now() > found["until"] - 2 * INVITATION_SECONDS
-    spent = isinstance(found.get("wrong"), dict) and found["wrong"].get(address, 0) >= INVITATION_TRIES
+    usable = found.get("tries", 0) > 0 and found.get("until",
+                                                     0) > clock.now() > found[
+        "until"] - 2 * INVITATION_SECONDS
+    spent = isinstance(found.get("wrong"),
+                       dict) and found["wrong"].get(address, 0) >= INVITATION_TRIES
     return found if usable and not spent else {}
 
 
 def redeem_invitation(home: Home, secret: Any, address: str) -> bool:
-    """Whether `secret` is the open invitation's.  A right one ends it; for an address with INVITATION_TRIES wrong ones it is
-    over, and for no other: a stranger elsewhere cannot spend it."""
+    """Whether `secret` is the open invitation's.  A right one ends it; for an address with
+    INVITATION_TRIES wrong ones it is over, and for no other: a stranger elsewhere cannot spend
+    it."""
     with home.lock("invitation.lock"):
         found = open_invitation(home, address)
         if not found:
@@ -8176,10 +9070,11 @@ def redeem_invitation(home: Home, secret: Any, address: str) -> bool:
 
 
 def join_cluster(home: Home, address: str, port: int, token: str) -> str:
-    """Fetch key and configuration from the server at `address`, when it has the certificate that the token names.
-    Returns the address by which that server sees this machine."""
+    """Fetch key and configuration from the server at `address`, when it has the certificate that
+    the token names. Returns the address by which that server sees this machine."""
     if not re.match(r"[0-9a-f]{52}\Z", token):
-        raise UsageError("that is not a token: copy the whole line that `cbackup.pyz invite` printed")
+        raise UsageError("that is not a token: copy the whole line that `cbackup.pyz invite` "
+                         "printed")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the fingerprint decides, before anything is said
@@ -8190,7 +9085,8 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> str:
         tls = context.wrap_socket(connection)
         fingerprint = hashlib.sha256(tls.getpeercert(binary_form=True) or b"").hexdigest()[:32]
         if not secrets.compare_digest(fingerprint, token[:32]):
-            raise CBackupError("%s:%d is not a server of the cluster that the token is for" % (address, port))
+            raise CBackupError("%s:%d is not a server of the cluster that the token is for"
+                               % (address, port))
         channel = Channel(tls)
         hello = channel.receive(HANDSHAKE_TIMEOUT) or {}
         answer = hello
@@ -8201,15 +9097,19 @@ def join_cluster(home: Home, address: str, port: int, token: str) -> str:
     except (OSError, ProtocolError) as error:
         raise Unreachable(address, "port %d: %s" % (port, reason_of(error)))
     if answer.get("ok") is not True or not isinstance(answer.get("key"), str):
-        raise CBackupError("%s: %s" % (address, shown(str(answer.get("text") or "it did not let this machine join")[:300])))
+        raise CBackupError("%s: %s"
+                           % (address,
+                              shown(str(answer.get("text")
+                                        or "it did not let this machine join")[:300])))
     home.take_part(check_offer(answer.get("config")))
     atomic_write(home.key_path, answer["key"].encode(), 0o600)
     return own
 
 
 def give_memory_back() -> None:
-    """With glibc every thread keeps what it freed, and after one large message the next ones are kept too: of 60 at once
-    190 MB stayed, with this 90.  Elsewhere there is no such function, and no need of it."""
+    """With glibc every thread keeps what it freed, and after one large message the next ones are
+    kept too: of 60 at once 190 MB stayed, with this 90.  Elsewhere there is no such function, and
+    no need of it."""
     with contextlib.suppress(Exception):
         import ctypes
         mallopt = ctypes.CDLL(None).mallopt
@@ -8218,7 +9118,8 @@ def give_memory_back() -> None:
 
 
 class Guest:
-    """One connection to a server.  kind: "silent" (has said nothing yet), "greeting" (its handshake is under way), "member"."""
+    """One connection to a server.  kind: "silent" (has said nothing yet), "greeting" (its handshake
+    is under way), "member"."""
 
     def __init__(self, connection: socket.socket, address: str) -> None:
         self.connection, self.since, self.kind = connection, time.monotonic(), "silent"
@@ -8232,7 +9133,8 @@ class Guest:
 
 
 def address_of(peer: "Tuple[Any, ...]") -> str:
-    """What counts as one machine: an IPv4 address, or the first half of an IPv6 address (the rest a machine chooses)."""
+    """What counts as one machine: an IPv4 address, or the first half of an IPv6 address (the rest a
+    machine chooses)."""
     host = str(peer[0]).split("%")[0]
     if ":" not in host:
         return host
@@ -8244,8 +9146,9 @@ def address_of(peer: "Tuple[Any, ...]") -> str:
 
 
 class Door(threading.Thread):
-    """Accepts connections.  Who has said nothing costs a descriptor and no thread.  When the room is full, the oldest that has
-    not proved itself goes, silent ones first, of the address that has the most; members have places of their own."""
+    """Accepts connections.  Who has said nothing costs a descriptor and no thread.  When the room
+    is full, the oldest that has not proved itself goes, silent ones first, of the address that has
+    the most; members have places of their own."""
 
     def __init__(self, listener: socket.socket, serve: "Callable[[Guest], None]") -> None:
         super().__init__(name="door", daemon=True)
@@ -8302,7 +9205,8 @@ class Door(threading.Thread):
         counts: "Dict[str, int]" = {}
         for guest in strangers:
             counts[guest.address] = counts.get(guest.address, 0) + 1
-        self._turn_away(min(strangers, key=lambda g: (-counts[g.address], g.kind != "silent", g.since)))
+        self._turn_away(min(strangers,
+                            key=lambda g: (-counts[g.address], g.kind != "silent", g.since)))
 
     def _turn_away(self, guest: Guest) -> None:
         if guest.kind == "silent":
@@ -8331,7 +9235,8 @@ class Door(threading.Thread):
 
     def _sweep(self, now: float) -> None:
         with self._lock:
-            late = [guest for guest in self._guests if guest.kind != "member" and now - guest.since > (
+            late = [guest for guest in self._guests if guest.kind != "member"
+                    and now - guest.since > (
                 STRANGER_SILENCE if guest.kind == "silent" else STRANGER_TIME)]
         for guest in late:
             self._turn_away(guest)
@@ -8341,8 +9246,9 @@ class Door(threading.Thread):
             self._guests.discard(guest)
 
     def admit(self, guest: Guest) -> bool:
-        """`guest` has proved itself.  Where its address has all of its places, or all are taken, the member's connection that
-        has asked for nothing for the longest goes: its owner opens it again when needed.  False when there is none."""
+        """`guest` has proved itself.  Where its address has all of its places, or all are taken,
+        the member's connection that has asked for nothing for the longest goes: its owner opens it
+        again when needed.  False when there is none."""
         with self._lock:
             members = [other for other in self._guests if other.kind == "member"]
             own = [other for other in members if other.address == guest.address]
@@ -8359,7 +9265,8 @@ class Door(threading.Thread):
 
 
 class Server:
-    """The passive process: accepts connections, a thread for each, and answers until it is told to stop."""
+    """The passive process: accepts connections, a thread for each, and answers until it is told to
+    stop."""
 
     def __init__(self, home: Home, config: Config, host: str) -> None:
         give_memory_back()
@@ -8375,13 +9282,15 @@ class Server:
         try:
             listener = self._listen(bind, port)
         except OSError as error:
-            raise CBackupError("cannot listen on port %d: %s; is a server running already?" % (port, reason_of(error)))
+            raise CBackupError("cannot listen on port %d: %s; is a server running already?"
+                               % (port, reason_of(error)))
         self.where = ("[%s]:%d" if ":" in bind else "%s:%d") % (bind, port)
         self.door = Door(listener, self.converse)
 
     @staticmethod
     def _listen(bind: str, port: int) -> socket.socket:
-        listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET,
+                                 socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if ":" in bind:
@@ -8396,7 +9305,8 @@ class Server:
 
     @staticmethod
     def _bind_address(address: str) -> str:
-        """A loopback address is taken at its word; for any other the server listens on all of the host's."""
+        """A loopback address is taken at its word; for any other the server listens on all of the
+        host's."""
         if address == "localhost" or re.match(r"127\.\d+\.\d+\.\d+\Z", address):
             return "127.0.0.1" if address == "localhost" else address
         if address == "::1":
@@ -8429,7 +9339,8 @@ class Server:
                     self.service.books.save_up()
                 self.service.say_held()
             before, last = last, self._config_stamp()
-            if last not in (None, taken) and last == before:  # an editor may be in the middle of writing it
+            # an editor may be in the middle of writing it
+            if last not in (None, taken) and last == before:
                 taken = last
                 self._take_over()
         self.service.scanner.stop()
@@ -8440,7 +9351,8 @@ class Server:
             self.service.books.close()
 
     def _take_over(self) -> None:
-        """The file of the configuration has changed: the right one is in force from now on, a wrong one is refused."""
+        """The file of the configuration has changed: the right one is in force from now on, a wrong
+        one is refused."""
         try:
             self.service.catch_up_with_home()
         except CBackupError as error:
@@ -8451,7 +9363,8 @@ class Server:
             log.error("the changed configuration could not be taken over: %s", error)
 
     def stop(self) -> None:
-        """For a signal's handler: it takes no lock, not even an Event's, which the interrupted code may be holding."""
+        """For a signal's handler: it takes no lock, not even an Event's, which the interrupted code
+        may be holding."""
         self._stopping = True
         os.write(self._wake[1], b".")
 
@@ -8463,13 +9376,15 @@ class Server:
         return info.st_mtime_ns, info.st_size, info.st_ino
 
     def converse(self, guest: Guest) -> None:
-        """Serve one connection.  Nothing that a peer does comes out of here, or holds up another."""
+        """Serve one connection.  Nothing that a peer does comes out of here, or holds up
+        another."""
         channel = None
         try:
             guest.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             guest.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             guest.connection.settimeout(STRANGER_SILENCE)
-            tls = self.context.wrap_socket(guest.connection, server_side=True, do_handshake_on_connect=False)
+            tls = self.context.wrap_socket(guest.connection, server_side=True,
+                                           do_handshake_on_connect=False)
             guest.connection = tls
             channel = Channel(tls, STRANGER_LINE, 0)
             tls.do_handshake()
@@ -8477,7 +9392,9 @@ class Server:
                 self._let_join(channel, guest.address)
                 return
             if not self.door.admit(guest):
-                channel.send({"error": "busy", "text": "%s is busy: it has as many connections as it can serve" % self.host})
+                channel.send({"error": "busy",
+                              "text": "%s is busy: it has as many connections as it can serve"
+                              % self.host})
                 return
             channel = Channel(tls, MESSAGE_LIMIT, REQUEST_LIMIT, self._allowance)
             channel.send(self.service.hello())
@@ -8495,19 +9412,23 @@ class Server:
                 guest.connection.close()
 
     def _let_join(self, channel: Channel, address: str) -> None:
-        """A peer without the key: one request is answered, `join`, and only while an invitation is open."""
+        """A peer without the key: one request is answered, `join`, and only while an invitation is
+        open."""
         if not open_invitation(self.home, address):
-            channel.send({"error": "key", "text": "this machine has no cluster.pem, and no invitation is open"})
+            channel.send({"error": "key",
+                          "text": "this machine has no cluster.pem, and no invitation is open"})
             return
         channel.send({"cbackup": PROTOCOL, "join": True})
         request = channel.receive(STRANGER_SILENCE, STRANGER_SILENCE) or {}
         with open(self.home.key_path) as stream:  # all of it before the token is spent
             welcome = {"ok": True, "key": stream.read(), "config": self.home.config_offer()}
-        if request.get("op") == "join" and redeem_invitation(self.home, request.get("secret"), address):
+        if request.get("op") == "join" and redeem_invitation(self.home, request.get("secret"),
+                                                             address):
             channel.send(welcome)
             log.warning("a new machine has joined")
         else:
-            channel.send({"error": "token", "text": "the token is wrong, used, or older than an hour; "
+            channel.send({"error": "token",
+                          "text": "the token is wrong, used, or older than an hour; "
                                                     "get another one with `cbackup.pyz invite`"})
 
     def _answer_one(self, channel: Channel, guest: Guest) -> bool:
@@ -8549,7 +9470,7 @@ class Server:
         return True
 
 
-# ==== 13. The client: a pass ==========================================================================
+# ==== 13. The client: a pass ======================================================================
 
 
 class Figures:
@@ -8612,9 +9533,10 @@ class Figures:
                     settled=not (self.actions or self.short or self.broken or self.unreachable))
 
 
-def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]", progress: "Optional[Progress]" = None) -> None:
-    """Call `function` for each item in a thread of its own; the first exception is raised at the end.  progress: there it
-    is said which items, such as hosts, are waited for."""
+def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]",
+                progress: "Optional[Progress]" = None) -> None:
+    """Call `function` for each item in a thread of its own; the first exception is raised at the
+    end.  progress: there it is said which items, such as hosts, are waited for."""
     errors: "List[BaseException]" = []
 
     def guarded(item: Any) -> None:
@@ -8623,7 +9545,8 @@ def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]", progr
         except BaseException as error:
             errors.append(error)
 
-    threads = [(threading.Thread(target=guarded, args=(item,), daemon=True), item) for item in items]
+    threads = [(threading.Thread(target=guarded, args=(item,), daemon=True), item)
+               for item in items]
     begun = time.monotonic()
     for thread, _ in threads:
         thread.start()
@@ -8640,7 +9563,8 @@ def in_parallel(function: "Callable[[Any], None]", items: "Iterable[Any]", progr
 
 
 class Pipeline:
-    """One step of work beside the caller's: while a batch is checked and confirmed, the next one is copied."""
+    """One step of work beside the caller's: while a batch is checked and confirmed, the next one is
+    copied."""
 
     def __init__(self) -> None:
         self._thread: "Optional[threading.Thread]" = None
@@ -8685,38 +9609,48 @@ class Standing:
 
 
 class Rsync:
-    """How a pass gets bytes: one method, so that the decisions can be tried with another way of moving files."""
+    """How a pass gets bytes: one method, so that the decisions can be tried with another way of
+    moving files."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]", always: bool,
+    def fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]",
+              always: bool,
               on_bytes: "Callable[[int], None]") -> Pull:
         find_rsync()
         vault.tree.make_directory(vault.incoming(standing.name))
         return pull_apart(files, lambda f: f.path,
                           lambda some: self._fetch(link, standing, vault, some, always, on_bytes))
 
-    def _fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]", always: bool,
+    def _fetch(self, link: Link, standing: Standing, vault: Vault, files: "List[Wanted]",
+               always: bool,
                on_bytes: "Callable[[int], None]") -> Pull:
         connection = link.again().stream(of="source", name=standing.name, source=standing.name,
                                          paths=[as_text(f.path) for f in files])
-        limit = self.config.rate(*[line for line in (standing.spec, vault.spec) if line], key="bwlimit")
+        limit = self.config.rate(*[line for line in (standing.spec, vault.spec) if line],
+                                 key="bwlimit")
         plain = not always and all(f.size <= PLAIN_BELOW for f in files)
-        # 0 would be no limit to older ones.  What has grown beyond all that was claimed is left out: it is another version.
-        return pull(connection, (f.path for f in files), vault.path + b"/" + vault.incoming(standing.name),
+        # 0 would be no limit to older ones.  What has grown beyond all that was claimed is left
+        # out: it is another version.
+        return pull(connection, (f.path for f in files),
+                    vault.path + b"/" + vault.incoming(standing.name),
                     limit, always, on_bytes, most=max(1, *(f.size for f in files)), plain=plain)
 
 
 class Session:
-    """What a pass over one backup knows and says: its servers, how their sources stand, its last words.
+    """What a pass over one backup knows and says: its servers, how their sources stand, its last
+    words.
 
-    `links`: host -> Link (or anything with `call` and `again`), for all hosts with sources but our own.  `own`: a link to
-    our own host's server when it has sources: their files are not for us, but what they lack is a reason for relief.
+    `links`: host -> Link (or anything with `call` and `again`), for all hosts with sources but our
+    own.  `own`: a link to our own host's server when it has sources: their files are not for us,
+    but what they lack is a reason for relief.
     """
 
-    def __init__(self, vault: Vault, config: Config, host: str, links: "Dict[str, Any]", figures: Figures,
-                 progress: "Optional[Progress]" = None, mover: "Optional[Any]" = None, adopt: bool = False,
+    def __init__(self, vault: Vault, config: Config, host: str, links: "Dict[str, Any]",
+                 figures: Figures,
+                 progress: "Optional[Progress]" = None, mover: "Optional[Any]" = None,
+                 adopt: bool = False,
                  own: "Optional[Any]" = None) -> None:
         self.vault, self.config, self.host, self.links, self.own = vault, config, host, links, own
         self.figures, self.progress, self.adopt = figures, progress or Progress(quiet=True), adopt
@@ -8727,16 +9661,19 @@ class Session:
         self.name = vault.name
         self.stuck = self.misplaced = False
         self.clock_wrong = False  # it differs from the servers' by more than CLOCK_SLACK
-        self.waiting: "set[Tuple[str, bytes]]" = set()  # confirmed when their server has read its own file
+        # confirmed when their server has read its own file
+        self.waiting: "set[Tuple[str, bytes]]" = set()
         self.own_standings: "List[Standing]" = []
         self._moved = 0
         self._early = 0, 0
-        self._asked: "Optional[List[Tuple[Standing, Dict[str, Any]]]]" = None  # what `demand` found, while it holds
+        # what `demand` found, while it holds
+        self._asked: "Optional[List[Tuple[Standing, Dict[str, Any]]]]" = None
         self._told: "Dict[str, Dict[str, Any]]" = {}  # host -> our last words
         self._actions = figures.actions
 
     def guarded(self, standing: Standing, step: "Callable[[Standing], Any]") -> Any:
-        """Do a step for a source; a source whose host fails or refuses is out for the rest of the pass."""
+        """Do a step for a source; a source whose host fails or refuses is out for the rest of the
+        pass."""
         if not standing.usable:
             return None
         try:
@@ -8763,16 +9700,19 @@ class Session:
     # -- words to the servers --
 
     def offered(self) -> int:
-        """The room that we offer: none in a backup that is leaving, or on a disk that cannot be written to."""
+        """The room that we offer: none in a backup that is leaving, or on a disk that cannot be
+        written to."""
         free = self.vault.free()
         return min(0, free) if self.stuck or self.vault.spec.leaving else free
 
     def tell(self, want: "Optional[int]" = None) -> None:
         vault = self.vault
-        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
+        words: "Dict[str, Any]" = dict(capacity=vault.capacity(), free=self.offered(),
+                                       used=vault.used(), files=vault.files())
         if want is not None:
             words["want"] = want
-        for host in sorted({standing.host for standing in self.standings.values() if not standing.out}):
+        for host in sorted({standing.host for standing in self.standings.values()
+                            if not standing.out}):
             if dict(self._told.get(host, {}), **words) == self._told.get(host):
                 continue
             with contextlib.suppress(Unreachable, Refused):
@@ -8781,8 +9721,8 @@ class Session:
 
     @contextlib.contextmanager
     def renewing(self) -> "Iterator[None]":
-        """Renew our claims meanwhile, from a thread of its own: copying or digesting a large file outlasts a lease, and a
-        claim that ran out is copied twice."""
+        """Renew our claims meanwhile, from a thread of its own: copying or digesting a large file
+        outlasts a lease, and a claim that ran out is copied twice."""
         over = threading.Event()
         links = {name: link.again() for name, link in self.links.items()}
 
@@ -8795,7 +9735,8 @@ class Session:
                 try:
                     self.renew(links)
                 except Exception as error:  # whatever it is, the next word may get through
-                    log.warning("%s: the servers were not told that files are on their way: %s", self.name, reason_of(error))
+                    log.warning("%s: the servers were not told that files are on their way: %s",
+                                self.name, reason_of(error))
             for link in links.values():
                 link.close()
 
@@ -8808,38 +9749,48 @@ class Session:
             thread.join(1)
 
     def renew(self, links: "Dict[str, Any]") -> None:
-        """A word to each server whose files are on their way here, or are read once more after a crash; with the names of
-        those of which we have an older version: no claim says that we are at it."""
+        """A word to each server whose files are on their way here, or are read once more after a
+        crash; with the names of those of which we have an older version: no claim says that we are
+        at it."""
         coming: "Dict[str, List[Tuple[str, bytes]]]" = {}
         for source, path, updating in self.vault.rows(
-                "SELECT source, path, EXISTS(SELECT 1 FROM held h WHERE h.source=c.source AND h.path=c.path) FROM coming c"):
+                "SELECT source, path, EXISTS(SELECT 1 FROM held h WHERE h.source=c.source AND "
+                "h.path=c.path) FROM coming c"):
             if source in self.config.sources:
-                coming.setdefault(self.config.sources[source].host, []).extend([(source, path)] if updating else [])
+                coming.setdefault(self.config.sources[source].host,
+                                  []).extend([(source, path)] if updating else [])
         free = self.vault.free()
         out = {standing.host for standing in list(self.standings.values()) if standing.out}
         for host in sorted(set(coming) & set(links) - out):
             with contextlib.suppress(Unreachable, Refused):
-                words = {"rows": [[s, as_text(p)] for s, p in first_page(coming[host])]} if links[host].peer_level() > 1 else {}
+                words = {"rows": [[s, as_text(p)] for s,
+                                  p in first_page(coming[host])]} if links[host].peer_level() > 1 \
+                    else {}
                 links[host].call("told", backup=self.name, free=free, **words)
 
     def give_back(self, standing: Standing, link: Any, files: "List[Wanted]") -> None:
-        """Release claims of files that may be claimed again at once, by us too; parts of them stay."""
+        """Release claims of files that may be claimed again at once, by us too; parts of them
+        stay."""
         self.vault.give_up(standing.name, [f.path for f in files], keep_parts=True)
         for page in in_pages(as_text(f.path) for f in files):
             link.call("release", backup=self.name, source=standing.name, paths=page, all=False)
 
     def give_all_back(self) -> None:
-        """After an error that ends the pass: what is claimed and has not arrived is for others to take."""
+        """After an error that ends the pass: what is claimed and has not arrived is for others to
+        take."""
         with contextlib.suppress(Exception):
             self.pipeline.drain()
         for standing in self.usable():
-            with contextlib.suppress(Exception):  # whatever is wrong with the server or the database: the lease ends too
+            # whatever is wrong with the server or the database: the lease ends too
+            with contextlib.suppress(Exception):
                 paths = [as_text(path) for (path,) in self.vault.rows(
                     "SELECT path FROM coming WHERE source=? AND stage=0", standing.name)]
                 for page in in_pages(paths):
-                    self.links[standing.host].call("release", backup=self.name, source=standing.name, paths=page, all=False)
+                    self.links[standing.host].call("release", backup=self.name,
+                                                   source=standing.name, paths=page, all=False)
 
-    def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]", failed: bool = True) -> None:
+    def decline(self, standing: Standing, link: Any, rows: "List[Tuple[Wanted, str]]",
+                failed: bool = True) -> None:
         """Leave files to others for a while, and forget what came of them."""
         for page in in_pages([as_text(f.path), f.version, why] for f, why in rows):
             link.call("decline", backup=self.name, source=standing.name, rows=page)
@@ -8847,14 +9798,17 @@ class Session:
         if failed:
             self.figures.add(failed_files=len(rows))
             for f, why in rows:
-                self.figures.complain("%s: %s: %s: %s" % (self.name, standing.name, shown(f.path), why))
+                self.figures.complain("%s: %s: %s: %s"
+                                      % (self.name, standing.name, shown(f.path), why))
 
     # -- old versions --
 
     def keep_what_is_held(self) -> None:
-        """Old versions of held sources stay.  A source whose host cannot be asked is what it was when it last could: a machine
-        that dies with the disk that its source was on is not to cost the old versions."""
-        told = {standing.name: standing.facts["state"] != "ok" for standing in self.standings.values()}
+        """Old versions of held sources stay.  A source whose host cannot be asked is what it was
+        when it last could: a machine that dies with the disk that its source was on is not to cost
+        the old versions."""
+        told = {standing.name: standing.facts["state"] != "ok"
+                for standing in self.standings.values()}
         before = set(json.loads(self.vault.meta("held") or "[]"))
         held = {name for name in self.config.sources if told.get(name, name in before)}
         if held != before:
@@ -8862,13 +9816,15 @@ class Session:
         self.vault.keep_old(held, self.clock_wrong)
 
     def make_room(self, need: int) -> None:
-        """Let old versions go where copies of current files need their room; the user wanted to keep them, and is told."""
+        """Let old versions go where copies of current files need their room; the user wanted to
+        keep them, and is told."""
         files, size = self.vault.make_room(need, self.config.keep)
         self._early = self._early[0] + files, self._early[1] + size
 
 
 class Copier(Session):
-    """The way of files from the claim to where they count: fetched, digested, confirmed, put in place, counted."""
+    """The way of files from the claim to where they count: fetched, digested, confirmed, put in
+    place, counted."""
 
     @staticmethod
     def _next_part(files: "List[Wanted]", most: int = BATCH_BYTES) -> "List[Wanted]":
@@ -8881,9 +9837,10 @@ class Copier(Session):
         return list(files)
 
     def confirm_again(self, standing: Standing, files: "List[Wanted]") -> "List[Wanted]":
-        """Have the server confirm copies that we hold already (it lost its books, or its file changed).  Returns those
-        that are not copies of the present version and must be fetched; those about which the server cannot say yet stay
-        what they are, and are asked about again by the next pass."""
+        """Have the server confirm copies that we hold already (it lost its books, or its file
+        changed).  Returns those that are not copies of the present version and must be fetched;
+        those about which the server cannot say yet stay what they are, and are asked about again by
+        the next pass."""
         vault, link = self.vault, self.links[standing.host]
         wrong: "List[Wanted]" = []
         while files:
@@ -8892,7 +9849,8 @@ class Copier(Session):
             for f in batch:
                 held, row = vault.held(standing.name, f.path), None
                 try:
-                    row, _ = self._evidence(vault.place_of(standing.name, f.path), f, held[2]) if held else (None, None)
+                    row, _ = self._evidence(vault.place_of(standing.name, f.path), f,
+                                            held[2]) if held else (None, None)
                 except OSError as error:
                     log.info("%s: %s: %s", self.name, shown(f.path), reason_of(error))
                 if row is None:
@@ -8902,16 +9860,20 @@ class Copier(Session):
                     rows.append(row)
             if not rows:
                 continue
-            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
+            verdicts = link.call("confirm", backup=self.name, source=standing.name,
+                                 rows=rows)["verdicts"]
             good = []
             for f, verdict, row in zip(part, verdicts, rows):
                 if verdict == "ok":
-                    vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
+                    vault.set_metadata(vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid,
+                                       f.mtime)
                     digest = bytes.fromhex(row[2])
                     held = vault.held(standing.name, f.path)
-                    if (f.mtime, digest) != held[1:3]:  # mended by hand, or entered with a disk's coarse time
+                    # mended by hand, or entered with a disk's coarse time
+                    if (f.mtime, digest) != held[1:3]:
                         vault.hold(standing.name, f.path, f.size, f.mtime, digest, clock.now())
-                    good.append([as_text(f.path), f.version, tag_of(f.path, f.size, f.mtime, digest)])
+                    good.append([as_text(f.path), f.version,
+                                 tag_of(f.path, f.size, f.mtime, digest)])
                 elif verdict in ("bad", "rotten"):
                     wrong.append(f)
             link.call("placed", backup=self.name, source=standing.name, rows=good)
@@ -8920,9 +9882,9 @@ class Copier(Session):
 
     def _evidence(self, rel: bytes, f: Wanted, digest: "Optional[bytes]" = None,
                   ) -> "Tuple[Optional[List[Any]], Optional[os.stat_result]]":
-        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples' digest], and its stat; the
-        digest is read from the file unless given.  None when it is no regular file of that size.  Raises OSError when it is
-        one and cannot be read."""
+        """What the server wants to see of a file of ours: [path, version, digest, offsets, samples'
+        digest], and its stat; the digest is read from the file unless given.  None when it is no
+        regular file of that size.  Raises OSError when it is one and cannot be read."""
         try:
             descriptor, info = self.vault.tree.open_file(rel)
         except OSError:
@@ -8945,12 +9907,15 @@ class Copier(Session):
         vault = self.vault
         if vault.folds:
             files, later = self._that_can_stand_here(standing, files)
-            if later:  # when the first of two names is in place, the file system says whether the other is the same to it
+            # when the first of two names is in place, the file system says whether the other is the
+            # same to it
+            if later:
                 for part in (files, later):
                     self.fetch(standing, part, updating)
                     self.pipeline.drain()
                 return
-        files = self._that_fit(standing, files, updating, vault.free())  # no old version goes for what does not fit even so
+        # no old version goes for what does not fit even so
+        files = self._that_fit(standing, files, updating, vault.free())
         need = sum(f.size for f in files)
         self.make_room(need)
         files = self._that_fit(standing, files, updating, vault.capacity() - vault.used())
@@ -8967,36 +9932,47 @@ class Copier(Session):
         def on_bytes(count: int) -> None:
             self._moved += count
             if self._moved - begun > most:
-                raise Unreachable(standing.host, "talks nonsense: it sends much more than the %s of the files that it "
-                                  "handed out" % format_size(need))
-            self.progress.update("%s: %s" % (self.name, standing.name), self._moved, max(total, self._total))
+                raise Unreachable(standing.host,
+                                  "talks nonsense: it sends much more than the %s of the files "
+                                  "that it handed out" % format_size(need))
+            self.progress.update("%s: %s" % (self.name, standing.name), self._moved,
+                                 max(total, self._total))
 
         # What an earlier pass has left here may have the right size and time and be other bytes.
-        always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None for f in files)
+        always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None
+                                 for f in files)
         try:
-            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always, on_bytes)
+            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always,
+                                       on_bytes)
         except (Refused, Unreachable) as error:
-            vault.give_up(standing.name, [f.path for f in files], keep_parts=isinstance(error, Refused))
+            vault.give_up(standing.name, [f.path for f in files],
+                          keep_parts=isinstance(error, Refused))
             raise
         except OwnFailure:
             self.give_back(standing, self.links[standing.host], files)
             raise
         test_point("copied")
         self.figures.add(wire_bytes=outcome.wire)
-        self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, outcome, updating)))
+        self.pipeline.submit(lambda: self.guarded(standing,
+                                                  lambda s: self.check(
+            s, files, outcome, updating)))
 
     _total = 0
 
-    def _that_can_stand_here(self, standing: Standing, files: "List[Wanted]") -> "Tuple[List[Wanted], List[Wanted]]":
-        """On a file system that folds names: those files whose names are not taken, and those of which only the arrival of the
-        others will tell.  The rest is left to other backups."""
+    def _that_can_stand_here(self, standing: Standing,
+                             files: "List[Wanted]") -> "Tuple[List[Wanted], List[Wanted]]":
+        """On a file system that folds names: those files whose names are not taken, and those of
+        which only the arrival of the others will tell.  The rest is left to other backups."""
         vault, now, later, taken = self.vault, [], [], []
-        keys = {fold_key(path): path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)}
+        keys = {fold_key(path): path
+                for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)}
         if any(keys.get(fold_key(f.path), f.path) != f.path for f in files):
             self.pipeline.drain()
             keys = {}
         for f in files:
-            other = None if vault.held(standing.name, f.path) else vault.anothers(vault.place_of(standing.name, f.path))
+            other = None if vault.held(standing.name,
+                                       f.path) \
+                else vault.anothers(vault.place_of(standing.name, f.path))
             if other is not None:
                 taken.append((f, "%s, and %s takes both for one name" % (
                     difference(other, f.path), vault.spec.path)))
@@ -9008,9 +9984,11 @@ class Copier(Session):
             self.decline(standing, self.links[standing.host], taken)
         return now, later
 
-    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool, room: int) -> "List[Wanted]":
-        """The files for which there is `room`.  The others are given back: the room went while they were claimed, and what is
-        claimed next would not fit either.  Where there is an older version here, others are asked to take the new one."""
+    def _that_fit(self, standing: Standing, files: "List[Wanted]", updating: bool,
+                  room: int) -> "List[Wanted]":
+        """The files for which there is `room`.  The others are given back: the room went while they
+        were claimed, and what is claimed next would not fit either.  Where there is an older
+        version here, others are asked to take the new one."""
         vault, link = self.vault, self.links[standing.host]
         expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
         kept, refused = [], []
@@ -9030,16 +10008,18 @@ class Copier(Session):
 
     # -- checking --
 
-    def _look_at_batch(self, standing: Standing, files: "List[Wanted]", outcome: Pull) -> "Tuple[Any, ...]":
-        """What came of a batch: evidence, (file, stat) that it is of, the files that are not here, and (file, why) of those
-        that are and cannot be read."""
+    def _look_at_batch(self, standing: Standing, files: "List[Wanted]",
+                       outcome: Pull) -> "Tuple[Any, ...]":
+        """What came of a batch: evidence, (file, stat) that it is of, the files that are not here,
+        and (file, why) of those that are and cannot be read."""
         rows: "List[List[Any]]" = []
         arrived, missed, refused = [], [], []
         for f in files:
             try:
                 row, info = self._evidence(self.vault.incoming(standing.name, f.path), f)
             except OSError as error:
-                refused.append((f, "cannot be read back from %s: %s" % (self.vault.spec.path, reason_of(error))))
+                refused.append((f, "cannot be read back from %s: %s"
+                                % (self.vault.spec.path, reason_of(error))))
                 continue
             if row is not None:
                 rows.append(row)
@@ -9048,7 +10028,8 @@ class Copier(Session):
                 missed.append(f)
         return rows, arrived, missed, refused
 
-    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool) -> None:
+    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull,
+              updating: bool) -> None:
         """Digest what arrived, have it confirmed, put it into place, have it counted."""
         vault, link = self.vault, self.check_links[standing.host]
         rows, arrived, missed, refused = self._look_at_batch(standing, files, outcome)
@@ -9057,7 +10038,8 @@ class Copier(Session):
         test_point("digested")
         good = []
         if rows:
-            verdicts = link.call("confirm", backup=self.name, source=standing.name, rows=rows)["verdicts"]
+            verdicts = link.call("confirm", backup=self.name, source=standing.name,
+                                 rows=rows)["verdicts"]
             for (f, info), verdict, row in zip(arrived, verdicts, rows):
                 if verdict == "ok":
                     good.append((f, bytes.fromhex(row[2]), info))
@@ -9085,26 +10067,35 @@ class Copier(Session):
             self.give_back(standing, link, [f for f in files if f.path not in here])
             raise outcome.own_failure()
         elif outcome.how != "done":
-            raise Unreachable(standing.host, "the transfer broke off: %s" % (outcome.errors or [outcome.how])[-1][:160])
+            raise Unreachable(standing.host,
+                              "the transfer broke off: %s"
+                              % (outcome.errors or [outcome.how])[-1][:160])
 
     VERDICTS = {"bad": "it did not arrive whole", "unreadable": "its host cannot read it",
-                "rotten": "at its source the content changed while size and times did not: it may have rotted there"}
+                "rotten": "at its source the content changed while size and times did not: it may "
+                          "have rotted there"}
 
     def _why_missing(self, standing: Standing, f: Wanted, outcome: Pull) -> str:
-        """Why a file of the batch is not there as expected: "changed" when the source has another version by now."""
+        """Why a file of the batch is not there as expected: "changed" when the source has another
+        version by now."""
         why = outcome.why(f.path)
         if outcome.not_made(f.path):
-            return "its name cannot be in %s: %s" % (self.vault.spec.path, why) if "No such" in why else why
+            return "its name cannot be in %s: %s" % (self.vault.spec.path,
+                                                     why) if "No such" in why else why
         info = self.vault.tree.lstat(self.vault.incoming(standing.name, f.path))
-        if info is not None and outcome.said_of(os.path.basename(f.path)) is None:  # else it is the part that got there
+        # else it is the part that got there
+        if info is not None and outcome.said_of(os.path.basename(f.path)) is None:
             return "changed"
-        another = any(word in why for word in ("vanished", "No such file", "non-regular", " directory", "symbolic links"))
+        another = any(word in why
+                      for word in ("vanished", "No such file", "non-regular", " directory",
+                                   "symbolic links"))
         return "changed" if another or not outcome.errors else why
 
-    def _place(self, standing: Standing, link: Any, good: "List[Tuple[Wanted, bytes, os.stat_result]]",
+    def _place(self, standing: Standing, link: Any,
+               good: "List[Tuple[Wanted, bytes, os.stat_result]]",
                refused: "List[Tuple[Wanted, str]]", updating: bool) -> None:
-        """Put (file, digest, stat) that were confirmed into their places and have them counted; to `refused` goes what cannot
-        be there."""
+        """Put (file, digest, stat) that were confirmed into their places and have them counted; to
+        `refused` goes what cannot be there."""
         vault, source = self.vault, standing.name
         bare = vault.plan_places(source, [(f.path, digest) for f, digest, _ in good])
         test_point("confirmed")
@@ -9117,7 +10108,8 @@ class Copier(Session):
             except OSError as error:
                 if error.errno in DISK_ERRORS:
                     raise
-                refused.append((f, "cannot be put into %s: %s" % (vault.spec.path, reason_of(error))))
+                refused.append((f, "cannot be put into %s: %s"
+                                % (vault.spec.path, reason_of(error))))
         vault.sync_places(source, [f.path for f in placed])
         test_point("in-place")
         self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digest))
@@ -9127,9 +10119,10 @@ class Copier(Session):
         else:
             self.figures.add(copied_files=len(placed), copied_bytes=sum(f.size for f in placed))
 
-    def _count_in(self, standing: Standing, link: Any, rows: "List[Tuple[bytes, int, int]]") -> None:
-        """Second step of a confirmation.  What the server does not count after all is ours all the same: it is told
-        of it by the next report."""
+    def _count_in(self, standing: Standing, link: Any,
+                  rows: "List[Tuple[bytes, int, int]]") -> None:
+        """Second step of a confirmation.  What the server does not count after all is ours all the
+        same: it is told of it by the next report."""
         if rows:
             standing.barren = 0
             for page in in_pages([as_text(path), version, tag] for path, version, tag in rows):
@@ -9139,12 +10132,15 @@ class Copier(Session):
 
 
 class CatchUp(Copier):
-    """What became of the copies here: moves, updates, retirements; and a report when the server believes something else."""
+    """What became of the copies here: moves, updates, retirements; and a report when the server
+    believes something else."""
 
     def catch_up(self, standing: Standing) -> None:
-        """Moves, updates, retirements; and a full report when the server's sum of our copies is not ours."""
+        """Moves, updates, retirements; and a full report when the server's sum of our copies is not
+        ours."""
         self.finish_placing(standing)
-        if standing.facts["todo"] or self.vault.one("SELECT 1 FROM moving WHERE source=?", standing.name):
+        if standing.facts["todo"] or self.vault.one("SELECT 1 FROM moving WHERE source=?",
+                                                    standing.name):
             self.do_todo(standing)
             standing.facts = self._standing(standing)
         if tuple(standing.facts["sum"]) != self.vault.sum_of(standing.name):
@@ -9159,7 +10155,8 @@ class CatchUp(Copier):
 
     def resume(self, standing: Standing) -> None:
         """Go on with what an earlier pass had claimed: parts of large files lie in `incoming`."""
-        rows = self.links[standing.host].call("claims", backup=self.name, source=standing.name)["rows"]
+        rows = self.links[standing.host].call("claims", backup=self.name,
+                                              source=standing.name)["rows"]
         files = [Wanted.from_row(row) for row in rows]
         while files and standing.usable and not self.stuck:
             part = self._next_part(files)
@@ -9168,22 +10165,28 @@ class CatchUp(Copier):
         self.pipeline.drain()
 
     def finish_placing(self, standing: Standing) -> None:
-        """Files that were confirmed when an earlier pass ended: they lie at their places now, the server may count them."""
+        """Files that were confirmed when an earlier pass ended: they lie at their places now, the
+        server may count them."""
         vault = self.vault
-        rows = vault.rows("SELECT path, version, size, mtime, digest FROM coming WHERE source=? AND stage=1 AND books=?",
+        rows = vault.rows("SELECT path, version, size, mtime, digest FROM coming WHERE source=? "
+                          "AND stage=1 AND books=?",
                           standing.name, standing.books)
         for page in in_pages(rows):
             vault.sync_places(standing.name, [row[0] for row in page])
-            self._count_in(standing, self.links[standing.host], [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
-        others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1", standing.name)]
+            self._count_in(standing, self.links[standing.host],
+                           [(row[0], row[1], tag_of(row[0], *row[2:])) for row in page])
+        others = [row[0] for row in vault.rows("SELECT path FROM coming WHERE source=? AND stage=1",
+                                               standing.name)]
         vault.sync_places(standing.name, others)
         with vault.write() as db:  # confirmed by books that are no more: held, and reported below
             vault.arrived(standing.name, others)
-            db.execute("DELETE FROM coming WHERE source=? AND books<>?", (standing.name, standing.books))
+            db.execute("DELETE FROM coming WHERE source=? AND books<>?",
+                       (standing.name, standing.books))
 
     def _pages(self, standing: Standing, kind: int) -> "Iterator[List[List[Any]]]":
-        """Rows [cursor, path here, tag, the file or null], and for moves also the digest that the copy has to have.  Not much
-        more of them than we hold: what the server believes beyond that, the report corrects."""
+        """Rows [cursor, path here, tag, the file or null], and for moves also the digest that the
+        copy has to have.  Not much more of them than we hold: what the server believes beyond that,
+        the report corrects."""
         after, rounds = 0, Rounds(standing.host, "things to do")
         most = 2 * self.vault.sum_of(standing.name)[0] + 50 * PAGE
         while True:
@@ -9191,10 +10194,12 @@ class CatchUp(Copier):
                 "todo", backup=self.name, source=standing.name, kind=kind, after=after)
             rows = answer["rows"]
             if kind == TODO_MOVE:
-                rows = [row + [digest] for row, digest in zip(rows, answer.get("digests") or [None] * len(rows))]
+                rows = [row + [digest] for row,
+                        digest in zip(rows, answer.get("digests") or [None] * len(rows))]
             if rows:
                 rounds.page(len(rows), rows[-1][0])
-                if any(row[0] <= before for row, before in zip(rows, [after] + [row[0] for row in rows])):
+                if any(row[0] <= before for row,
+                       before in zip(rows, [after] + [row[0] for row in rows])):
                     raise ProtocolError("a list that goes round in circles")
                 if kind != TODO_RETIRE and any(row[3] is None for row in rows):
                     raise ProtocolError("a file without its figures")
@@ -9204,8 +10209,8 @@ class CatchUp(Copier):
             after = rows[-1][0]
 
     def do_todo(self, standing: Standing) -> None:
-        """Moved files are lifted before retired ones are set aside, and put down after it: a rename may lead to where a
-        file, or a directory of files, still lies that is gone at the source."""
+        """Moved files are lifted before retired ones are set aside, and put down after it: a rename
+        may lead to where a file, or a directory of files, still lies that is gone at the source."""
         settled, unknown = self.lift(standing)
         self.retire(standing)
         self.settle(standing, settled, unknown)
@@ -9214,22 +10219,25 @@ class CatchUp(Copier):
 
     def _done(self, standing: Standing, kind: int, rows: "List[List[Any]]") -> None:
         for page in in_pages(rows):
-            self.links[standing.host].call("done", backup=self.name, source=standing.name, kind=kind, rows=page)
+            self.links[standing.host].call("done", backup=self.name, source=standing.name,
+                                           kind=kind, rows=page)
 
     def lift(self, standing: Standing) -> "Tuple[List[List[Any]], List[str]]":
-        """All renames at once, so that swaps of whole directories work.  Returns ([cursor, tag] of those that are done
-        already, paths of which we have nothing).  Only a copy of just the content that the server names is moved: what is
-        not is reported again, and compared."""
+        """All renames at once, so that swaps of whole directories work.  Returns ([cursor, tag] of
+        those that are done already, paths of which we have nothing).  Only a copy of just the
+        content that the server names is moved: what is not is reported again, and compared."""
         vault, settled, unknown = self.vault, [], []
         for page in self._pages(standing, TODO_MOVE):
             plan = []
             for cursor, old_text, tag, row, digest in page:
                 old, new = check_relative(as_raw(old_text)), Wanted.from_row(row).path
                 have, there = vault.held(standing.name, old), vault.held(standing.name, new)
-                if vault.one("SELECT 1 FROM moving WHERE source=? AND old=? AND new=?", standing.name, old, new):
+                if vault.one("SELECT 1 FROM moving WHERE source=? AND old=? AND new=?",
+                             standing.name, old, new):
                     vault.write_cursor(standing.name, old, new, cursor)
                 elif have and have[3] == tag and digest in (None, have[2].hex()):
-                    plan.append((cursor, old, new))  # else another file of a swap that is done already lies there
+                    # else another file of a swap that is done already lies there
+                    plan.append((cursor, old, new))
                 elif there and digest == there[2].hex():
                     settled.append([cursor, there[3]])
                 else:
@@ -9242,7 +10250,8 @@ class CatchUp(Copier):
         done, failed = self.vault.settle_moves(standing.name, last=True)
         unknown = unknown + [as_text(path) for path in failed]
         for page in in_pages(unknown):  # first: what is done may be called now as these were
-            self.links[standing.host].call("forget", backup=self.name, source=standing.name, paths=page)
+            self.links[standing.host].call("forget", backup=self.name, source=standing.name,
+                                           paths=page)
         self._done(standing, TODO_MOVE, settled + [[cursor, tag] for cursor, tag in done])
         self.figures.add(moved_files=len(done))
 
@@ -9252,9 +10261,11 @@ class CatchUp(Copier):
             for _, _, _, row in page:
                 f = Wanted.from_row(row)
                 have = self.vault.held(standing.name, f.path)
-                if have and have[:2] == (f.size, f.mtime):  # else it is an older version, and is updated
+                # else it is an older version, and is updated
+                if have and have[:2] == (f.size, f.mtime):
                     with contextlib.suppress(OSError):
-                        self.vault.set_metadata(self.vault.place_of(standing.name, f.path), f.mode, f.uid, f.gid, f.mtime)
+                        self.vault.set_metadata(self.vault.place_of(standing.name, f.path), f.mode,
+                                                f.uid, f.gid, f.mtime)
             self._done(standing, TODO_TOUCH, [[row[0], None] for row in page])
             self.figures.acted()
 
@@ -9280,26 +10291,32 @@ class CatchUp(Copier):
         serial = link.call("report_start", backup=self.name, source=standing.name)["serial"]
         while True:
             page = vault.held_page(standing.name, after)
-            for part in in_pages([as_text(path), size, mtime, tag] for path, size, mtime, _, tag in page):
-                link.call("report", backup=self.name, source=standing.name, serial=serial, rows=part)
+            for part in in_pages([as_text(path), size, mtime, tag] for path, size, mtime, _,
+                                 tag in page):
+                link.call("report", backup=self.name, source=standing.name, serial=serial,
+                          rows=part)
             if len(page) < PAGE:
                 break
             after = page[-1][0]
-        standing.facts = link.call("report_end", backup=self.name, source=standing.name, serial=serial)
+        standing.facts = link.call("report_end", backup=self.name, source=standing.name,
+                                   serial=serial)
         if standing.facts["state"] != "ok":
             self.keep_what_is_held()
-            self.figures.complain("%s is held: %s" % (standing.name, held_advice(standing.name, standing.facts)))
+            self.figures.complain("%s is held: %s"
+                                  % (standing.name, held_advice(standing.name, standing.facts)))
 
     def update(self, standing: Standing) -> None:
-        """Files of which we have an older version: confirmed anew when nothing is different, else fetched as a
-        difference.  Where there is no room for both versions, others are asked to take the file."""
+        """Files of which we have an older version: confirmed anew when nothing is different, else
+        fetched as a difference.  Where there is no room for both versions, others are asked to take
+        the file."""
         for page in self._pages(standing, TODO_UPDATE):
             batch: "List[Wanted]" = []
             same: "List[Wanted]" = []
             for _, _, _, row in page:
                 f = Wanted.from_row(row)
                 held = self.vault.held(standing.name, f.path)
-                (same if held and held[0] == f.size and may_be_time(held[1], f.mtime) else batch).append(f)
+                (same if held and held[0] == f.size and may_be_time(held[1], f.mtime)
+                 else batch).append(f)
             batch = sorted(batch + self.confirm_again(standing, same), key=lambda f: f.path)
             while batch and standing.usable and not self.stuck:
                 part = self._next_part(batch)
@@ -9328,8 +10345,9 @@ class Placer(CatchUp):
         self.pipeline.drain()
 
     def demand(self, beyond: bool = False) -> "List[Tuple[Standing, Dict[str, Any]]]":
-        """What is missing of each source; those with the highest pressure (missing bytes by room) first.  `beyond`: ask
-        also for what there is no room for anywhere.  Not asked again before this pass has changed something."""
+        """What is missing of each source; those with the highest pressure (missing bytes by room)
+        first.  `beyond`: ask also for what there is no room for anywhere.  Not asked again before
+        this pass has changed something."""
         if self._asked is not None and not beyond:
             return self._asked
         found: "List[Tuple[Standing, Dict[str, Any]]]" = []
@@ -9339,7 +10357,8 @@ class Placer(CatchUp):
         for host in sorted({standing.host for standing in usable}):
             one = next(s for s in usable if s.host == host)
             answer = self.guarded(one, lambda s: self.links[s.host].call(
-                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered(), beyond=beyond))
+                "demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered(),
+                beyond=beyond))
             if answer is None:
                 continue
             for name, facts in answer["sources"].items():
@@ -9353,7 +10372,8 @@ class Placer(CatchUp):
         return found
 
     def _merge(self, words: "Dict[str, Any]") -> None:
-        """Keep the most recent words of each backup; what it could drop adds up over the servers."""
+        """Keep the most recent words of each backup; what it could drop adds up over the
+        servers."""
         known = self.words.get(words["name"])
         if known is None:
             self.words[words["name"]] = dict(words)
@@ -9369,7 +10389,8 @@ class Placer(CatchUp):
         return facts["missing"] / (1.0 + room + max(0, self.vault.free()))
 
     def claim_some(self) -> bool:
-        """Rule 1: claim and fetch a batch of underserved files from the first source that has something that fits."""
+        """Rule 1: claim and fetch a batch of underserved files from the first source that has
+        something that fits."""
         demands = self.demand()
         lacking = sum(facts["lacking"] for _, facts in demands)
         self.figures.short = self.figures_short
@@ -9377,30 +10398,36 @@ class Placer(CatchUp):
         self._total = max(self._total, self._moved + min(lacking, max(0, free)))
         if free < 0:
             return False
-        most = BATCH_BYTES if lacking < free / 2 else min(BATCH_BYTES, max(SCARCE_BYTES, free // 100))
+        most = BATCH_BYTES if lacking < free / 2 else min(BATCH_BYTES,
+                                                          max(SCARCE_BYTES, free // 100))
         for standing, facts in demands:
             if not facts["lacking_files"]:
                 continue
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
-                "claim", backup=self.name, source=s.name, free=free, most_files=BATCH_FILES, most_bytes=most)["rows"])
+                "claim", backup=self.name, source=s.name, free=free, most_files=BATCH_FILES,
+                most_bytes=most)["rows"])
             if rows:
                 self._fetch_claimed(standing, rows)
                 return True
         return False
 
     def _fetch_claimed(self, standing: Standing, rows: "List[List[Any]]") -> None:
-        """Fetch what was claimed; a source that hands out files again and again of which none comes is out."""
+        """Fetch what was claimed; a source that hands out files again and again of which none comes
+        is out."""
         self._asked = None
         standing.barren += 1
         if standing.barren > BARREN_LIMIT:
             standing.out = True
-            self.figures.gone(Unreachable(standing.host, "talks nonsense: it hands out files of %s, and none of them comes"
+            self.figures.gone(Unreachable(standing.host,
+                                          "talks nonsense: it hands out files of %s, and none of "
+                                          "them comes"
                                           % standing.name))
             return
         self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
 
     def drop_surplus(self) -> bool:
-        """Rule 0: over capacity, drop overserved files; the smallest set that is enough, or what there is."""
+        """Rule 0: over capacity, drop overserved files; the smallest set that is enough, or what
+        there is."""
         need = -self.vault.free()
         if need <= 0:
             if self.vault.used() > self.vault.capacity():
@@ -9410,7 +10437,8 @@ class Placer(CatchUp):
         return self.drop(self.choose_drops(need)) > 0
 
     def choose_drops(self, need: int) -> "List[Tuple[Standing, bytes, int]]":
-        """Overserved copies of ours: the smallest set of at least `need` bytes, else all that were offered."""
+        """Overserved copies of ours: the smallest set of at least `need` bytes, else all that were
+        offered."""
         offers = []
         for standing in self.usable():
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
@@ -9427,7 +10455,8 @@ class Placer(CatchUp):
                 granted = self.guarded(standing, lambda s: self.links[s.host].call(
                     "drop", backup=self.name, source=s.name, paths=page)["granted"]) or []
                 test_point("granted")
-                grants = [Grant(standing.name, check_relative(as_raw(path))) for path in granted if path in paths]
+                grants = [Grant(standing.name, check_relative(as_raw(path))) for path in granted
+                          if path in paths]
                 size = self.vault.drop(grants)
                 self._asked = None
                 self.figures.add(dropped_files=len(grants), dropped_bytes=size)
@@ -9435,13 +10464,15 @@ class Placer(CatchUp):
         return freed
 
     def swap_in(self) -> bool:
-        """Rule 2: drop overserved copies where that lets an underserved file in; nothing when it would not suffice."""
+        """Rule 2: drop overserved copies where that lets an underserved file in; nothing when it
+        would not suffice."""
         free = max(0, self.vault.free())
         for standing, facts in self.demand():
             if not facts["lacking"]:
                 continue
             found = self.guarded(standing, lambda s: self.links[s.host].call(
-                "smallest", backup=self.name, source=s.name, above=free, most=self.vault.capacity())["file"])
+                "smallest", backup=self.name, source=s.name, above=free,
+                most=self.vault.capacity())["file"])
             if not found:
                 continue
             path, size = found
@@ -9449,25 +10480,30 @@ class Placer(CatchUp):
             if sum(each for _, _, each in chosen) < size - free or self.drop(chosen) < size - free:
                 continue
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
-                "claim_paths", backup=self.name, source=s.name, free=self.vault.free(), paths=[path], relieved=None)["rows"])
+                "claim_paths", backup=self.name, source=s.name, free=self.vault.free(),
+                paths=[path], relieved=None)["rows"])
             if rows:
                 self._fetch_claimed(standing, rows)
             return True
         return False
 
     def relieve(self) -> bool:
-        """Rules 3 and 4: tell what we want, and take from one backup that is short of room files that it can drop then."""
+        """Rules 3 and 4: tell what we want, and take from one backup that is short of room files
+        that it can drop then."""
         free = self.vault.free()
         want = sum(facts["lacking"] for _, facts in self.demand())
         want = max(want, 1) if free < 0 else want
         self.tell(want)
-        if free <= 0 or not any(words["name"] != self.name and (words["want"] or (words["free"] or 0) < 0)
+        if free <= 0 or not any(words["name"] != self.name
+                                and (words["want"] or (words["free"] or 0) < 0)
                                 for words in self.words.values()):
             return False
         demands = self.demand(beyond=True)  # it costs the servers something, and is seldom needed
-        me = dict(self.words.get(self.name) or {"droppable": 0}, name=self.name, free=free, want=want)
+        me = dict(self.words.get(self.name) or {"droppable": 0}, name=self.name, free=free,
+                  want=want)
         missing = sum(facts["beyond"] for _, facts in demands) + self._own_missing()
-        over = sum(-w["free"] for w in self.words.values() if (w["free"] or 0) < 0 and w["name"] != self.name)
+        over = sum(-w["free"] for w in self.words.values() if (w["free"] or 0) < 0
+                   and w["name"] != self.name)
         for other in sorted(self.words.values(), key=self._relief_order):
             if other["name"] == self.name or other["lost"] or other["free"] is None:
                 continue
@@ -9492,7 +10528,8 @@ class Placer(CatchUp):
         if self.own is None:
             return 0
         try:
-            answer = self.own.call("demand", backup=self.name, capacity=self.vault.capacity(), free=self.offered(), beyond=True)
+            answer = self.own.call("demand", backup=self.name, capacity=self.vault.capacity(),
+                                   free=self.offered(), beyond=True)
         except (Unreachable, Refused):
             return 0
         for words in answer["backups"]:
@@ -9508,7 +10545,8 @@ class Placer(CatchUp):
         offers = []
         for standing in self.usable():
             rows = self.guarded(standing, lambda s: self.links[s.host].call(
-                "relief", backup=self.name, source=s.name, relieved=other, gap=gap, most=free)["rows"])
+                "relief", backup=self.name, source=s.name, relieved=other, gap=gap,
+                most=free)["rows"])
             offers += [(standing, path, size) for path, size in rows or []]
         above = sorted((o for o in offers if o[2] >= gap), key=lambda o: o[2])[:1]
         chosen, room = [], min(free, gap)
@@ -9520,7 +10558,8 @@ class Placer(CatchUp):
         for standing in self.usable():
             paths = first_page(path for s, path, _ in chosen if s is standing)
             rows = paths and self.guarded(standing, lambda s: self.links[s.host].call(
-                "claim_paths", backup=self.name, source=s.name, free=free, paths=paths, relieved=other)["rows"])
+                "claim_paths", backup=self.name, source=s.name, free=free, paths=paths,
+                relieved=other)["rows"])
             if rows:
                 self._fetch_claimed(standing, rows)
                 done = True
@@ -9534,16 +10573,19 @@ class Keeper(Placer):
     # -- catalogs --
 
     def fetch_own_catalogs(self) -> None:
-        """The catalogs of our own host's sources: nothing of them lies here, but any backup knows what there was."""
+        """The catalogs of our own host's sources: nothing of them lies here, but any backup knows
+        what there was."""
         for standing in self.own_standings:
-            with contextlib.suppress(Unreachable, Refused):  # our own server is not needed for a pass
+            # our own server is not needed for a pass
+            with contextlib.suppress(Unreachable, Refused):
                 self.fetch_catalog(standing)
 
     def fetch_catalog(self, standing: Standing) -> None:
         """Fetch what is new in a source's catalog, keep it, and bring the skeleton in line."""
         vault, name = self.vault, standing.name
         directory = vault.catalog_directory(name)
-        still = standing.host == self.host or self.figures.actions == self._actions  # no copies are news
+        # no copies are news
+        still = standing.host == self.host or self.figures.actions == self._actions
         gen = standing.facts["gen"] if still else self._standing(standing)["gen"]
         try:
             self._set_ahead_aside(standing, directory, gen)
@@ -9551,8 +10593,10 @@ class Keeper(Placer):
             level, kept = min(LEVEL, link.peer_level()), vault.meta("catalog-level:" + name) or 1
             # What a level has more is missing in rows that came before this cbackup understood it.
             since = self._catalog_kept(standing, directory) if kept >= level else 0
-            header = {"catalog": 1, "source": name, "books": standing.books, "since": since, "upto": since, "time": 0}
-            if since != gen and write_catalog(directory, header, self._catalog_news(standing, header)):
+            header = {"catalog": 1, "source": name, "books": standing.books, "since": since,
+                      "upto": since, "time": 0}
+            if since != gen and write_catalog(directory, header,
+                                              self._catalog_news(standing, header)):
                 vault.set_meta("catalog:" + name, standing.books)
             if kept != level:
                 vault.set_meta("catalog-level:" + name, level)
@@ -9563,18 +10607,20 @@ class Keeper(Placer):
             vault.set_meta("catalog:" + name, None)
 
     def _set_ahead_aside(self, standing: Standing, directory: str, gen: int) -> None:
-        """The source's own server knows best how far its catalog is (at the begin of a pass it heard of what we have): what
-        is ahead of it would hide all that comes."""
+        """The source's own server knows best how far its catalog is (at the begin of a pass it
+        heard of what we have): what is ahead of it would hide all that comes."""
         for found in catalogs_in(directory):
             if found.upto > gen:
-                log.warning("%s: the catalog %s of %s is ahead of what its server says (%d): set aside", self.name, found.name,
+                log.warning("%s: the catalog %s of %s is ahead of what its server says (%d): set "
+                            "aside", self.name, found.name,
                             standing.name, gen)
-                os.rename(os.path.join(directory, found.name), os.path.join(directory, found.name + ".ahead"))
+                os.rename(os.path.join(directory, found.name),
+                          os.path.join(directory, found.name + ".ahead"))
                 self.vault.set_meta("skeleton:" + standing.name, 0)
 
     def _catalog_kept(self, standing: Standing, directory: str) -> int:
-        """The generation from which on news are to be fetched; 0: everything, because too much has changed since the last
-        whole catalog, or it is of other books."""
+        """The generation from which on news are to be fetched; 0: everything, because too much has
+        changed since the last whole catalog, or it is of other books."""
         if self.vault.meta("catalog:" + standing.name) != standing.books:
             return 0
         chain = catalog_chain(catalogs_in(directory))
@@ -9603,14 +10649,18 @@ class Keeper(Placer):
             self.vault.set_meta("skeleton:" + name, chain[-1].upto)
 
     def _catalog_news(self, standing: Standing, header: "Dict[str, Any]") -> "Iterator[List[Any]]":
-        """Rows, checked, of everything since header["since"], in rounds until the server has nothing newer."""
-        link, since = self.own if standing.host == self.host else self.links[standing.host], header["since"]
+        """Rows, checked, of everything since header["since"], in rounds until the server has
+        nothing newer."""
+        link, since = self.own if standing.host == self.host else self.links[standing.host], \
+            header["since"]
         rows = 0
         for _ in range(ROUNDS_LIMIT):
-            cursor, after, upto, rounds = [0, 0], "", 0, Rounds(standing.host, "news of the catalog")
+            cursor, after, upto, rounds = [0, 0], "", 0, Rounds(standing.host,
+                                                                "news of the catalog")
             rounds.rows = rows
             while cursor[0] != -2:
-                page = link.call("catalog", source=standing.name, since=since, upto=upto, cursor=cursor, after=after)
+                page = link.call("catalog", source=standing.name, since=since, upto=upto,
+                                 cursor=cursor, after=after)
                 if upto and page["upto"] != upto:
                     raise ProtocolError("a catalog that changes while it is read")
                 upto = page["upto"]
@@ -9622,7 +10672,8 @@ class Keeper(Placer):
                 entries, cursor = cursor[0] >= 0, page["cursor"]
                 if not entries and page["rows"]:
                     after = page["rows"][-1][0]
-                # First the entries by (generation, number), then the paths that are no more, then the end.
+                # First the entries by (generation, number), then the paths that are no more, then
+                # the end.
                 rounds.page(len(page["rows"]), (0, *cursor) if cursor[0] >= 0 else
                             (1, as_raw(after)) if cursor[0] == -1 else (2,))
             header["upto"], header["time"] = upto, page["time"]
@@ -9633,11 +10684,13 @@ class Keeper(Placer):
     def scrub(self) -> None:
         """Read a few copies again: each once in the scrub period, the oldest reading first.
 
-        What is due grows with the time since the last scrub; an idle pass shortly after another writes nothing.
+        What is due grows with the time since the last scrub; an idle pass shortly after another
+        writes nothing.
         """
         vault, now = self.vault, clock.now()
         last = vault.meta("scrubbed")
-        if last is not None and last > now + CLOCK_SLACK:  # the clock was ahead: nothing would be read until it is then
+        # the clock was ahead: nothing would be read until it is then
+        if last is not None and last > now + CLOCK_SLACK:
             last = None
             with vault.write() as db:
                 db.execute("UPDATE held SET checked=? WHERE checked>?", (now, now))
@@ -9648,19 +10701,22 @@ class Keeper(Placer):
         if now - (vault.meta("walked") or 0) > self.config.scrub:
             self.look_around()
             vault.set_meta("walked", now)
-        total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) FROM sums")[0]
+        total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) FROM "
+                          "sums")[0]
         budget = total * max(0.0, now - last) / max(1.0, self.config.scrub)
-        checked = self.verify(budget, now - self.config.scrub / 2, time.monotonic() + SCRUB_PASS_SECONDS)
+        checked = self.verify(budget, now - self.config.scrub / 2,
+                              time.monotonic() + SCRUB_PASS_SECONDS)
         if checked:
             vault.set_meta("scrubbed", now)
 
     def verify(self, budget: float, before: float, deadline: float = float("inf")) -> int:
-        """Read copies whose last reading is older than `before`, the oldest first, for at most `budget` bytes (a file
-        counts 4 KiB more than its size).  Returns how many were read."""
+        """Read copies whose last reading is older than `before`, the oldest first, for at most
+        `budget` bytes (a file counts 4 KiB more than its size).  Returns how many were read."""
         vault, count = self.vault, 0
         pace = Pace(self.config.rate(vault.spec, key="read_rate"))
         while time.monotonic() < deadline:
-            page = vault.rows("SELECT source, path, size, digest FROM held WHERE checked<? ORDER BY checked LIMIT 200", before)
+            page = vault.rows("SELECT source, path, size, digest FROM held WHERE checked<? ORDER "
+                              "BY checked LIMIT 200", before)
             read, lost = [], {}
             for source, path, size, digest in page:
                 if size + 4096 > budget or time.monotonic() > deadline:
@@ -9683,7 +10739,8 @@ class Keeper(Placer):
         return count
 
     def look_around(self) -> None:
-        """What belongs to checking, besides the copies: files that are not ours, and the catalogs."""
+        """What belongs to checking, besides the copies: files that are not ours, and the
+        catalogs."""
         self.find_strangers()
         for name in sorted(self.config.sources):
             directory = os.path.join(self.vault.meta_path, "catalog", name)
@@ -9692,14 +10749,15 @@ class Keeper(Placer):
                     for _ in read_catalog(os.path.join(directory, found.name)):
                         pass
                 except DamagedCatalog as error:
-                    self.figures.complain("%s: %s; deleted, the next pass fetches all of it again" % (self.name, error))
+                    self.figures.complain("%s: %s; deleted, the next pass fetches all of it again"
+                                          % (self.name, error))
                     self.vault.set_meta("catalog:" + name, None)
                     with contextlib.suppress(OSError):
                         os.unlink(os.path.join(directory, found.name))
 
     def find_strangers(self) -> None:
-        """Say which files below our copies are none: put there by hand, or left by something that was cut off.  They are
-        left alone.  Looks at every name, so not in every pass."""
+        """Say which files below our copies are none: put there by hand, or left by something that
+        was cut off.  They are left alone.  Looks at every name, so not in every pass."""
         vault, count, some = self.vault, 0, []
         for source in sorted(set(self.config.sources) | set(vault.sources())):
             for rel in vault.tree.walk_files(source.encode()):
@@ -9708,26 +10766,31 @@ class Keeper(Placer):
                 if info is not None and stat.S_ISREG(info.st_mode) and info.st_mode & 0o7000:
                     with contextlib.suppress(OSError):  # from a time when copies had these
                         vault.tree.chmod(rel, stat.S_IMODE(info.st_mode) & 0o777)
-                if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path) or vault.is_here_as(
+                if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path) \
+                        or vault.is_here_as(
                         source, path):
                     continue
                 count += 1
                 some += [shown(rel)] if count <= 3 else []
         if count:
             self.figures.complain("%s: %s in %s %s not ours, and left alone: %s%s" % (
-                self.name, count_of(count, "file"), vault.spec.path, "is" if count == 1 else "are", ", ".join(some),
+                self.name, count_of(count, "file"), vault.spec.path, "is" if count == 1 else "are",
+                ", ".join(some),
                 ", ..." if count > 3 else ""))
 
     def _read_copy(self, source: str, path: bytes, digest: bytes, pace: Pace) -> str:
         """What is wrong with a copy: "" when it has its digest."""
         try:
-            return "" if self.vault.tree.digest(self.vault.place_of(source, path), pace)[0] == digest else "damaged"
+            return "" if self.vault.tree.digest(self.vault.place_of(source, path),
+                                                pace)[0] == digest else "damaged"
         except OSError as error:
-            return "gone" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL) else reason_of(error)
+            return "gone" if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP,
+                                             errno.EINVAL) else reason_of(error)
 
     def lose(self, source: str, rows: "List[Tuple[bytes, str]]") -> None:
-        """Copies, (path, what is wrong), that are none: set them aside, then tell the server: were they still there, the next
-        pass could confirm them by samples again.  A server that cannot be told hears of it by the next report."""
+        """Copies, (path, what is wrong), that are none: set them aside, then tell the server: were
+        they still there, the next pass could confirm them by samples again.  A server that cannot
+        be told hears of it by the next report."""
         for path, why in rows:
             self.figures.complain("%s: the copy of %s in %s is %s; it will be copied again" % (
                 self.name, shown(path), source, why))
@@ -9741,7 +10804,8 @@ class Keeper(Placer):
 
 
 class Pass(Keeper):
-    """One pass over one backup, from its begin to its end; each of the classes above is a part of it."""
+    """One pass over one backup, from its begin to its end; each of the classes above is a part of
+    it."""
 
     def run(self) -> None:
         try:
@@ -9763,14 +10827,17 @@ class Pass(Keeper):
             raise
         finally:
             if self._early[0]:
-                self.figures.remark("%s: %s (%s) %s deleted before their time: their room was needed" % (
+                self.figures.remark("%s: %s (%s) %s deleted before their time: their room was "
+                                    "needed" % (
                     self.name, count_of(self._early[0], "old version"), format_size(self._early[1]),
                     "was" if self._early[0] == 1 else "were"))
-            for link in list(self.links.values()) + list(self.check_links.values()) + ([self.own] if self.own else []):
+            for link in list(self.links.values()) + list(
+                    self.check_links.values()) + ([self.own] if self.own else []):
                 link.close()
 
     def prepare(self) -> None:
-        """Finish what was left half done, have every server look at its sources, learn how they stand."""
+        """Finish what was left half done, have every server look at its sources, learn how they
+        stand."""
         vault = self.vault
         vault.recover()
         if vault.needs_rebuild():
@@ -9791,7 +10858,8 @@ class Pass(Keeper):
                 answer = self._introduce(self.own, self.host)
                 self.own_standings = [Standing(name, self.host, None, str(answer["books"]), facts)
                                       for name, facts in sorted(answer["sources"].items())
-                                      if name in self.config.sources and self.config.sources[name].host == self.host]
+                                      if name in self.config.sources
+                                      and self.config.sources[name].host == self.host]
 
     def _begin(self, host: str) -> None:
         link = self.links[host]
@@ -9810,7 +10878,8 @@ class Pass(Keeper):
             if spec is None:  # not in our configuration yet, or not any more
                 continue
             if spec.host != host:
-                self.figures.complain("%s speaks for the source %s, which is %s's by the configuration: not listened to"
+                self.figures.complain("%s speaks for the source %s, which is %s's by the "
+                                      "configuration: not listened to"
                                       % (host, name, spec.host))
                 continue
             with self.figures.lock:
@@ -9829,23 +10898,28 @@ class Pass(Keeper):
     def _introduce(self, link: Any, host: str) -> "Dict[str, Any]":
         vault = self.vault
         sums = {source.name: [self._newest(source.name)] for source in self.config.sources_of(host)}
-        return link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt, sums=sums,
-                         capacity=vault.capacity(), free=self.offered(), used=vault.used(), files=vault.files())
+        return link.call("begin", backup=self.name, identity=vault.identity, adopt=self.adopt,
+                         sums=sums,
+                         capacity=vault.capacity(), free=self.offered(), used=vault.used(),
+                         files=vault.files())
 
     def _newest(self, source: str) -> int:
         files = catalogs_in(self.vault.catalog_directory(source))
         return files[0].upto if files else 0
 
     def clean_up(self) -> None:
-        """Give back claims that were not carried out, delete what arrived of them, and versions older than `keep`."""
+        """Give back claims that were not carried out, delete what arrived of them, and versions
+        older than `keep`."""
         vault = self.vault
         for standing in self.usable():
-            paths = [path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?", standing.name)
+            paths = [path for (path,) in vault.rows("SELECT path FROM coming WHERE source=?",
+                                                    standing.name)
                      if (standing.name, path) not in self.waiting]
             vault.give_up(standing.name, paths)
             for page in in_pages(paths):
                 self.guarded(standing, lambda s: self.links[s.host].call(
-                    "release", backup=self.name, source=s.name, all=False, paths=[as_text(path) for path in page]))
+                    "release", backup=self.name, source=s.name, all=False,
+                    paths=[as_text(path) for path in page]))
         vault.sweep_incoming()
         vault.keep_text("cbackup.conf", self.config.text)
         self.keep_what_is_held()
@@ -9857,9 +10931,10 @@ class Pass(Keeper):
             vault.set_meta("pruned", clock.now())
 
 
-def choose_around(offers: "List[Tuple[Any, bytes, int]]", need: int) -> "List[Tuple[Any, bytes, int]]":
-    """Of (…, path, size): the smallest single one of at least `need` bytes, or several smaller ones that are
-    together less; all of the smaller ones when even they do not suffice."""
+def choose_around(offers: "List[Tuple[Any, bytes, int]]",
+                  need: int) -> "List[Tuple[Any, bytes, int]]":
+    """Of (…, path, size): the smallest single one of at least `need` bytes, or several smaller ones
+    that are together less; all of the smaller ones when even they do not suffice."""
     above = sorted((o for o in offers if o[2] >= need), key=lambda o: o[2])[:1]
     several, total = [], 0
     for offer in sorted((o for o in offers if o[2] < need), key=lambda o: -o[2]):
@@ -9879,23 +10954,27 @@ def choose_around(offers: "List[Tuple[Any, bytes, int]]", need: int) -> "List[Tu
 class Client:
     """Runs passes over all backups of this host: side by side where they are on different disks."""
 
-    def __init__(self, home: Home, config: Config, host: str, progress: Progress, adopt: "Optional[str]" = None) -> None:
+    def __init__(self, home: Home, config: Config, host: str, progress: Progress,
+                 adopt: "Optional[str]" = None) -> None:
         self.home, self.config, self.host, self.progress = home, config, host, progress
         self.adopt, self.foreign = adopt, False  # `foreign`: also from another cluster, see Vault
         self.dialer = Dialer(home)
         self.cluster = home.cluster_id()
-        self.clocks: "Dict[str, float]" = {}  # how far ours is ahead of that of each host's server, seconds
+        # how far ours is ahead of that of each host's server, seconds
+        self.clocks: "Dict[str, float]" = {}
         self.clock_wrong = False
 
     def open_vault(self, spec: Backup) -> Vault:
-        """The backup's directory, when it is the one that was used before (state/backups.json remembers)."""
+        """The backup's directory, when it is the one that was used before (state/backups.json
+        remembers)."""
         if self.home.outside(spec.path):
             raise Misplaced("%s: %s" % (spec.name, self.home.outside(spec.path)))
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a home on a full disk is good enough for a pass
                 stack.enter_context(self.home.lock("backups.lock"))
             known = read_json(os.path.join(self.home.state_path, "backups.json"))
-            return Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name, self.foreign)
+            return Vault(spec, self.cluster, known.get(spec.name), self.adopt == spec.name,
+                         self.foreign)
 
     def remember(self, vault: Vault, figures: Figures) -> None:
         """Its directory is the one that the servers know, or they know of none."""
@@ -9904,18 +10983,21 @@ class Client:
             return
         try:
             with self.home.lock("backups.lock"):
-                atomic_write(path, json.dumps(dict(read_json(path), **{vault.name: vault.identity})).encode())
+                atomic_write(path, json.dumps(dict(read_json(path),
+                                                   **{vault.name: vault.identity})).encode())
         except OSError as error:
             figures.complain("%s: %s" % (path, reason_of(error)))
 
     def exchange_config(self, figures: "Optional[Figures]" = None) -> None:
-        """Take a newer configuration from the servers of all hosts, give them a newer one of ours: also those of hosts
-        without sources, which the edit may just have changed.  Again when ours became another: what one server knew and
-        the others did not.  Hosts that cannot be reached are entered in `figures`."""
+        """Take a newer configuration from the servers of all hosts, give them a newer one of ours:
+        also those of hosts without sources, which the edit may just have changed.  Again when ours
+        became another: what one server knew and the others did not.  Hosts that cannot be reached
+        are entered in `figures`."""
         told = figures or Figures()
         for _ in range(2):
             before = self.home.config_state()
-            in_parallel(lambda host: self._exchange_with(host, told), self.config.all_hosts(), self.progress)
+            in_parallel(lambda host: self._exchange_with(host, told), self.config.all_hosts(),
+                        self.progress)
             if self.home.config_state() == before:
                 return
             self.config = self.home.config()
@@ -9924,22 +11006,27 @@ class Client:
         link = Link(host, self.config, self.dialer)
         try:
             link.greet()
-            if host == self.host:  # the same home; what matters is that restore can ask it for what lies here
+            # the same home; what matters is that restore can ask it for what lies here
+            if host == self.host:
                 return
             theirs_now = link.hello.get("time")
             if isinstance(theirs_now, (int, float)):
                 self.clocks[host] = clock.now() - theirs_now
             theirs, ours = link.hello.get("config"), self.home.config_state()
-            if not isinstance(theirs, list) or len(theirs) != 3 or ours and tuple(theirs) == config_order(ours):
+            if not isinstance(theirs,
+                              list) or len(theirs) != 3 or ours \
+                    and tuple(theirs) == config_order(ours):
                 return
             # Not taken: an edit that the server had not noticed yet, and that is newer.
             if not ours or tuple(theirs) > config_order(ours) \
-                    or link.call("new_config", config=self.home.config_offer()).get("taken") is False:
+                    or link.call("new_config",
+                                 config=self.home.config_offer()).get("taken") is False:
                 self.home.take_config(check_offer(link.call("config").get("config")))
         except Unreachable as error:  # of hosts that are needed the pass itself says so
             figures.silent(error)
         except (Refused, ProtocolError, ConfigError, TypeError) as error:
-            log.warning("%s: the configurations could not be compared: %s", host, str(error).replace("\n", "; "))
+            log.warning("%s: the configurations could not be compared: %s", host,
+                        str(error).replace("\n", "; "))
         finally:
             link.done()
 
@@ -9960,20 +11047,25 @@ class Client:
             disks.setdefault(disk, []).append(spec)
         in_parallel(lambda specs: [self.run_one(spec, figures) for spec in specs], disks.values())
         self.progress.clear()
-        self.home.note_pass(dict(figures.as_json(), time=round(begun), seconds=round(clock.steady() - since, 1),
+        self.home.note_pass(dict(figures.as_json(), time=round(begun),
+                                 seconds=round(clock.steady() - since, 1),
                                  wrong=figures.lines[:20]))
         return figures
 
     def compare_clocks(self, figures: Figures) -> bool:
-        """Whether our clock is not to be trusted with what is old: at least half of the servers have another time."""
-        other = {host: ahead for host, ahead in sorted(self.clocks.items()) if abs(ahead) > CLOCK_SLACK}
+        """Whether our clock is not to be trusted with what is old: at least half of the servers
+        have another time."""
+        other = {host: ahead for host, ahead in sorted(self.clocks.items())
+                 if abs(ahead) > CLOCK_SLACK}
         wrong = bool(other) and 2 * len(other) >= len(self.clocks)
         for host, ahead in other.items():
             if wrong:
-                figures.complain("this machine's clock is %s %s that of %s: no old version is deleted until they agree" % (
+                figures.complain("this machine's clock is %s %s that of %s: no old version is "
+                                 "deleted until they agree" % (
                     format_age(abs(ahead)), "ahead of" if ahead > 0 else "behind", host))
             else:
-                figures.complain("the clock of %s is %s %s this machine's and most others': set it" % (
+                figures.complain("the clock of %s is %s %s this machine's and most others': set it"
+                                 % (
                     host, format_age(abs(ahead)), "behind" if ahead > 0 else "ahead of"))
         return wrong
 
@@ -9982,20 +11074,23 @@ class Client:
         return {name: Link(name, self.config, self.dialer) for name in hosts}
 
     def own_link(self) -> "Optional[Link]":
-        return Link(self.host, self.config, self.dialer) if self.config.sources_of(self.host) else None
+        return Link(self.host, self.config,
+                    self.dialer) if self.config.sources_of(self.host) else None
 
     @staticmethod
     def _where(error: Exception, spec: Backup) -> str:
-        """The file of which a system's error speaks, and a colon; its backup when it is one within."""
+        """The file of which a system's error speaks, and a colon; its backup when it is one
+        within."""
         if not isinstance(error, OSError):
             return ""
         name = error.filename if isinstance(error.filename, (str, bytes)) else ""
         return shown(os.path.join(os.fsencode(spec.path), os.fsencode(name)).rstrip(b"/")) + ": "
 
-    def run_one(self, spec: Backup, figures: Figures, work: "Optional[Callable[[Pass], None]]" = None,
+    def run_one(self, spec: Backup, figures: Figures,
+                work: "Optional[Callable[[Pass], None]]" = None,
                 again: bool = True) -> None:
-        """A pass over one backup, or other `work` that needs one.  With a damaged database a second time (`again`): what
-        lies in the directory is entered into a new one."""
+        """A pass over one backup, or other `work` that needs one.  With a damaged database a second
+        time (`again`): what lies in the directory is entered into a new one."""
         damage: "Optional[sqlite3.Error]" = None
         vault: "Optional[Vault]" = None
         database = os.path.join(spec.path, META_DIR.decode(), "backup.db")
@@ -10022,7 +11117,8 @@ class Client:
             if is_damage(error) and again:
                 damage = error
             else:
-                figures.broke("%s: %s: its database: %s" % (spec.name, spec.path, database_words(error, database)))
+                figures.broke("%s: %s: its database: %s"
+                              % (spec.name, spec.path, database_words(error, database)))
                 if vault is not None:
                     vault.empty_incoming()
         except (OSError, CBackupError) as error:
@@ -10035,7 +11131,7 @@ class Client:
             self.run_one(spec, figures, work, again=False)
 
 
-# ==== 14. Restore =====================================================================================
+# ==== 14. Restore =================================================================================
 #
 # Holders (who can be reached, and their catalogs) -> Plan (what is wanted, and who has it)
 # -> Target (what is there already) -> Schedule (who fetches what next) -> Target (checked, renamed
@@ -10696,14 +11792,14 @@ class Plan:
         """Find among what was entered the wanted versions; the rest may be one by another name."""
         with self.at_once():
             self._db.execute(
-                "INSERT OR IGNORE INTO have SELECT c.path, c.holder, c.place, "
-                "c.digest IS NULL AND c.mtime<>w.mtime FROM came c CROSS JOIN want w "
-                "ON w.path=c.path WHERE w.kind='f' AND " + SAME_VERSION)
+                "INSERT OR IGNORE INTO have SELECT c.path, c.holder, c.place, c.digest IS NULL AND "
+                "c.mtime<>w.mtime FROM came c CROSS JOIN want w ON w.path=c.path WHERE w.kind='f' "
+                "AND " + SAME_VERSION)
             self._db.execute(
                 "INSERT INTO other SELECT c.path, c.holder, CASE c.place WHEN x'' THEN "
                 "CAST('/' || c.path AS BLOB) ELSE c.place END, c.size, c.mtime, c.digest "
-                "FROM came c LEFT JOIN want w ON w.path=c.path AND w.kind='f' "
-                "WHERE w.path IS NULL OR NOT "
+                "FROM came c LEFT JOIN want w ON w.path=c.path AND w.kind='f' WHERE w.path IS NULL "
+                "OR NOT "
                 + SAME_VERSION)
             self._db.execute("DELETE FROM came")
 
@@ -10722,9 +11818,9 @@ class Plan:
         already."""
         self._one(
             "UPDATE want SET state=3 WHERE kind='f' AND link IS NOT NULL AND state=0 AND EXISTS("
-            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' "
-            "AND w.digest IS want.digest AND w.path<>want.path "
-            "AND (w.state=1 OR w.state=0 AND %s AND (NOT %s OR w.path<want.path)))" % (
+            "SELECT 1 FROM want w WHERE w.link=want.link AND w.kind='f' AND w.digest IS "
+            "want.digest AND w.path<>want.path AND (w.state=1 OR w.state=0 AND %s AND (NOT %s OR "
+            "w.path<want.path)))" % (
                 HAS.replace("want.", "w."), HAS))
 
     def lead_other_links(self) -> bool:
@@ -11855,7 +12951,7 @@ def load_catalog(plan: Plan, holders: Holders, asked: Asked, at: "Optional[float
     raise holders.no_catalog(at)
 
 
-# ==== 15. Status and demo =============================================================================
+# ==== 15. Status and demo =========================================================================
 
 
 def ask_all(dialer: Dialer, config: Config, hosts: "Iterable[str]", op: str, **fields: Any,
@@ -11881,30 +12977,41 @@ def ask_all(dialer: Dialer, config: Config, hosts: "Iterable[str]", op: str, **f
     return answers, down
 
 
-def collect_status(home: Home, config: Config, down: "Iterable[str]" = (), dialer: "Optional[Dialer]" = None,
+def collect_status(home: Home, config: Config, down: "Iterable[str]" = (),
+                   dialer: "Optional[Dialer]" = None,
                    ) -> "Dict[str, Any]":
-    """What is safe and what is not, from all servers that answer, and from what the others said last (kept in `state/`).
+    """What is safe and what is not, from all servers that answer, and from what the others said
+    last (kept in `state/`).
 
-    `down`: hosts that are not to be asked, because they were just found not to answer.  `hosts` in what is returned: for
-    each, the seconds since its server answered here (`answered`), and since it or a backup of it was heard of by anybody
-    (`silent`); None: never.
+    `down`: hosts that are not to be asked, because they were just found not to answer.  `hosts` in
+    what is returned: for each, the seconds since its server answered here (`answered`), and since
+    it or a backup of it was heard of by anybody (`silent`); None: never.
     """
-    hosts = sorted({s.host for s in config.sources.values()} | {b.host for b in config.backups.values()})
+    hosts = sorted({s.host for s in config.sources.values()}
+                   | {b.host for b in config.backups.values()})
     answers = ask_all(dialer or Dialer(home), config, sorted(set(hosts) - set(down)), "status")[0]
     then = {host: _aged(answer, ago) for host, (ago, answer) in home.last_answers().items()
             if host not in answers and not misfit(answer, OPERATIONS["status"].answer)}
     home.note_answers(answers, hosts)
     sources = {name: dict(_source_status(spec, answers.get(spec.host), then.get(spec.host)),
-                          impossible=config.too_few_hosts(spec)) for name, spec in sorted(config.sources.items())}
-    backups = {name: _backup_status(spec, config, answers, then) for name, spec in sorted(config.backups.items())}
-    answered = {host: 0.0 if host in answers else then[host]["age"] if host in then else None for host in hosts}
-    heard = {host: [age for age in [answered[host]] + [b["last_seen"] for b in backups.values() if b["host"] == host]
+                          impossible=config.too_few_hosts(spec)) for name,
+               spec in sorted(config.sources.items())}
+    backups = {name: _backup_status(spec, config, answers, then) for name,
+               spec in sorted(config.backups.items())}
+    answered = {host: 0.0 if host in answers else then[host]["age"] if host in then else None
+                for host in hosts}
+    heard = {host: [age for age in [answered[host]]
+                    + [b["last_seen"] for b in backups.values() if b["host"] == host]
                     if age is not None] for host in hosts}
-    return {"cluster": config.name, "config_version": home.config_state().get("version", 0), "sources": sources,
-            "backups": backups, "unreachable": sorted(host for host in hosts if host not in answers),
-            "hosts": {host: {"answered": answered[host], "silent": min(ages, default=None)} for host, ages in heard.items()},
+    return {"cluster": config.name, "config_version": home.config_state().get("version", 0),
+            "sources": sources,
+            "backups": backups,
+            "unreachable": sorted(host for host in hosts if host not in answers),
+            "hosts": {host: {"answered": answered[host], "silent": min(ages, default=None)}
+                      for host, ages in heard.items()},
             "warn_after": config.warn_after, "conflicts": home.conflicts(), "warnings": [
-                line for host in hosts for line in shared_disks(answers.get(host, {}).get("mine", {}), host)],
+                line for host in hosts
+                for line in shared_disks(answers.get(host, {}).get("mine", {}), host)],
             "config_held": _held_configs(home, answers),
             "config_age": max(0.0, clock.now() - home.config_state().get("stamp", clock.now()))}
 
@@ -11912,7 +13019,8 @@ def collect_status(home: Home, config: Config, down: "Iterable[str]" = (), diale
 def _held_configs(home: Home, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, List[str]]":
     """What a held configuration removes -> the hosts that hold it back."""
     found: "Dict[str, List[str]]" = {}
-    held = {host: answer["config_held"] for host, answer in answers.items() if answer.get("config_held")}
+    held = {host: answer["config_held"] for host, answer in answers.items()
+            if answer.get("config_held")}
     if home.held_config():  # also where no server runs
         held[home.own_name()] = home.held_config()["removes"]
     for host, removes in sorted(held.items()):
@@ -11924,7 +13032,8 @@ HELD_CHANGES = {"gone": "is gone", "changed": "has changed"}
 
 
 def held_files_of(link: Link, source: str) -> "Iterator[Tuple[str, str]]":
-    """(path, "gone" or "changed") of all files for which a source is held.  A server that is older names none."""
+    """(path, "gone" or "changed") of all files for which a source is held.  A server that is older
+    names none."""
     after = ""
     while True:
         try:
@@ -11938,8 +13047,10 @@ def held_files_of(link: Link, source: str) -> "Iterator[Tuple[str, str]]":
         after = rows[-1][0]
 
 
-def print_held_files(rows: "Iterable[Iterable[str]]", most: "Optional[int]", indent: str = "") -> int:
-    """Print the first files for which a source is held, or all (`most` None); returns how many there are."""
+def print_held_files(rows: "Iterable[Iterable[str]]", most: "Optional[int]",
+                     indent: str = "") -> int:
+    """Print the first files for which a source is held, or all (`most` None); returns how many
+    there are."""
     count = 0
     for count, (path, change) in enumerate(rows, 1):
         if most is None or count <= most:
@@ -11950,24 +13061,33 @@ def print_held_files(rows: "Iterable[Iterable[str]]", most: "Optional[int]", ind
 
 
 def _aged(answer: "Dict[str, Any]", ago: float) -> "Dict[str, Any]":
-    """What a server said some time ago (`age`), with all that counts from a moment that much older."""
+    """What a server said some time ago (`age`), with all that counts from a moment that much
+    older."""
     def older(facts: "Dict[str, Any]", key: str) -> "Dict[str, Any]":
         return facts if facts.get(key) is None else dict(facts, **{key: facts[key] + ago})
-    sources = {name: older(older(s, "last_scan"), "unproven_since") for name, s in answer["sources"].items()}
+    sources = {name: older(older(s, "last_scan"), "unproven_since") for name,
+               s in answer["sources"].items()}
     return dict(answer, age=ago, sources=sources,
                 backups=[older(words, "age") for words in answer["backups"]])
 
 
-def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]", then: "Optional[Dict[str, Any]]") -> "Dict[str, Any]":
-    """From its server; when that does not answer, what it said last is `then` (None when it never did)."""
-    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
-                             "copies": {}, "underserved_files": None, "underserved_bytes": None, "overserved_files": None,
-                             "state": "unreachable", "last_scan": None, "unproven_files": None, "unproven_since": None,
+def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]",
+                   then: "Optional[Dict[str, Any]]") -> "Dict[str, Any]":
+    """From its server; when that does not answer, what it said last is `then` (None when it never
+    did)."""
+    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas,
+                             "files": None, "bytes": None,
+                             "copies": {}, "underserved_files": None, "underserved_bytes": None,
+                             "overserved_files": None,
+                             "state": "unreachable", "last_scan": None, "unproven_files": None,
+                             "unproven_since": None,
                              "then": None, "unknown": False}
     found = (answer or {}).get("sources", {}).get(spec.name)
     if found:
-        for key in ("replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes", "overserved_files",
-                    "short_since", "state", "last_scan", "reason", "cause", "special", "problems", "short", "stuck", "late",
+        for key in ("replicas", "files", "bytes", "copies", "underserved_files",
+                    "underserved_bytes", "overserved_files",
+                    "short_since", "state", "last_scan", "reason", "cause", "special", "problems",
+                    "short", "stuck", "late",
                     "failed", "held_files", "unproven_files", "unproven_since"):
             out[key] = found.get(key)
     elif answer:
@@ -11980,26 +13100,31 @@ def _source_status(spec: Source, answer: "Optional[Dict[str, Any]]", then: "Opti
 def _backup_status(spec: Backup, config: Config, answers: "Dict[str, Dict[str, Any]]",
                    then: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
     """From its own host when that is up, else from the last words that the others remember."""
-    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "capacity": spec.size, "used": None, "files": None,
-                             "last_seen": None, "state": "ok" if spec.host in answers else "unreachable"}
+    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "capacity": spec.size,
+                             "used": None, "files": None,
+                             "last_seen": None, "state": "ok" if spec.host in answers
+                             else "unreachable"}
     for answer in list(answers.values()) + list(then.values()):
         for words in answer["backups"]:
             if words["name"] == spec.name and words.get("age") is not None \
                     and (out["last_seen"] is None or words["age"] < out["last_seen"]):
-                out.update(last_seen=words["age"], capacity=words["capacity"], used=words["used"], files=words["files"])
+                out.update(last_seen=words["age"], capacity=words["capacity"], used=words["used"],
+                           files=words["files"])
                 if words.get("lost") and out["state"] == "unreachable":
                     out["state"] = "lost"
     out.update(answers.get(spec.host, {}).get("mine", {}).get(spec.name, {}))
     if spec.leaving:
-        counts = [answers.get(host, {}).get("duties", {}).get(spec.name) for host in {s.host for s in config.sources.values()}]
+        counts = [answers.get(host, {}).get("duties", {}).get(spec.name)
+                  for host in {s.host for s in config.sources.values()}]
         out.update(leaving=True, duties=None if None in counts else sum(counts))
     return out
 
 
 class Verdict:
-    """What everything that is known comes to.  `trouble`: why it is not safe, a sentence each; `pending`: those of them
-    that the next passes are expected to mend, or that another machine's passes report, so that a pass says nothing of
-    them; `remarks`: what else one should know.  The same sentences everywhere: in `status`, in its --check, in each pass."""
+    """What everything that is known comes to.  `trouble`: why it is not safe, a sentence each;
+    `pending`: those of them that the next passes are expected to mend, or that another machine's
+    passes report, so that a pass says nothing of them; `remarks`: what else one should know.  The
+    same sentences everywhere: in `status`, in its --check, in each pass."""
 
     def __init__(self, trouble: "Iterable[str]" = (),
                  at_most: "Optional[Dict[str, float]]" = None) -> None:
@@ -12040,7 +13165,8 @@ def verdict(status: "Dict[str, Any]") -> Verdict:
     for name, b in status["backups"].items():
         _judge_backup(found, name, b, status)
     for line in status["warnings"] + [
-            "%s: an edit made here lost against one made elsewhere at the same time; merge it and delete it" % name
+            "%s: an edit made here lost against one made elsewhere at the same time; merge it and "
+            "delete it" % name
             for name in status["conflicts"]]:
         found.note(line)
     return found
@@ -12049,20 +13175,23 @@ def verdict(status: "Dict[str, Any]") -> Verdict:
 def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]", status: "Dict[str, Any]") -> None:
     """Enter what is wrong with a source, as its server says now, or said when it was last awake."""
     if s["unknown"]:
-        found.wrong("%s is not known to its server on %s: is its configuration the same?" % (name, s["host"]), pending=True)
+        found.wrong("%s is not known to its server on %s: is its configuration the same?"
+                    % (name, s["host"]), pending=True)
     elif s["state"] != "unreachable":
         for line, pending in source_trouble(name, s):
             found.wrong(line, pending)
             if pending and s["underserved_files"] and s.get("short_since") is not None:
                 found.at_most[line] = s["short_since"]
     elif s["then"] is None:
-        found.wrong("%s is unreachable: its server on %s does not answer, and nothing is known of it here" % (name, s["host"]),
+        found.wrong("%s is unreachable: its server on %s does not answer, and nothing is known of "
+                    "it here" % (name, s["host"]),
                     pending=True)  # the pass has said that it does not answer
     elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:
         found.wrong("%s was last heard of %s ago, and nothing is known of %s since" % (
             s["host"], format_age(status["hosts"][s["host"]]["answered"]), name))
     else:
-        asleep = "%s asleep since %s" % (s["host"], format_age(status["hosts"][s["host"]]["answered"]))
+        asleep = "%s asleep since %s" % (s["host"],
+                                         format_age(status["hosts"][s["host"]]["answered"]))
         before = source_trouble(name, s["then"])
         for line, pending in before:
             found.wrong("%s; then: %s" % (asleep, line), pending)
@@ -12071,7 +13200,8 @@ def _judge_source(found: Verdict, name: str, s: "Dict[str, Any]", status: "Dict[
 
 
 def source_trouble(name: str, s: "Dict[str, Any]") -> "List[Tuple[str, bool]]":
-    """Why a source is not safe: (a sentence, whether the next passes are expected to mend it).  `s`: of `_source_status`."""
+    """Why a source is not safe: (a sentence, whether the next passes are expected to mend it).
+    `s`: of `_source_status`."""
     out = []
     if s["state"] == "held":
         out.append(("%s is held: %s" % (name, held_advice(name, s)), False))
@@ -12082,41 +13212,51 @@ def source_trouble(name: str, s: "Dict[str, Any]") -> "List[Tuple[str, bool]]":
             format(s["underserved_files"], ","), count_of(s["files"], "file"), name, s["replicas"],
             s["impossible"] and " (%s)" % s["impossible"]), True))
     if s["failed"]:
-        out.append(("%s cannot be looked at: %s; what has changed since is not backed up" % (name, s["failed"]), False))
+        out.append(("%s cannot be looked at: %s; what has changed since is not backed up"
+                    % (name, s["failed"]), False))
     elif s["late"]:
-        out.append(("%s was last looked at %s ago, which is too long" % (name, format_age(s["last_scan"])), False))
-    for facts, word, what in ((s["problems"], "path", "could not be read"), (s["stuck"] or {}, "file", "cannot be copied")):
+        out.append(("%s was last looked at %s ago, which is too long"
+                    % (name, format_age(s["last_scan"])), False))
+    for facts, word, what in ((s["problems"], "path", "could not be read"),
+                              (s["stuck"] or {}, "file", "cannot be copied")):
         if facts.get("count"):
             some = facts["some"][:3]
-            out.append(("%s: %s %s: %s%s" % (name, count_of(facts["count"], word), what, ", ".join(some),
-                                             ", ..." if facts["count"] > len(some) else ""), False))
+            out.append(("%s: %s %s: %s%s"
+                        % (name, count_of(facts["count"], word), what, ", ".join(some),
+                           ", ..." if facts["count"] > len(some) else ""), False))
     return out
 
 
 def without_named(status: "Dict[str, Any]", lines: "List[str]") -> None:
-    """Take out of a status the files that a pass could not copy, and named itself just now in these lines."""
+    """Take out of a status the files that a pass could not copy, and named itself just now in these
+    lines."""
     for name, s in status["sources"].items():
         stuck = s.get("stuck") or {"some": [], "count": 0}
-        rest = [line for line in stuck["some"] if not any(said.endswith(": %s: %s" % (name, line)) for said in lines)]
+        rest = [line for line in stuck["some"]
+                if not any(said.endswith(": %s: %s" % (name, line)) for said in lines)]
         s["stuck"] = {"some": rest, "count": stuck["count"] - len(stuck["some"]) + len(rest)}
 
 
 def _judge_backup(found: Verdict, name: str, b: "Dict[str, Any]", status: "Dict[str, Any]") -> None:
-    """Enter what is wrong with a backup.  Its own machine's passes report what is wrong with its disk, other machines' that
-    it is silent while its host cannot be reached."""
-    silent = b["last_seen"] if b["state"] not in ("unreachable", "lost") else status["hosts"][b["host"]]["silent"]
+    """Enter what is wrong with a backup.  Its own machine's passes report what is wrong with its
+    disk, other machines' that it is silent while its host cannot be reached."""
+    silent = b["last_seen"] if b["state"] not in ("unreachable",
+                                                  "lost") else status["hosts"][b["host"]]["silent"]
     here = "%s on %s" % (name, b["host"])
     if b["state"] not in ("ok", "unreachable", "lost") and not b.get("new"):
         found.wrong("%s: %s" % (here, b["state"]), pending=True)
     if silent is None:
         if status["config_age"] > status["warn_after"]:
-            found.wrong("%s has not been heard of yet: does its client run?" % here, pending=b["state"] != "unreachable")
+            found.wrong("%s has not been heard of yet: does its client run?" % here,
+                        pending=b["state"] != "unreachable")
     elif silent > status["warn_after"]:
         found.wrong("%s was last heard of %s ago%s" % (
-            here, format_age(silent), ", and its copies no longer count" if b["state"] == "lost" else ""),
+            here, format_age(silent), ", and its copies no longer count" if b["state"] == "lost"
+            else ""),
             pending=b["state"] not in ("unreachable", "lost"))
     elif b["state"] in ("unreachable", "lost") and not any(
-            line.startswith(b["host"] + " asleep since ") for line in found.remarks + found.trouble):
+            line.startswith(b["host"] + " asleep since ")
+            for line in found.remarks + found.trouble):
         found.note("%s asleep since %s" % (b["host"], format_age(silent)))
 
 
@@ -12143,46 +13283,59 @@ def print_status(status: "Dict[str, Any]", links: "Dict[str, Link]") -> None:
         if s["impossible"]:
             print(tint("wrong", "    IMPOSSIBLE: %s" % s["impossible"]))
         if s["state"] == "unreachable" and s["then"]:
-            print("    its server does not answer; what it said %s ago:" % format_age(status["hosts"][s["host"]]["answered"]))
+            print("    its server does not answer; what it said %s ago:"
+                  % format_age(status["hosts"][s["host"]]["answered"]))
             s = s["then"]
         if s["state"] == "unreachable":
-            print("    its server %s" % ("does not know it: is its configuration the same?" if s["unknown"] else
-                                         "does not answer: nothing is known of it from here"))
+            print("    its server %s"
+                  % ("does not know it: is its configuration the same?" if s["unknown"] else
+                     "does not answer: nothing is known of it from here"))
             continue
         if s["state"] == "held":
-            print(tint("wrong", "    HELD, nothing changes in the backups: %s" % held_advice(name, s)))
-            rows = held_files_of(links[s["host"]], name) if s["host"] in links else s.get("held_files") or []
+            print(tint("wrong", "    HELD, nothing changes in the backups: %s"
+                       % held_advice(name, s)))
+            rows = held_files_of(links[s["host"]],
+                                 name) if s["host"] in links else s.get("held_files") or []
             print_held_files(rows, None if links else 5, " " * 8)
         if s["last_scan"] is None and s["state"] != "held":
             print(tint("wait", "    it has not been looked at yet"))
             continue
-        print("    %s, %s; %d copies wanted" % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
+        print("    %s, %s; %d copies wanted"
+              % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
         if s["underserved_files"]:
             print(tint("wait", "    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
                 count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
-                ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items() if int(k) < s["replicas"]))))
+                ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items()
+                          if int(k) < s["replicas"]))))
             for path, size, why in s["short"][:5]:
-                print("        %s, %s%s" % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
+                print("        %s, %s%s"
+                      % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
         elif s["files"] and not source_trouble(name, s):
-            print(tint("well", "    all safe" + ("" if not s.get("unproven_files") else ", as far as is known")))
-        for facts, what in ((s["problems"], "could not be read: %s"), (s["stuck"] or {}, "cannot be copied: %s")):
+            print(tint("well", "    all safe"
+                       + ("" if not s.get("unproven_files") else ", as far as is known")))
+        for facts, what in ((s["problems"], "could not be read: %s"),
+                            (s["stuck"] or {}, "cannot be copied: %s")):
             for line in facts.get("some", []):
                 print("    " + what % line)
             if facts.get("count", 0) > len(facts.get("some", [])):
                 print("    " + what % "and %d more" % (facts["count"] - len(facts["some"])))
     for name, b in status["backups"].items():
-        seen = "never heard of" if b["last_seen"] is None else "heard of %s ago" % format_seconds(b["last_seen"])
+        seen = "never heard of" if b["last_seen"] is None \
+            else "heard of %s ago" % format_seconds(b["last_seen"])
         figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
             format_size(b["used"]), format_size(b["capacity"]), count_of(b["files"] or 0, "file"))
         print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
         for source, files in sorted(b.get("sources", {}).items()):
             if source not in status["sources"]:
-                print("    has %s of %s, which is no longer configured; `cbackup.pyz restore %s --to DIR` brings them back, "
-                      "`cbackup.pyz forget %s` deletes them" % (count_of(files, "file"), source, source, source))
+                print("    has %s of %s, which is no longer configured; `cbackup.pyz restore %s "
+                      "--to DIR` brings them back, `cbackup.pyz forget %s` deletes them"
+                      % (count_of(files, "file"), source, source, source))
         if b.get("leaving"):
             duties = b["duties"]
-            needed = "it is not known what is" if duties is None else count_of(duties, "copy" if duties == 1 else "copie")
-            print("    leaving: %s" % ("it can be unplugged now" if duties == 0 else "%s still needed here" % needed))
+            needed = "it is not known what is" if duties is None \
+                else count_of(duties, "copy" if duties == 1 else "copie")
+            print("    leaving: %s"
+                  % ("it can be unplugged now" if duties == 0 else "%s still needed here" % needed))
     for line in verdict(status).remarks:
         print(line)
 
@@ -12191,30 +13344,35 @@ def check_line(status: "Dict[str, Any]") -> str:
     """The one line of `status --check`."""
     found = verdict(status)
     if not found.safe:
-        return tint("wrong" if found.lasting() else "wait", "NOT SAFE") + ": " + "; ".join(found.trouble)
+        return tint("wrong" if found.lasting() else "wait",
+                    "NOT SAFE") + ": " + "; ".join(found.trouble)
     files = sum((s["then"] or s)["files"] for s in status["sources"].values())
     return "; ".join([tint("well", "safe") + ": %s of %s have all their copies" % (
         count_of(files, "file"), count_of(len(status["sources"]), "source"))] + found.remarks)
 
 
 def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, int]") -> int:
-    """How many bytes of copies find room, if files could be divided.  sources: (own host, replicas, bytes); rooms: host ->
-    bytes.  A host takes nothing of its own sources, and of another's at most one copy.
+    """How many bytes of copies find room, if files could be divided.  sources: (own host, replicas,
+    bytes); rooms: host -> bytes.  A host takes nothing of its own sources, and of another's at most
+    one copy.
 
-    A largest flow: from each source to each host at most the source's bytes, from each host on at most its room.
+    A largest flow: from each source to each host at most the source's bytes, from each host on at
+    most its room.
     """
     left, given, total = dict(rooms), [], 0
     for own, replicas, size in sources:
         given.append(dict.fromkeys((host for host in rooms if host != own), 0))
         need = replicas * size
         while need > 0:
-            # The shortest way to a host with room: straight, or by moving bytes of other sources elsewhere.
+            # The shortest way to a host with room: straight, or by moving bytes of other sources
+            # elsewhere.
             came: "Dict[Any, Any]" = {len(given) - 1: None}
             queue: "List[Any]" = [len(given) - 1]
             end = None
             for at in queue:
                 if isinstance(at, int):
-                    onward = [host for host, bytes_there in given[at].items() if bytes_there < _size_of(sources, at)]
+                    onward = [host for host, bytes_there in given[at].items()
+                              if bytes_there < _size_of(sources, at)]
                 elif left[at] > 0:
                     end = at
                     break
@@ -12231,7 +13389,8 @@ def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, 
                 steps.append((came[at], at))
                 at = came[at]
             amount = min([need, left[end]] + [
-                _size_of(sources, a) - given[a][b] if isinstance(a, int) else given[b][a] for a, b in steps])
+                _size_of(sources, a) - given[a][b] if isinstance(a, int) else given[b][a] for a,
+                b in steps])
             for a, b in steps:
                 if isinstance(a, int):
                     given[a][b] += amount
@@ -12248,31 +13407,41 @@ def _size_of(sources: "Any", number: int) -> int:
 
 
 def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
-    """Whether everything fits, and what the loss of each host means: the object that `plan --json` prints.
+    """Whether everything fits, and what the loss of each host means: the object that `plan --json`
+    prints.
 
-    `fits` is None when that is not known, because a server does not answer or a source was not looked at yet; `tight`: it
-    fits only if whole files happen to go in.  `short_bytes`: the room that is missing, `missing_hosts`: how many more hosts
-    with a backup are, whatever the room.
+    `fits` is None when that is not known, because a server does not answer or a source was not
+    looked at yet; `tight`: it fits only if whole files happen to go in.  `short_bytes`: the room
+    that is missing, `missing_hosts`: how many more hosts with a backup are, whatever the room.
     """
     hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
     answers, down = ask_all(Dialer(home), config, sorted(hosts), "plan")
-    backups = {name: _planned_backup(spec, answers) for name, spec in sorted(config.backups.items())}
-    sources = {name: _planned_source(spec, config, answers, backups) for name, spec in sorted(config.sources.items())}
+    backups = {name: _planned_backup(spec, answers) for name,
+               spec in sorted(config.backups.items())}
+    sources = {name: _planned_source(spec, config, answers, backups) for name,
+               spec in sorted(config.sources.items())}
     known = {name: s for name, s in sources.items() if s["bytes"] is not None}
-    rooms, sure = _rooms(backups.values()), _rooms(b for b in backups.values() if b["state"] == "ok")
-    others = {name: len({b["host"] for b in backups.values() if not b["leaving"]} - {s["host"]}) for name, s in sources.items()}
-    lacking = {name: s["replicas"] - others[name] for name, s in sources.items() if s["replicas"] > others[name]}
+    rooms, sure = _rooms(backups.values()), _rooms(b for b in backups.values()
+                                                   if b["state"] == "ok")
+    others = {name: len({b["host"] for b in backups.values() if not b["leaving"]} - {s["host"]})
+              for name, s in sources.items()}
+    lacking = {name: s["replicas"] - others[name] for name, s in sources.items()
+               if s["replicas"] > others[name]}
     needs = [(s["host"], min(s["replicas"], others[name]), s["bytes"]) for name, s in known.items()]
     largest = max([s["largest_bytes"] for s in known.values()], default=0)
     needed, fit = sum(replicas * size for _, replicas, size in needs), bytes_that_fit(needs, rooms)
-    fits: "Optional[bool]" = bytes_that_fit(needs, sure) == needed and not any(s["problems"] for s in known.values())
+    fits: "Optional[bool]" = bytes_that_fit(needs,
+                                            sure) == needed \
+        and not any(s["problems"] for s in known.values())
     unsure = any(b["capacity"] is None for b in backups.values())
     if not lacking and (len(known) < len(sources) or not sources) and (fits or not known):
         fits = None
     elif not fits and not lacking and (unsure or fit == needed and sure != rooms):
         fits = None
-    return {"cluster": config.name, "fits": fits, "needed_bytes": sum(s["needed_bytes"] for s in known.values()),
-            "offered_bytes": sum(rooms.values()), "short_bytes": needed - fit, "missing_hosts": max(lacking.values(), default=0),
+    return {"cluster": config.name, "fits": fits,
+            "needed_bytes": sum(s["needed_bytes"] for s in known.values()),
+            "offered_bytes": sum(rooms.values()), "short_bytes": needed - fit,
+            "missing_hosts": max(lacking.values(), default=0),
             "tight": fit == needed and needed > bytes_that_fit(
                 needs, {host: max(0, room - largest) for host, room in rooms.items()}),
             "sources": sources, "backups": backups, "unreachable": sorted(down),
@@ -12290,47 +13459,59 @@ def _rooms(backups: "Iterable[Dict[str, Any]]") -> "Dict[str, int]":
 
 def _planned_backup(spec: Backup, answers: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
     found = answers.get(spec.host, {}).get("rooms", {}).get(spec.name, {})
-    return {"host": spec.host, "path": spec.path, "capacity": found.get("capacity", spec.size), "used": found.get("used"),
+    return {"host": spec.host, "path": spec.path, "capacity": found.get("capacity", spec.size),
+            "used": found.get("used"),
             "leaving": spec.leaving, "state": "ok" if found else "unreachable"}
 
 
 def _planned_source(spec: Source, config: Config, answers: "Dict[str, Dict[str, Any]]",
                     backups: "Dict[str, Dict[str, Any]]") -> "Dict[str, Any]":
-    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas, "files": None, "bytes": None,
-                             "needed_bytes": None, "largest_bytes": None, "largest_path": None, "problems": []}
+    out: "Dict[str, Any]" = {"host": spec.host, "path": spec.path, "replicas": spec.replicas,
+                             "files": None, "bytes": None,
+                             "needed_bytes": None, "largest_bytes": None, "largest_path": None,
+                             "problems": []}
     found = answers.get(spec.host, {}).get("sources", {}).get(spec.name)
     if not found or not found["scanned"]:
         return out
-    out.update(files=found["files"], bytes=found["bytes"], needed_bytes=spec.replicas * found["bytes"],
-               largest_bytes=found["largest"][0], largest_path=found["largest"][1], bare=found["bare"],
+    out.update(files=found["files"], bytes=found["bytes"],
+               needed_bytes=spec.replicas * found["bytes"],
+               largest_bytes=found["largest"][0], largest_path=found["largest"][1],
+               bare=found["bare"],
                without=found["without"])
     others = {b["host"] for b in backups.values() if b["host"] != spec.host and not b["leaving"]}
-    able = {b["host"] for b in backups.values() if b["host"] in others and not b["leaving"] and b["capacity"] is not None
+    able = {b["host"] for b in backups.values() if b["host"] in others and not b["leaving"]
+            and b["capacity"] is not None
             and b["capacity"] >= out["largest_bytes"]}
     out["hosts_for_largest"] = len(able)
     if config.too_few_hosts(spec):
         out["problems"].append(config.too_few_hosts(spec))
     elif len(able) < spec.replicas:
-        out["problems"].append("the largest file, %s with %s, is larger than the backups: they can hold it on only %s"
-                               % (shown(as_raw(out["largest_path"])), format_size(out["largest_bytes"]),
+        out["problems"].append("the largest file, %s with %s, is larger than the backups: they can "
+                               "hold it on only %s"
+                               % (shown(as_raw(out["largest_path"])),
+                                  format_size(out["largest_bytes"]),
                                    count_of(len(able), "host")))
     return out
 
 
-def _planned_loss(host: str, sources: "Dict[str, Dict[str, Any]]", rooms: "Dict[str, int]") -> "Dict[str, Any]":
-    """What is lost for good (own files without any copy), what becomes short of copies, and whether the other hosts have
-    the room to make these again, if `host` dies now.  `unknown`: sources of which that cannot be said."""
+def _planned_loss(host: str, sources: "Dict[str, Dict[str, Any]]",
+                  rooms: "Dict[str, int]") -> "Dict[str, Any]":
+    """What is lost for good (own files without any copy), what becomes short of copies, and whether
+    the other hosts have the room to make these again, if `host` dies now.  `unknown`: sources of
+    which that cannot be said."""
     known = {name: s for name, s in sources.items() if s["bytes"] is not None}
     here = [s for s in known.values() if s["host"] == host]
     others = [s for s in known.values() if s["host"] != host]
     needs = [(s["host"], s["replicas"], s["bytes"]) for s in others]
     left = {name: room for name, room in rooms.items() if name != host}
     missing = sum(replicas * size for _, replicas, size in needs) - bytes_that_fit(needs, left)
-    return {"lost_files": sum(s["bare"][0] for s in here), "lost_bytes": sum(s["bare"][1] for s in here),
+    return {"lost_files": sum(s["bare"][0] for s in here),
+            "lost_bytes": sum(s["bare"][1] for s in here),
             "short_files": sum(s["without"].get(host, (0, 0))[0] for s in others),
             "short_bytes": sum(s["without"].get(host, (0, 0))[1] for s in others),
             "room": missing == 0, "room_missing_bytes": missing,
-            "missing_hosts": max([replicas - len(set(left) - {own}) for own, replicas, _ in needs] + [0]),
+            "missing_hosts": max([replicas - len(set(left) - {own}) for own, replicas, _ in needs]
+                                 + [0]),
             "unknown": sorted(name for name, s in sources.items() if s["bytes"] is None),
             "sources": sorted(name for name, s in sources.items() if s["host"] == host)}
 
@@ -12339,14 +13520,17 @@ def print_plan(plan: "Dict[str, Any]") -> None:
     for name, s in plan["sources"].items():
         print("%s  (%s:%s)" % (name, s["host"], s["path"]))
         if s["bytes"] is None:
-            print("    its size is unknown: %s" % ("its server does not answer" if s["host"] in plan["unreachable"]
-                                                     else "it has not been looked at yet"))
+            print("    its size is unknown: %s"
+                  % ("its server does not answer" if s["host"] in plan["unreachable"]
+                       else "it has not been looked at yet"))
             continue
         print("    %s, %s; with %s of each %s" % (
             count_of(s["files"], "file"), format_size(s["bytes"]),
-            "%d copies" % s["replicas"] if s["replicas"] > 1 else "1 copy", format_size(s["needed_bytes"])))
+            "%d copies" % s["replicas"] if s["replicas"] > 1 else "1 copy",
+            format_size(s["needed_bytes"])))
         if s["files"]:
-            print("    the largest file: %s, %s" % (shown(as_raw(s["largest_path"])), format_size(s["largest_bytes"])))
+            print("    the largest file: %s, %s"
+                  % (shown(as_raw(s["largest_path"])), format_size(s["largest_bytes"])))
         for line in s["problems"]:
             print("    DOES NOT FIT: %s" % line)
     for name, b in plan["backups"].items():
@@ -12364,25 +13548,31 @@ def print_plan(plan: "Dict[str, Any]") -> None:
 
 
 def plan_verdict(plan: "Dict[str, Any]") -> str:
-    figures = "%s are needed, %s are offered" % (format_size(plan["needed_bytes"]), format_size(plan["offered_bytes"]))
+    figures = "%s are needed, %s are offered" % (format_size(plan["needed_bytes"]),
+                                                 format_size(plan["offered_bytes"]))
     if not plan["sources"]:
         return "No source is configured: there is nothing that could fit or not."
     if plan["missing_hosts"]:
-        return "It does NOT fit: %s with a backup %s missing (copies count on different hosts)%s %s." % (
-            count_of(plan["missing_hosts"], "more host"), "is" if plan["missing_hosts"] == 1 else "are",
-            ", and so is room for %s:" % format_size(plan["short_bytes"]) if plan["short_bytes"] else
+        return "It does NOT fit: %s with a backup %s missing (copies count on different hosts)" \
+            "%s %s." % (
+            count_of(plan["missing_hosts"], "more host"), "is" if plan["missing_hosts"] == 1
+            else "are",
+            ", and so is room for %s:" % format_size(plan["short_bytes"]) if plan["short_bytes"]
+            else
             "; what the others can hold, they have room for:", figures)
     if plan["fits"] is None:
         return "It is unknown whether it fits: %s. Of what is known: %s." % (
-            "no answer from %s" % ", ".join(plan["unreachable"]) if plan["unreachable"] else "not everything was looked at yet",
+            "no answer from %s" % ", ".join(plan["unreachable"]) if plan["unreachable"]
+            else "not everything was looked at yet",
             figures)
     if plan["short_bytes"]:
-        return "It does NOT fit: %s, and room for %s is missing (a host counts once for each file, and not for its own)." % (
-            figures, format_size(plan["short_bytes"]))
+        return "It does NOT fit: %s, and room for %s is missing (a host counts once for each " \
+            "file, and not for its own)." % (figures, format_size(plan["short_bytes"]))
     if plan["fits"] is False:
         return "It does NOT fit: %s, but see above." % figures
     if plan["tight"]:
-        return "It fits, but only just: %s. Files are not divided, so the last ones may find no place." % figures
+        return "It fits, but only just: %s. Files are not divided, so the last ones may find no " \
+            "place." % figures
     return "It fits: %s." % figures
 
 
@@ -12396,7 +13586,8 @@ def plan_loss_text(loss: "Dict[str, Any]") -> str:
         parts.append("%s of it (%s) have no copy yet and would be LOST" % (
             count_of(loss["lost_files"], "file"), format_size(loss["lost_bytes"])))
     elif known or not unknown:
-        parts.append("nothing of %s would be lost" % ", ".join(known) if known else "nothing would be lost")
+        parts.append("nothing of %s would be lost" % ", ".join(known) if known
+                     else "nothing would be lost")
     if loss["short_files"]:
         parts.append("%s (%s) of others would be short of a copy" % (
             count_of(loss["short_files"], "file"), format_size(loss["short_bytes"])))
@@ -12404,9 +13595,11 @@ def plan_loss_text(loss: "Dict[str, Any]") -> str:
     if elsewhere:
         parts.append("what becomes of the copies of %s is unknown" % ", ".join(elsewhere))
     if loss["missing_hosts"]:
-        parts.append("too few other hosts would be left for all copies: %s missing" % count_of(loss["missing_hosts"], "host"))
+        parts.append("too few other hosts would be left for all copies: %s missing"
+                     % count_of(loss["missing_hosts"], "host"))
     elif not loss["room"]:
-        parts.append("the others do NOT have the room for all copies: %s are missing" % format_size(loss["room_missing_bytes"]))
+        parts.append("the others do NOT have the room for all copies: %s are missing"
+                     % format_size(loss["room_missing_bytes"]))
     elif not loss["unknown"]:
         parts.append("the others have the room to make its copies again")
     return "; ".join(parts)
@@ -12420,7 +13613,8 @@ def own_command() -> "List[str]":
 
 
 def tree_facts(root: str) -> "Dict[bytes, Tuple[Any, ...]]":
-    """An independent look at a tree: path -> (kind, content's digest or symlink's target, mode, mtime in ns)."""
+    """An independent look at a tree: path -> (kind, content's digest or symlink's target, mode,
+    mtime in ns)."""
     facts: "Dict[bytes, Tuple[Any, ...]]" = {}
     top = os.fsencode(root)
     for above, directories, files in os.walk(top):
@@ -12434,7 +13628,8 @@ def tree_facts(root: str) -> "Dict[bytes, Tuple[Any, ...]]":
                 facts[rel] = ("d", mode)
             elif stat.S_ISREG(info.st_mode):
                 with open(full, "rb") as stream:
-                    facts[rel] = ("f", digest_descriptor(stream.fileno())[0], mode, info.st_mtime_ns)
+                    facts[rel] = ("f", digest_descriptor(stream.fileno())[0], mode,
+                                  info.st_mtime_ns)
     return facts
 
 
@@ -12461,7 +13656,8 @@ class Demo:
             path = os.path.join(root, "album %d" % (number % 12), "picture-%03d.raw" % number)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb") as stream:
-                stream.write(chance.getrandbits(8 * 1024).to_bytes(1024, "big") * chance.randint(1, 200))
+                stream.write(chance.getrandbits(8 * 1024).to_bytes(1024,
+                                                                   "big") * chance.randint(1, 200))
         os.symlink("album 0/picture-000.raw", os.path.join(root, "best"))
         os.makedirs(os.path.join(root, "empty"))
         return root
@@ -12478,7 +13674,8 @@ class Demo:
         lines = ["[cluster]", "name = demo", "replicas = 2", "scan_min = 0s", "[hosts]"]
         lines += ["%s = 127.0.0.1:%d" % pair for pair in zip(("desk", "pi1", "pi2", "pi3"), ports)]
         lines += ["[sources]", "demo = desk:%s" % shlex.quote(self.source), "[backups]"]
-        lines += ["disk%d = pi%d:%s size=%d" % (n, n, shlex.quote(os.path.join(self.base, "disk%d" % n)), each)
+        lines += ["disk%d = pi%d:%s size=%d"
+                  % (n, n, shlex.quote(os.path.join(self.base, "disk%d" % n)), each)
                   for n in (1, 2, 3)]
         key = os.path.join(self.base, "cluster.pem")
         make_cluster_key(key)
@@ -12492,14 +13689,18 @@ class Demo:
         self.each = each
 
     def start(self, host: str) -> None:
-        process = subprocess.Popen(own_command() + ["--home", os.path.join(self.base, "home-" + host), "server"],
-                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, universal_newlines=True)
+        process = subprocess.Popen(own_command()
+                                   + ["--home", os.path.join(self.base, "home-" + host), "server"],
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                   universal_newlines=True)
         self.servers[host] = process
         if "listening" not in (process.stdout.readline() if process.stdout else ""):
             raise CBackupError("the demo's server %s did not start" % host)
 
-    def command(self, host: str, *words: str, output: "Optional[int]" = None) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(own_command() + ["--home", os.path.join(self.base, "home-" + host)] + list(words),
+    def command(self, host: str, *words: str,
+                output: "Optional[int]" = None) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(own_command() + ["--home", os.path.join(self.base, "home-" + host)]
+                              + list(words),
                               stdin=subprocess.DEVNULL, stdout=output, universal_newlines=True)
 
     def stop(self) -> None:
@@ -12511,9 +13712,11 @@ class Demo:
 
     def run(self) -> int:
         begun = time.monotonic()
-        print("source  %s: %s, %s" % (self.source, count_of(self.files, "file"), format_size(self.bytes)))
+        print("source  %s: %s, %s"
+              % (self.source, count_of(self.files, "file"), format_size(self.bytes)))
         self.set_up()
-        print("hosts   desk has the source; pi1, pi2, pi3 have a backup of %s each; 2 copies of every file are wanted"
+        print("hosts   desk has the source; pi1, pi2, pi3 have a backup of %s each; 2 copies of "
+              "every file are wanted"
               % format_size(self.each))
         for host in ("desk", "pi1", "pi2", "pi3"):
             self.start(host)
@@ -12523,23 +13726,27 @@ class Demo:
         for number in (1, 2, 3):
             facts = tree_facts(os.path.join(self.base, "disk%d" % number, "demo"))
             held = [f for f in facts.values() if f[0] == "f"]
-            print("backup  disk%d on pi%d has %s as plain files" % (number, number, count_of(len(held), "file")))
+            print("backup  disk%d on pi%d has %s as plain files"
+                  % (number, number, count_of(len(held), "file")))
         check = self.command("pi1", "status", "--check", output=subprocess.PIPE)
         print("status  %s" % check.stdout.strip())
-        print("backup took %s; now desk and pi2 are killed" % format_seconds(time.monotonic() - begun))
+        print("backup took %s; now desk and pi2 are killed"
+              % format_seconds(time.monotonic() - begun))
         for host in ("desk", "pi2"):
             self.servers[host].kill()
         begun = time.monotonic()
         target = os.path.join(self.base, "restored")
         restored = self.command("new", "restore", "demo", "--to", target)
-        print("restore took %s on a machine that has only cbackup.conf and cluster.pem" % format_seconds(
+        print("restore took %s on a machine that has only cbackup.conf and cluster.pem"
+              % format_seconds(
             time.monotonic() - begun))
         wrong = self._differences(target)
         if restored.returncode or check.returncode or wrong:
             print("FAILED: %s differ, for example %s" % (
                 count_of(len(wrong), "path"), shown(sorted(wrong)[0]) if wrong else "none"))
             return EXIT_INCOMPLETE
-        print("compare %s restored: contents, modes, times and symlinks are those of the source" % count_of(self.files, "file"))
+        print("compare %s restored: contents, modes, times and symlinks are those of the source"
+              % count_of(self.files, "file"))
         return EXIT_DONE
 
     def _differences(self, target: str) -> "set[bytes]":
@@ -12547,7 +13754,7 @@ class Demo:
         return {path for path in set(before) | set(after) if before.get(path) != after.get(path)}
 
 
-# ==== 16. Looking back: what was there, what passes did ===============================================
+# ==== 16. Looking back: what was there, what passes did ===========================================
 
 
 def ask_lists(home: Home, config: Config, source: str, directory: bytes,
@@ -12563,7 +13770,8 @@ def ask_lists(home: Home, config: Config, source: str, directory: bytes,
         link = Link(host, config, dialer)
         try:
             if link.peer_level() < 2:
-                raise Refused("old", "%s: its cbackup is too old to be asked for this; update it" % host)
+                raise Refused("old",
+                              "%s: its cbackup is too old to be asked for this; update it" % host)
             for backup, kind in itertools.product(config.backups_of(host), (1, 2)):
                 with contextlib.suppress(EmptyBackup):
                     for row in list_pages(link, backup.name, source, directory, kind):
@@ -12582,12 +13790,14 @@ class EmptyBackup(CBackupError):
     """A backup in which nothing is yet, or whose disk is not mounted."""
 
 
-def list_pages(link: Link, backup: str, source: str, directory: bytes, kind: int) -> "Iterator[List[Any]]":
+def list_pages(link: Link, backup: str, source: str, directory: bytes,
+               kind: int) -> "Iterator[List[Any]]":
     """The rows of `list`, page by page."""
     after: "Optional[str]" = ""
     while after is not None:
         try:
-            answer = link.call("list", backup=backup, source=source, path=as_text(directory), kind=kind, after=after)
+            answer = link.call("list", backup=backup, source=source, path=as_text(directory),
+                               kind=kind, after=after)
         except Refused as error:
             if error.reason == "unknown":
                 raise EmptyBackup(str(error))
@@ -12598,7 +13808,8 @@ def list_pages(link: Link, backup: str, source: str, directory: bytes, kind: int
             raise ProtocolError("%s: a listing without an end" % link.host)
 
 
-def collect_listing(home: Home, config: Config, source: str, directory: bytes, at: "Optional[float]") -> "Dict[str, Any]":
+def collect_listing(home: Home, config: Config, source: str, directory: bytes,
+                    at: "Optional[float]") -> "Dict[str, Any]":
     """What a directory of a source had: the object that `ls --json` prints.  Raises CBackupError
     when it was not there.
 
@@ -12621,27 +13832,35 @@ def collect_listing(home: Home, config: Config, source: str, directory: bytes, a
     for row in there:
         held.setdefault(row[1], []).append(row)
     shown_rows = own if single else [row for row in rows if row[0] != directory]
-    entries = [_listed(config, source, row, held.get("" if single else as_text(row[0].rpartition(b"/")[2]), []),
-                       {config.backups[row[0]].host for row in there} | set(down)) for row in shown_rows]
+    entries = [_listed(config, source, row,
+                       held.get("" if single else as_text(row[0].rpartition(b"/")[2]), []),
+                       {config.backups[row[0]].host for row in there} | set(down))
+               for row in shown_rows]
     names = {entry["name"] for entry in entries}
     return {"source": source, "path": as_text(directory), "catalog_time": when, "entries": entries,
-            "gone": sorted(name for name, rows in held.items() if name and name not in names and any(r[5] for r in rows)),
+            "gone": sorted(name for name, rows in held.items() if name and name not in names
+                           and any(r[5] for r in rows)),
             "unreachable": sorted(set(down) | {config.backups[b].host for b in holders.down}),
-            "reasons": sorted(set(down.values()) | {"%s cannot be asked" % name for b, name in holders.down.items()
-                                                    if config.backups[b].host not in down})}
+            "reasons": sorted(set(down.values())
+                              | {"%s cannot be asked" % name for b, name in holders.down.items()
+                                 if config.backups[b].host not in down})}
 
 
-def _listed(config: Config, source: str, row: "Tuple[Any, ...]", held: "List[Any]", asked: "set[str]") -> "Dict[str, Any]":
+def _listed(config: Config, source: str, row: "Tuple[Any, ...]", held: "List[Any]",
+            asked: "set[str]") -> "Dict[str, Any]":
     """One entry of a listing.  row: of `Plan.each("all")`; held: what the backups have under that
     name."""
     path, kind, size, mtime, target, holders = row
-    out = {"name": as_text(path.rpartition(b"/")[2]), "kind": {"f": "file", "d": "directory", "l": "symlink"}[kind],
-           "size": size if kind == "f" else None, "mtime": mtime / 1e9, "target": None if target is None else as_text(target),
+    out = {"name": as_text(path.rpartition(b"/")[2]),
+           "kind": {"f": "file", "d": "directory", "l": "symlink"}[kind],
+           "size": size if kind == "f" else None, "mtime": mtime / 1e9, "target": None
+           if target is None else as_text(target),
            "copies": None, "older": None}
     if kind == "f":
         own = config.sources[source].host
         hosts = {config.backups[r[0]].host for r in held if (r[2], r[3]) == (size, mtime)}
-        hosts |= {config.backups[b].host for b in holders.split(",") if b in config.backups} - asked  # as of the catalog
+        # as of the catalog
+        hosts |= {config.backups[b].host for b in holders.split(",") if b in config.backups} - asked
         out["copies"] = len(hosts - {own})
         out["older"] = len({(r[2], r[3]) for r in held if r[5] and (r[2], r[3]) != (size, mtime)})
     return out
@@ -12653,13 +13872,17 @@ def print_listing(listing: "Dict[str, Any]") -> None:
         if entry["kind"] == "symlink":
             name += " -> " + shown(as_raw(entry["target"]))
         facts = "" if entry["copies"] is None else "%s%s" % (
-            count_of(entry["copies"], "copy") if entry["copies"] == 1 else "%d copies" % entry["copies"],
+            count_of(entry["copies"], "copy") if entry["copies"] == 1
+            else "%d copies" % entry["copies"],
             ", %d older" % entry["older"] if entry["older"] else "")
-        print("%s %10s  %-18s  %s" % (format_when(entry["mtime"]), "" if entry["size"] is None else format_size(entry["size"]),
-                                      facts, name))
+        print("%s %10s  %-18s  %s"
+              % (format_when(entry["mtime"]), "" if entry["size"] is None
+                 else format_size(entry["size"]),
+                 facts, name))
     if listing["gone"]:
         names = ["%s" % shown(as_raw(name)) for name in listing["gone"][:10]]
-        print("gone, with old versions: %s%s" % (", ".join(names), ", ..." if len(listing["gone"]) > 10 else ""))
+        print("gone, with old versions: %s%s"
+              % (", ".join(names), ", ..." if len(listing["gone"]) > 10 else ""))
     print("as of %s" % format_time(listing["catalog_time"]))
 
 
@@ -12671,16 +13894,19 @@ def format_when(seconds: float) -> str:
 def pass_text(record: "Dict[str, Any]") -> str:
     """What a pass did, for people.  record: of `Home.passes`."""
     parts = []
-    for key, word in (("copied", "copied"), ("updated", "changed"), ("moved", "moved"), ("dropped", "dropped"),
+    for key, word in (("copied", "copied"), ("updated", "changed"), ("moved", "moved"),
+                      ("dropped", "dropped"),
                       ("failed", "failed")):
         files = record[key + "_files"]
         if files:
             size = record.get(key + "_bytes")
-            parts.append("%s %s%s" % (format(files, ","), word, " (%s)" % format_size(size) if size else ""))
+            parts.append("%s %s%s"
+                         % (format(files, ","), word, " (%s)" % format_size(size) if size else ""))
     return ", ".join(parts) or "nothing to do"
 
 
-def pass_lines(records: "Iterable[Dict[str, Any]]") -> "Iterator[Tuple[float, float, str, List[str]]]":
+def pass_lines(records: "Iterable[Dict[str, Any]]",
+               ) -> "Iterator[Tuple[float, float, str, List[str]]]":
     """(time of the first, of the last, what was done, what was wrong) of passes, the newest first;
     passes in a row that had nothing to do and nothing to say are one."""
     idle: "List[Dict[str, Any]]" = []
@@ -12692,17 +13918,19 @@ def pass_lines(records: "Iterable[Dict[str, Any]]") -> "Iterator[Tuple[float, fl
                  "%d passes with nothing to do" % len(idle), [])]
 
     for record in records:
-        if pass_text(record) == "nothing to do" and not record["wrong"] and not record["unreachable"]:
+        if pass_text(record) == "nothing to do" and not record["wrong"] \
+                and not record["unreachable"]:
             idle.append(record)
             continue
         yield from idle_line()
         idle.clear()
-        yield (record["time"], record["time"], "%s, in %s" % (pass_text(record), format_seconds(max(1, record["seconds"]))),
+        yield (record["time"], record["time"],
+               "%s, in %s" % (pass_text(record), format_seconds(max(1, record["seconds"]))),
                record["wrong"])
     yield from idle_line()
 
 
-# ==== 17. Being told ==================================================================================
+# ==== 17. Being told ==============================================================================
 
 ALERT_SECONDS = 60.0
 """An `alert` has so long; then it is ended."""
@@ -12716,7 +13944,8 @@ def trouble_key(line: str) -> str:
     """What stays the same in a sentence of a verdict while its figures, and the files that it
     names, change."""
     line = re.sub(r"\A\S+ asleep since [^;]*; then: ", "", line)
-    line = re.sub(r"(?<![\w.-])[0-9][0-9,.]*(?: (?:second|minute|hour|day|file|path)s?)?(?![\w-])", "#", line)
+    line = re.sub(r"(?<![\w.-])[0-9][0-9,.]*(?: (?:second|minute|hour|day|file|path)s?)?(?![\w-])",
+                  "#", line)
     return ": ".join(line.split(": ")[:2])[:300]
 
 
@@ -12741,9 +13970,11 @@ class Watch:
             self.wrong, old = {}, dict(self.wrong)
             for line in found.trouble:
                 known = old.get(trouble_key(line), {"since": self.now, "told": None, "tried": None})
-                since = min(self.now, max(known["since"], self.now - found.at_most.get(line, float("inf"))))
+                since = min(self.now,
+                            max(known["since"], self.now - found.at_most.get(line, float("inf"))))
                 self.wrong[trouble_key(line)] = dict(known, since=since, line=line)
-            self.over += [facts["line"] for key, facts in old.items() if facts.get("told") is not None and key not in self.wrong]
+            self.over += [facts["line"] for key, facts in old.items()
+                          if facts.get("told") is not None and key not in self.wrong]
             self._write(before)
 
     def _read(self) -> str:
@@ -12751,11 +13982,14 @@ class Watch:
         text."""
         found = read_json(self.home.state("watch.json"))
         wrong, over = found.get("wrong"), found.get("over")
-        self.wrong = {key: facts for key, facts in (wrong.items() if isinstance(wrong, dict) else ())
+        self.wrong = {key: facts for key,
+                      facts in (wrong.items() if isinstance(wrong, dict) else ())
                       if isinstance(facts, dict) and isinstance(facts.get("line"), str)
                       and isinstance(facts.get("since"), (int, float)) and all(
-                          isinstance(facts.get(key), (int, float, type(None))) for key in ("told", "tried"))}
-        self.over = [line for line in over if isinstance(line, str)] if isinstance(over, list) else []
+                          isinstance(facts.get(key), (int, float, type(None)))
+                          for key in ("told", "tried"))}
+        self.over = [line for line in over
+                     if isinstance(line, str)] if isinstance(over, list) else []
         return json.dumps({"wrong": self.wrong, "over": self.over})
 
     def _write(self, before: str) -> None:
@@ -12773,13 +14007,17 @@ class Watch:
         try:
             with self.home.lock("alert.lock", wait=False):
                 self._read()
-                old = [facts for facts in self.wrong.values() if self.now - facts["since"] >= self.after]
+                old = [facts for facts in self.wrong.values()
+                       if self.now - facts["since"] >= self.after]
                 due = [facts for facts in old
-                       if (facts.get("told") is None or not 0 <= self.now - facts["told"] < ALERT_AGAIN)
-                       and (facts.get("tried") is None or not 0 <= self.now - facts["tried"] < ALERT_RETRY)]
+                       if (facts.get("told") is None
+                           or not 0 <= self.now - facts["told"] < ALERT_AGAIN)
+                       and (facts.get("tried") is None
+                            or not 0 <= self.now - facts["tried"] < ALERT_RETRY)]
                 if due:
                     self._tell_trouble(program, old)
-                elif self.over and not any(facts.get("told") is not None for facts in self.wrong.values()):
+                elif self.over and not any(facts.get("told") is not None
+                                           for facts in self.wrong.values()):
                     if self._run(program, "well", ["well again: " + line for line in self.over]):
                         self._settle({}, [])
         except Busy:
@@ -12807,7 +14045,8 @@ class Watch:
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
             given.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
             given.seek(0)
-            process = subprocess.Popen([program, word], stdin=given, stdout=output, stderr=subprocess.STDOUT,
+            process = subprocess.Popen([program, word], stdin=given, stdout=output,
+                                       stderr=subprocess.STDOUT,
                                        cwd=self.home.path, start_new_session=True)
             try:
                 status: "Optional[int]" = process.wait(ALERT_SECONDS)
@@ -12819,13 +14058,14 @@ class Watch:
             said = shown(output.read().strip().rpartition(b"\n")[2][:300])
         if status == 0:
             return True
-        print("cbackup: %s %s %s%s" % (program, word, "took longer than %d s and was ended" % ALERT_SECONDS
-                                       if status is None else "failed with status %d" % status,
-                                       said and ": " + said), file=sys.stderr)
+        print("cbackup: %s %s %s%s"
+              % (program, word, "took longer than %d s and was ended" % ALERT_SECONDS
+                 if status is None else "failed with status %d" % status,
+                 said and ": " + said), file=sys.stderr)
         return False
 
 
-# ==== 18. The page ====================================================================================
+# ==== 18. The page ================================================================================
 
 PAGE_STYLE = """\
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--fg:#1b1f24;--dim:#5b6470;--line:#d9dde3;--well:#1a7f4b;
@@ -12881,7 +14121,8 @@ def collect_facts(home: Home, config: Config) -> "Dict[str, Any]":
     this host's passes."""
     status = collect_status(home, config)
     plan = collect_plan(home, config)
-    return {"status": status, "plan": plan, "verdict": verdict(status), "time": clock.now(), "host": home.own_name(),
+    return {"status": status, "plan": plan, "verdict": verdict(status), "time": clock.now(),
+            "host": home.own_name(),
             "passes": list(itertools.islice(pass_lines(home.passes()), PAGE_PASSES)),
             "reserve": {name: spec.reserve or 0 for name, spec in config.backups.items()}}
 
@@ -12894,12 +14135,14 @@ def esc(text: Any) -> str:
 
 def mark(state: str, text: str) -> str:
     """A sign and words for `well`, `wait` or `wrong`."""
-    return '<span class="mark %s"><span aria-hidden="true">%s</span> %s</span>' % (state, MARKS[state], esc(text))
+    return '<span class="mark %s"><span aria-hidden="true">%s</span> %s</span>' % (state, MARKS[
+        state], esc(text))
 
 
 def ago(seconds: "Optional[float]", never: str) -> str:
     """How long ago, for people."""
-    return never if seconds is None else "just now" if seconds < 60 else format_age(seconds) + " ago"
+    return never if seconds is None else "just now" if seconds < 60 \
+        else format_age(seconds) + " ago"
 
 
 def draw_bar(parts: "List[Tuple[str, float]]", text: str) -> str:
@@ -12909,36 +14152,45 @@ def draw_bar(parts: "List[Tuple[str, float]]", text: str) -> str:
     for kind, size in parts:
         if size > 0:
             width = 1000.0 * size / whole
-            out.append('<rect class="%s" x="%.1f" y="0" width="%.1f" height="10"/>' % (kind, at, width))
+            out.append('<rect class="%s" x="%.1f" y="0" width="%.1f" height="10"/>'
+                       % (kind, at, width))
             at += width
     return '<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" aria-label="%s">%s</svg>' % (
         esc(text), "".join(out))
 
 
-def make_table(caption: str, heads: "List[str]", rows: "List[List[str]]", stack: bool = True) -> str:
-    """A table; cells are HTML, a row's first is its head.  A head that begins with "#" is one of figures.  `stack`: on a
-    phone the cells of a row stand below each other; else it is moved sideways."""
+def make_table(caption: str, heads: "List[str]", rows: "List[List[str]]",
+               stack: bool = True) -> str:
+    """A table; cells are HTML, a row's first is its head.  A head that begins with "#" is one of
+    figures.  `stack`: on a phone the cells of a row stand below each other; else it is moved
+    sideways."""
     kinds = [' class="n"' if head.startswith("#") else "" for head in heads]
-    out = ["<table%s><caption class=hidden>%s</caption><thead><tr>" % (' class="stack"' if stack else "", esc(caption))]
-    out += ['<th scope="col"%s>%s</th>' % (kind, esc(head.lstrip("#"))) for kind, head in zip(kinds, heads)]
+    out = ["<table%s><caption class=hidden>%s</caption><thead><tr>"
+           % (' class="stack"' if stack else "", esc(caption))]
+    out += ['<th scope="col"%s>%s</th>' % (kind, esc(head.lstrip("#"))) for kind,
+            head in zip(kinds, heads)]
     out.append("</tr></thead><tbody>")
     for row in rows:
         out.append('<tr><th scope="row">%s</th>%s</tr>' % (row[0], "".join(
             "<td%s>%s</td>" % (kind, cell) for kind, cell in zip(kinds[1:], row[1:]))))
     out.append("</tbody></table>")
     body = "".join(out)
-    return body if stack else '<div class="scroll" tabindex="0" role="region" aria-label="%s">%s</div>' % (esc(caption), body)
+    return body if stack \
+        else '<div class="scroll" tabindex="0" role="region" aria-label="%s">%s</div>' % (esc(
+        caption), body)
 
 
 def make_section(name: str, title: str, body: str) -> str:
-    return '<section aria-labelledby="%s"><h2 id="%s">%s</h2>%s</section>' % (name, name, esc(title), body)
+    return '<section aria-labelledby="%s"><h2 id="%s">%s</h2>%s</section>' % (name, name, esc(
+        title), body)
 
 
 def what_to_do(status: "Dict[str, Any]") -> "List[str]":
     """The ways out of what is wrong: a sentence each, from the facts; [] when waiting is all."""
     out, down = [], set(status["unreachable"])
     for host in sorted(down):
-        out.append("%s does not answer: switch it on or wake it, or look there whether the cbackup server runs." % host)
+        out.append("%s does not answer: switch it on or wake it, or look there whether the cbackup "
+                   "server runs." % host)
     for name, s in status["sources"].items():
         s = dict(s["then"] or s, host=s["host"], impossible=s["impossible"])
         if s["state"] == "held":
@@ -12946,15 +14198,19 @@ def what_to_do(status: "Dict[str, Any]") -> "List[str]":
         if s["impossible"]:
             out.append("%s: offer a backup on one more host, or ask for fewer replicas." % name)
         if s["state"] == "unknown":
-            out.append("%s: let a client run on %s, or copy the configuration there." % (name, s["host"]))
+            out.append("%s: let a client run on %s, or copy the configuration there."
+                       % (name, s["host"]))
         if (s.get("problems") or {}).get("count"):
-            out.append("%s: let the server on %s read these paths, or exclude them." % (name, s["host"]))
+            out.append("%s: let the server on %s read these paths, or exclude them."
+                       % (name, s["host"]))
         if (s.get("stuck") or {}).get("count"):
             out.append("%s: see `plan`, whether there is room, and for which file." % name)
     for name, b in status["backups"].items():
         if b["state"] not in ("ok", "unreachable", "lost") and not b.get("new"):
-            out.append("%s on %s: %s; is its disk mounted, and has it room?" % (name, b["host"], b["state"]))
-        elif b["host"] not in down and b["last_seen"] is not None and b["last_seen"] > status["warn_after"]:
+            out.append("%s on %s: %s; is its disk mounted, and has it room?"
+                       % (name, b["host"], b["state"]))
+        elif b["host"] not in down and b["last_seen"] is not None \
+                and b["last_seen"] > status["warn_after"]:
             out.append("%s: see on %s whether its client runs: cbackup.pyz log" % (name, b["host"]))
     return out
 
@@ -12969,18 +14225,23 @@ def page_verdict(facts: "Dict[str, Any]") -> str:
         state, say = "wait", "There is no source in the configuration yet: nothing is backed up."
     elif found.safe:
         state, say = "well", "Everything is safe: %s of %s %s all the copies wanted." % (
-            count_of(files, "file"), count_of(len(status["sources"]), "source"), "has" if files == 1 else "have")
+            count_of(files, "file"), count_of(len(status["sources"]), "source"), "has" if files == 1
+            else "have")
     elif waiting:
-        state, say = "wait", "Not everything is safe yet. Nothing is to be done: the next passes go on with it."
+        state, say = "wait", \
+            "Not everything is safe yet. Nothing is to be done: the next passes go on with it."
     else:
         state, say = "wrong", "Not everything is safe."
-    out = ['<div class="verdict %s" role="status"><p class="say">%s</p>' % (state, mark(state, say))]
+    out = ['<div class="verdict %s" role="status"><p class="say">%s</p>'
+           % (state, mark(state, say))]
     if found.trouble:
         out.append("<ul>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in found.trouble))
     if found.trouble and to_do:
-        out.append("<p><strong>What to do</strong></p><ul>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in to_do))
+        out.append("<p><strong>What to do</strong></p><ul>%s</ul>"
+                   % "".join("<li>%s</li>" % esc(line) for line in to_do))
     if found.remarks:
-        out.append('<ul class="dim small">%s</ul>' % "".join("<li>%s</li>" % esc(line) for line in found.remarks))
+        out.append('<ul class="dim small">%s</ul>'
+                   % "".join("<li>%s</li>" % esc(line) for line in found.remarks))
     return "".join(out) + "</div>"
 
 
@@ -12991,11 +14252,16 @@ def page_hosts(facts: "Dict[str, Any]") -> str:
         silent = facts["status"]["hosts"].get(host, {}).get("silent")
         first, _, rest = plan_loss_text(loss).partition("; ")
         if host in plan["unreachable"]:
-            says = mark("wrong", "not known") + " &ndash; it does not answer, heard of %s" % esc(ago(silent, "never"))
+            says = mark("wrong",
+                        "not known") + " &ndash; it does not answer, heard of %s" % esc(
+                ago(silent, "never"))
         else:
-            says = mark("wrong" if loss["lost_files"] else "well", first) + "<br><span class=small>%s</span>" % esc(rest)
+            says = mark("wrong" if loss["lost_files"] else "well",
+                        first) + "<br><span class=small>%s</span>" % esc(rest)
         rows.append([esc(host), says])
-    return make_section("hosts", "If a machine dies now", make_table("What the loss of each host means", ["host", "what is lost"], rows))
+    return make_section("hosts", "If a machine dies now",
+                        make_table("What the loss of each host means", ["host", "what is lost"],
+                                   rows))
 
 
 def page_sources(facts: "Dict[str, Any]") -> str:
@@ -13006,22 +14272,29 @@ def page_sources(facts: "Dict[str, Any]") -> str:
         head = '<div class="item"><h3>%s</h3><p class="dim small path">%s:%s</p>' % (
             esc(name), esc(now["host"]), esc(shown(os.fsencode(now["path"]))))
         if s["files"] is None:
-            items.append(head + "<p>%s</p></div>" % mark("wrong", "nothing is known of it: its server does not answer"))
+            items.append(head + "<p>%s</p></div>"
+                         % mark("wrong", "nothing is known of it: its server does not answer"))
             continue
         counts = sorted((int(k), n) for k, n in s["copies"].items() if n)
-        text = ", ".join("%s with %d %s" % (count_of(n, "file"), k, "copy" if k == 1 else "copies") for k, n in counts)
-        parts = [("well" if k >= s["replicas"] else "wait" if k else "wrong", float(n)) for k, n in counts]
+        text = ", ".join("%s with %d %s" % (count_of(n, "file"), k, "copy" if k == 1 else "copies")
+                         for k, n in counts)
+        parts = [("well" if k >= s["replicas"] else "wait" if k else "wrong", float(n)) for k,
+                 n in counts]
         waits = mark("well", "all have their copies") if not s["underserved_files"] else mark(
-            "wait", "%s (%s) still %s copies" % (count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
-                                                 "lacks" if s["underserved_files"] == 1 else "lack"))
+            "wait", "%s (%s) still %s copies"
+            % (count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
+               "lacks" if s["underserved_files"] == 1 else "lack"))
         if s["state"] == "held":
             waits = mark("wrong", "held: nothing changes in the backups")
         if now["then"]:
             waits = mark("wait", "its server does not answer; this is what it said last")
         seen = "looked at " + ago(s["last_scan"], "never")
-        items.append("%s%s<p>%s, %s; %s wanted</p><p class=small>%s</p><p>%s</p><p class=\"dim small\">%s</p></div>" % (
-            head, draw_bar(parts, text or "no files"), count_of(s["files"], "file"), format_size(s["bytes"]),
-            "1 copy" if s["replicas"] == 1 else "%d copies" % s["replicas"], esc(text), waits, esc(seen)))
+        items.append("%s%s<p>%s, %s; %s wanted</p><p class=small>%s</p><p>%s</p><p class=\"dim "
+                     "small\">%s</p></div>" % (
+            head, draw_bar(parts, text or "no files"), count_of(s["files"], "file"),
+            format_size(s["bytes"]),
+            "1 copy" if s["replicas"] == 1 else "%d copies" % s["replicas"], esc(text), waits,
+            esc(seen)))
     return make_section("sources", "Sources", '<div class="grid">%s</div>' % "".join(items))
 
 
@@ -13035,22 +14308,28 @@ def page_backups(facts: "Dict[str, Any]") -> str:
             held = b.get("held")
             old = 0 if held is None else max(0, b["used"] - held)
             sizes = [("a", "copies", b["used"] - old), ("b", "old versions", old),
-                     ("c", "free", max(0, b["capacity"] - b["used"])), ("d", "reserve", facts["reserve"].get(name, 0))]
-            text = ", ".join("%s %s" % (word, format_size(size)) for _, word, size in sizes if size or word == "free")
+                     ("c", "free", max(0, b["capacity"] - b["used"])),
+                     ("d", "reserve", facts["reserve"].get(name, 0))]
+            text = ", ".join("%s %s" % (word, format_size(size)) for _, word, size in sizes if size
+                             or word == "free")
             out.append(draw_bar([(kind, float(size)) for kind, _, size in sizes], text))
             out.append('<p class="small">%s</p>' % "".join(
-                '<span class="key"><svg class="bar" viewBox="0 0 10 10" aria-hidden="true"><rect class="%s" width="10" '
+                '<span class="key"><svg class="bar" viewBox="0 0 10 10" aria-hidden="true"><rect '
+                'class="%s" width="10" '
                 'height="10"/></svg>%s %s</span>' % (kind, word, esc(format_size(size)))
                 for kind, word, size in sizes if size or word == "free"))
         if b["state"] not in ("ok", "unreachable", "lost"):
             out.append("<p>%s</p>" % mark("wait" if b.get("new") else "wrong", b["state"]))
         elif b["state"] != "ok":
-            out.append("<p>%s</p>" % mark("wrong", "its host does not answer" if b["state"] == "unreachable" else
-                                          "lost: its copies no longer count"))
+            out.append("<p>%s</p>"
+                       % mark("wrong", "its host does not answer" if b["state"] == "unreachable"
+                              else
+                              "lost: its copies no longer count"))
         if b.get("leaving"):
             out.append("<p>%s</p>" % mark("wait", "leaving: %s" % (
                 "it can be unplugged now" if b["duties"] == 0 else "copies are still needed here")))
-        out.append('<p class="dim small">%s%s</p></div>' % ("" if b["files"] is None else count_of(b["files"], "file") + ", ", (
+        out.append('<p class="dim small">%s%s</p></div>'
+                   % ("" if b["files"] is None else count_of(b["files"], "file") + ", ", (
             "heard of " + ago(b["last_seen"], "never"))))
         items.append("".join(out))
     return make_section("backups", "Backups", '<div class="grid">%s</div>' % "".join(items))
@@ -13059,7 +14338,8 @@ def page_backups(facts: "Dict[str, Any]") -> str:
 def page_map(facts: "Dict[str, Any]") -> str:
     """How much of each source lies on which host."""
     status = facts["status"]
-    hosts = sorted({b["host"] for b in status["backups"].values()} | {s["host"] for s in status["sources"].values()})
+    hosts = sorted({b["host"] for b in status["backups"].values()}
+                   | {s["host"] for s in status["sources"].values()})
     rows = []
     for name, now in status["sources"].items():
         files, cells = (now["then"] or now)["files"], []
@@ -13077,18 +14357,22 @@ def page_map(facts: "Dict[str, Any]") -> str:
                 cells.append("%s%s" % (format(count, ","), share))
         rows.append([esc(name)] + cells)
     return make_section("map", "What lies where", make_table(
-        "Files of each source on each host", ["source"] + ["#" + host for host in hosts], rows, stack=False))
+        "Files of each source on each host", ["source"] + ["#" + host for host in hosts], rows,
+        stack=False))
 
 
 def page_passes(facts: "Dict[str, Any]") -> str:
     """The last passes of this host."""
     rows = []
     for begun, last, text, wrong in facts["passes"]:
-        when = format_when(begun) if begun == last else "%s to %s" % (format_when(begun), format_when(last))
+        when = format_when(begun) if begun == last else "%s to %s" % (format_when(begun),
+                                                                      format_when(last))
         said = mark("wrong", "something was wrong") if wrong else mark("well", "well")
         rows.append(['<span class="when">%s</span>' % esc(when), esc(text), said + (
-            "<ul class=small>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in wrong) if wrong else "")])
-    body = make_table("The last passes", ["when", "what it did", "how it went"], rows) if rows else \
+            "<ul class=small>%s</ul>" % "".join("<li>%s</li>" % esc(line) for line in wrong)
+            if wrong else "")])
+    body = make_table("The last passes", ["when", "what it did", "how it went"],
+                      rows) if rows else \
         '<p class="dim">No pass has been made on this host yet.</p>'
     return make_section("passes", "The last passes of %s" % facts["host"], body)
 
@@ -13096,7 +14380,8 @@ def page_passes(facts: "Dict[str, Any]") -> str:
 def page_policy() -> str:
     """What the page may do: show its own style, and nothing else."""
     style = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
-    return ("default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'"
+    return ("default-src 'none'; img-src data:; style-src 'sha256-%s'; base-uri 'none'; "
+            "form-action 'none'"
             % style)
 
 
@@ -13109,22 +14394,32 @@ def make_page(facts: "Dict[str, Any]", link: str = "", refresh: int = 0) -> str:
     return "".join((
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta http-equiv="Content-Security-Policy" content="%s">' % page_policy(), again,
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">',
-        '<link rel="icon" href="data:,"><title>%s</title><style>%s</style></head>\n<body>' % (esc(title), PAGE_STYLE),
-        '<a class="skip" href="#hosts">To the details</a><header><h1>cbackup: %s</h1></header>\n<main>' % esc(status["cluster"]),
-        "\n".join(part(facts) for part in (page_verdict, page_hosts, page_sources, page_backups, page_map, page_passes)),
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" '
+        'content="no-referrer">',
+        '<link rel="icon" href="data:,"><title>%s</title><style>%s</style></head>\n<body>'
+        % (esc(title), PAGE_STYLE),
+        '<a class="skip" href="#hosts">To the details</a><header><h1>cbackup: '
+        '%s</h1></header>\n<main>' % esc(status["cluster"]),
+        "\n".join(part(facts)
+                  for part in (page_verdict, page_hosts, page_sources, page_backups, page_map,
+                               page_passes)),
         "</main>\n<footer><p>As %s saw it on %s. cbackup %s%s</p></footer></body></html>\n" % (
-            esc(facts["host"]), time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(facts["time"])), __version__,
+            esc(facts["host"]),
+            time.strftime("%Y-%m-%d at %H:%M:%S", time.localtime(facts["time"])), __version__,
             ', <a href="%s">the same as JSON</a>' % esc(link) if link else "")))
 
 
 METRICS = (
     ("source_files", "sources", "files", "Files in a source."),
     ("source_bytes", "sources", "bytes", "Bytes in a source."),
-    ("source_underserved_files", "sources", "underserved_files", "Files with fewer copies than wanted."),
-    ("source_underserved_bytes", "sources", "underserved_bytes", "Bytes of files with fewer copies than wanted."),
-    ("source_unproven_files", "sources", "unproven_files", "Files that are still being compared with their copies."),
-    ("source_last_scan_age_seconds", "sources", "last_scan", "How long ago a source was looked at."),
+    ("source_underserved_files", "sources", "underserved_files",
+     "Files with fewer copies than wanted."),
+    ("source_underserved_bytes", "sources", "underserved_bytes",
+     "Bytes of files with fewer copies than wanted."),
+    ("source_unproven_files", "sources", "unproven_files",
+     "Files that are still being compared with their copies."),
+    ("source_last_scan_age_seconds", "sources", "last_scan",
+     "How long ago a source was looked at."),
     ("backup_capacity_bytes", "backups", "capacity", "Bytes that may lie in a backup."),
     ("backup_used_bytes", "backups", "used", "Bytes that lie in a backup, old versions included."),
     ("backup_files", "backups", "files", "Copies in a backup."),
@@ -13136,29 +14431,36 @@ prints."""
 def make_metrics(status: "Dict[str, Any]") -> str:
     """The status in the text format of Prometheus; what is not known is left out."""
     def labels(**words: Any) -> str:
-        quoted = [(key, str(word).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for key, word in words.items()]
+        quoted = [(key, str(word).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"))
+                  for key, word in words.items()]
         return "{%s}" % ",".join('%s="%s"' % pair for pair in quoted)
 
-    out = ["# HELP cbackup_safe Whether every file of every source is safe.", "# TYPE cbackup_safe gauge",
+    out = ["# HELP cbackup_safe Whether every file of every source is safe.",
+           "# TYPE cbackup_safe gauge",
            "cbackup_safe %d" % verdict(status).safe]
     for name, where, key, text in METRICS:
         out += ["# HELP cbackup_%s %s" % (name, text), "# TYPE cbackup_%s gauge" % name]
         for item, facts in status[where].items():
             if facts.get(key) is not None:
-                out.append("cbackup_%s%s %s" % (name, labels(**{where[:-1]: item, "host": facts["host"]}), facts[key]))
+                out.append("cbackup_%s%s %s"
+                           % (name, labels(**{where[:-1]: item, "host": facts["host"]}),
+                              facts[key]))
     out += ["# HELP cbackup_source_files_with_copies Files by the number of hosts that have a copy.",
             "# TYPE cbackup_source_files_with_copies gauge"]
     for item, facts in status["sources"].items():
-        out += ["cbackup_source_files_with_copies%s %d" % (labels(source=item, host=facts["host"], copies=k), n)
+        out += ["cbackup_source_files_with_copies%s %d"
+                % (labels(source=item, host=facts["host"], copies=k), n)
                 for k, n in facts["copies"].items()]
-    out += ["# HELP cbackup_up Whether a source or a backup is in order: 1, or 0.", "# TYPE cbackup_up gauge"]
+    out += ["# HELP cbackup_up Whether a source or a backup is in order: 1, or 0.",
+            "# TYPE cbackup_up gauge"]
     for where in ("sources", "backups"):
-        out += ["cbackup_up%s %d" % (labels(kind=where[:-1], name=item, host=facts["host"]), facts["state"] == "ok")
+        out += ["cbackup_up%s %d"
+                % (labels(kind=where[:-1], name=item, host=facts["host"]), facts["state"] == "ok")
                 for item, facts in status[where].items()]
     return "\n".join(out) + "\n"
 
 
-# ==== 19. The command line ============================================================================
+# ==== 19. The command line ========================================================================
 
 
 class Parser(argparse.ArgumentParser):
@@ -13171,9 +14473,12 @@ class Parser(argparse.ArgumentParser):
         """The nearest guess for a word that is none of the choices."""
         if action.choices is not None and value not in action.choices:
             import difflib
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices], 1)
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices],
+                                             1)
             if near:
-                raise argparse.ArgumentError(action, "invalid choice: %r; did you mean %s?" % (value, near[0]))
+                raise argparse.ArgumentError(action,
+                                             "invalid choice: %r; did you mean %s?"
+                                             % (value, near[0]))
         super()._check_value(action, value)
 
 
@@ -13185,7 +14490,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def add_init_parser(commands: Any) -> None:
-    parser = commands.add_parser("init", help="first machine: make the home, the cluster's key and a configuration")
+    parser = commands.add_parser("init",
+                                 help="first machine: make the home, the cluster's key and a "
+                                      "configuration")
     parser.set_defaults(run=cmd_init)
 
 
@@ -13208,13 +14515,16 @@ def cmd_init(args: argparse.Namespace, home: Home) -> int:
     elif home.config_path in made:
         command = as_typed(args, home)
         print("1. write the sources and backups of all your machines into %s" % home.config_path)
-        print("2. start the server and the client here, now and at each boot: %s service --install" % command)
+        print("2. start the server and the client here, now and at each boot: %s service --install"
+              % command)
         print("3. for each other machine: %s invite" % command)
     return EXIT_DONE
 
 
 def add_invite_parser(commands: Any) -> None:
-    parser = commands.add_parser("invite", help="print the line to type on a new machine; good once, for an hour")
+    parser = commands.add_parser("invite",
+                                 help="print the line to type on a new machine; good once, for an "
+                                      "hour")
     parser.set_defaults(run=cmd_invite)
 
 
@@ -13223,15 +14533,19 @@ def cmd_invite(args: argparse.Namespace, home: Home) -> int:
     home.check_key()
     host = home.host(config)
     address, port = config.address(host)
-    print("python3 cbackup.pyz join %s:%d %s" % ("[%s]" % address if ":" in address else address, port, make_invitation(home)))
+    print("python3 cbackup.pyz join %s:%d %s"
+          % ("[%s]" % address if ":" in address else address, port, make_invitation(home)))
     return EXIT_DONE
 
 
 def add_join_parser(commands: Any) -> None:
-    parser = commands.add_parser("join", help="new machine: fetch the cluster's key and configuration")
-    parser.add_argument("address", metavar="HOST[:PORT]", help="a machine of the cluster, as `invite` printed it")
+    parser = commands.add_parser("join",
+                                 help="new machine: fetch the cluster's key and configuration")
+    parser.add_argument("address", metavar="HOST[:PORT]",
+                        help="a machine of the cluster, as `invite` printed it")
     parser.add_argument("token", metavar="TOKEN", help="what `invite` printed")
-    parser.add_argument("--install", action="store_true", help="start server and client, now and at each boot")
+    parser.add_argument("--install", action="store_true",
+                        help="start server and client, now and at each boot")
     parser.set_defaults(run=cmd_join)
 
 
@@ -13239,7 +14553,8 @@ def cmd_join(args: argparse.Namespace, home: Home) -> int:
     name, host_path = home.own_name(), os.path.join(home.path, "host")
     check_home_to_join(args, home, host_path)
     if not _NAME.match(name):  # before the token is spent
-        raise UsageError("this machine's name %r cannot be used; say --host NAME before join" % name)
+        raise UsageError("this machine's name %r cannot be used; say --host NAME before join"
+                         % name)
     try:
         address, port = split_address(args.address)
     except ValueError as error:
@@ -13253,30 +14568,37 @@ def cmd_join(args: argparse.Namespace, home: Home) -> int:
 
 
 def check_home_to_join(args: argparse.Namespace, home: Home, host_path: str) -> None:
-    """Refuse a home with a key, or with files that are not from an earlier time in the cluster, before the token is spent."""
+    """Refuse a home with a key, or with files that are not from an earlier time in the cluster,
+    before the token is spent."""
     mine = os.path.lexists(home.config_path) and not home.config_state()
     for path in [home.key_path] + ([home.config_path] if mine else []):
         if os.path.lexists(path):
-            raise UsageError("%s is there already: this machine belongs to a cluster, or did; if it is to join another one, or "
-                             "that key is no longer right, move it away first" % path)
+            raise UsageError("%s is there already: this machine belongs to a cluster, or did; if "
+                             "it is to join another one, or that key is no longer right, move it "
+                             "away first" % path)
     if args.host and os.path.lexists(host_path) and Home(home.path).own_name() != args.host:
-        raise UsageError("%s is there already: this machine is called %s in it" % (host_path, Home(home.path).own_name()))
+        raise UsageError("%s is there already: this machine is called %s in it"
+                         % (host_path, Home(home.path).own_name()))
 
 
 def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> None:
-    """What is left to do on a new machine; its lines may be appended to the configuration as they are."""
+    """What is left to do on a new machine; its lines may be appended to the configuration as they
+    are."""
     config = home.config()
     lines = ["source " + s.name for s in config.sources_of(name)]
     lines += ["backup " + b.name for b in config.backups_of(name)]
     print("%s has joined%s: %s and %s are in place" % (
-        name, " again, and what was in %s stays" % home.state_path if os.path.exists(home.state("books.db")) else "",
+        name, " again, and what was in %s stays" % home.state_path
+        if os.path.exists(home.state("books.db")) else "",
         home.config_path, home.key_path))
     if lines:
         print("1. the configuration knows it already: %s" % ", ".join(lines))
     else:
         print("1. append to %s what is true of these lines:" % home.config_path)
-        print("     [hosts]\n     %s = %s    # if the others do not find it by its name" % (name, own))
-        print("     [sources]\n     %s-home = %s:%s" % (name, name, shlex.quote(os.path.expanduser("~"))))
+        print("     [hosts]\n     %s = %s    # if the others do not find it by its name"
+              % (name, own))
+        print("     [sources]\n     %s-home = %s:%s"
+              % (name, name, shlex.quote(os.path.expanduser("~"))))
         print("     [backups]\n     %s = %s:/srv/cbackup size=100G" % (name, name))
     if not args.install:
         print("2. start the server and the client, now and at each boot:")
@@ -13284,7 +14606,8 @@ def print_joined(args: argparse.Namespace, home: Home, name: str, own: str) -> N
 
 
 def as_typed(args: argparse.Namespace, home: Home) -> str:
-    """How this program is called here, up to the command; the home only when it is not the one that is taken anyway."""
+    """How this program is called here, up to the command; the home only when it is not the one that
+    is taken anyway."""
     words = (["sudo"] if os.environ.get("SUDO_USER") and os.geteuid() == 0 else []) + own_command()
     if home.path != default_home():
         words += ["--home", home.path]
@@ -13365,9 +14688,9 @@ depend() {{ need net; }}
 <exec_method type="method" name="stop" exec=":kill" timeout_seconds="60"/>
 </service></service_bundle>
 """}
-"""How each system starts the server at boot.  Each field is quoted for what reads it: rc.subr and OpenRC evaluate their
-variables once more, systemd and SMF replace words with %, XML has its own.  PATH is given because rsync is often where
-the short PATH of a boot does not lead."""
+"""How each system starts the server at boot.  Each field is quoted for what reads it: rc.subr and
+OpenRC evaluate their variables once more, systemd and SMF replace words with %, XML has its own.
+PATH is given because rsync is often where the short PATH of a boot does not lead."""
 
 
 def systemd_word(word: str) -> str:
@@ -13413,8 +14736,8 @@ WantedBy=timers.target
 <key>StandardErrorPath</key><string>/var/log/cbackup.log</string>
 </dict></plist>
 """}
-"""What starts the client on time where the system has something better than cron.  A pass that is due while a machine
-sleeps is made when it wakes up."""
+"""What starts the client on time where the system has something better than cron.  A pass that is
+due while a machine sleeps is made when it wakes up."""
 
 CRON_MARK = "# cbackup: "
 """Ends each line of ours in a crontab, with the home behind it: by it the line is found again."""
@@ -13423,7 +14746,8 @@ CRON_MARK = "# cbackup: "
 def system_kind() -> str:
     """What starts services on this kind of system."""
     return "launchd" if sys.platform == "darwin" else "rc.d" if "bsd" in sys.platform else \
-        "smf" if sys.platform.startswith("sunos") else "openrc" if os.path.exists("/sbin/openrc-run") else "systemd"
+        "smf" if sys.platform.startswith("sunos") else "openrc" \
+        if os.path.exists("/sbin/openrc-run") else "systemd"
 
 
 def unit_fields(words: "List[str]", user: str, home: str) -> "Dict[str, str]":
@@ -13431,12 +14755,15 @@ def unit_fields(words: "List[str]", user: str, home: str) -> "Dict[str, str]":
     from xml.sax.saxutils import escape, quoteattr
     quote, command = shlex.quote, " ".join(map(shlex.quote, words))
     places = [os.path.dirname(shutil.which("rsync") or "/usr/bin/rsync")]
-    path = ":".join(dict.fromkeys(places + ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]))
+    path = ":".join(dict.fromkeys(places
+                                  + ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]))
     fields = dict(
         user=user, sh_path=quote(path), xml_path=escape(path, {'"': "&quot;"}),
-        systemd=" ".join(map(systemd_word, words)), systemd_path=systemd_word("PATH=" + path).replace("$$", "$"),
+        systemd=" ".join(map(systemd_word, words)),
+        systemd_path=systemd_word("PATH=" + path).replace("$$", "$"),
         smf=quoteattr(command.replace("%", "%%") + " server &"),
-        array="".join("<string>%s</string>" % escape(word) for word in words), openrc_program=quote(quote(words[0])),
+        array="".join("<string>%s</string>" % escape(word) for word in words),
+        openrc_program=quote(quote(words[0])),
         openrc_arguments=quote(" ".join(map(quote, words[1:] + ["server"]))),
         daemon_arguments=quote("-r -P /var/run/cbackup.pid -u %s %s server" % (user, command)))
     return dict(fields, crontab="\n".join(cron_lines(words, path, home)))
@@ -13445,10 +14772,14 @@ def unit_fields(words: "List[str]", user: str, home: str) -> "Dict[str, str]":
 def cron_lines(words: "List[str]", path: str, home: str, server: bool = True) -> "List[str]":
     """The lines of a crontab: the server at boot, where nothing else starts it, and a pass every
     quarter of an hour, at minutes that are not the same on each machine."""
-    command = ("PATH=%s %s" % (shlex.quote(path), " ".join(map(shlex.quote, words)))).replace("%", "\\%")
-    mark, first = CRON_MARK + shlex.quote(home).replace("%", "\\%"), zlib.crc32(socket.gethostname().encode()) % 15
+    command = ("PATH=%s %s"
+               % (shlex.quote(path), " ".join(map(shlex.quote, words)))).replace("%", "\\%")
+    mark, first = CRON_MARK + shlex.quote(home).replace("%",
+                                                        "\\%"), \
+        zlib.crc32(socket.gethostname().encode()) % 15
     at_boot = ["@reboot %s server >/dev/null %s" % (command, mark)] if server else []
-    return at_boot + ["%s * * * * %s client %s" % (",".join(str(first + n) for n in (0, 15, 30, 45)), command, mark)]
+    return at_boot + ["%s * * * * %s client %s"
+                      % (",".join(str(first + n) for n in (0, 15, 30, 45)), command, mark)]
 
 
 def with_cron_lines(text: str, lines: "List[str]", home: str) -> str:
@@ -13461,8 +14792,9 @@ def with_cron_lines(text: str, lines: "List[str]", home: str) -> str:
 class Placing:
     """What puts server and client in place on one kind of system.  Nothing is done here.
 
-    `files`: path -> (text, mode).  `start`: commands after the files were written, `stop`: before they are removed, and
-    `end`: after that; one that begins with "-" may fail.  `cron`: lines of the crontab.
+    `files`: path -> (text, mode).  `start`: commands after the files were written, `stop`: before
+    they are removed, and `end`: after that; one that begins with "-" may fail.  `cron`: lines of
+    the crontab.
     """
 
     def __init__(self, files: "Optional[Dict[str, Tuple[str, int]]]" = None,
@@ -13483,32 +14815,41 @@ def placing_for(kind: str, words: "List[str]", user: str, home: str) -> Placing:
         files = {"/etc/systemd/system/" + name: (text.format(**fields), 0o644)
                  for name, text in CLIENT_UNITS.items() if name.startswith("cbackup-client")}
         return Placing(dict({"/etc/systemd/system/cbackup.service": (unit, 0o644)}, **files),
-                       [["systemctl", "daemon-reload"], ["systemctl", "enable"] + names, ["systemctl", "restart"] + names],
-                       [["-systemctl", "disable", "--now"] + names], [["systemctl", "daemon-reload"]])
+                       [["systemctl", "daemon-reload"], ["systemctl", "enable"] + names,
+                        ["systemctl", "restart"] + names],
+                       [["-systemctl", "disable", "--now"] + names],
+                       [["systemctl", "daemon-reload"]])
     if kind == "launchd":
         files = {"/Library/LaunchDaemons/cbackup.server.plist": (unit, 0o644),
-                 "/Library/LaunchDaemons/cbackup.client.plist": (CLIENT_UNITS["cbackup.client.plist"].format(**fields), 0o644)}
+                 "/Library/LaunchDaemons/cbackup.client.plist": (CLIENT_UNITS[
+            "cbackup.client.plist"].format(**fields), 0o644)}
         unload = [["-launchctl", "unload", "-w", path] for path in files]
-        return Placing(files, unload + [["launchctl", "load", "-w", path] for path in files], unload)
+        return Placing(files, unload + [["launchctl", "load", "-w", path] for path in files],
+                       unload)
     if kind == "rc.d":
         return Placing({"/usr/local/etc/rc.d/cbackup": (unit, 0o555)},
                        [["sysrc", "cbackup_enable=YES"], ["service", "cbackup", "restart"]],
-                       [["-service", "cbackup", "onestop"], ["-sysrc", "-x", "cbackup_enable"]], cron=pass_on_time)
+                       [["-service", "cbackup", "onestop"], ["-sysrc", "-x", "cbackup_enable"]],
+                       cron=pass_on_time)
     if kind == "openrc":
         return Placing({"/etc/init.d/cbackup": (unit, 0o755)},
                        [["rc-update", "add", "cbackup"], ["rc-service", "cbackup", "restart"]],
-                       [["-rc-service", "cbackup", "stop"], ["-rc-update", "del", "cbackup"]], cron=pass_on_time)
+                       [["-rc-service", "cbackup", "stop"], ["-rc-update", "del", "cbackup"]],
+                       cron=pass_on_time)
     if kind == "smf":
         path = "/var/svc/manifest/site/cbackup.xml"
-        return Placing({path: (unit, 0o644)}, [["svccfg", "import", path], ["svcadm", "enable", "cbackup"],
-                                               ["svcadm", "restart", "cbackup"]],
-                       [["-svcadm", "disable", "-s", "cbackup"], ["-svccfg", "delete", "cbackup"]], cron=pass_on_time)
+        return Placing({path: (unit, 0o644)},
+                       [["svccfg", "import", path], ["svcadm", "enable", "cbackup"],
+                        ["svcadm", "restart", "cbackup"]],
+                       [["-svcadm", "disable", "-s", "cbackup"], ["-svccfg", "delete", "cbackup"]],
+                       cron=pass_on_time)
     return Placing(cron=fields["crontab"].splitlines())
 
 
 PROGRAM_PATH = "/usr/local/bin/cbackup.pyz"
 
-CONTROLS = {"systemd": "systemctl", "launchd": "launchctl", "rc.d": "sysrc", "openrc": "rc-update", "smf": "svccfg",
+CONTROLS = {"systemd": "systemctl", "launchd": "launchctl", "rc.d": "sysrc", "openrc": "rc-update",
+            "smf": "svccfg",
             "cron": "crontab"}
 
 
@@ -13522,21 +14863,26 @@ class Installer:
     def __init__(self, home: Home, kind: "Optional[str]" = None, top: str = "",
                  run: "Optional[Callable[..., Tuple[int, str]]]" = None) -> None:
         import getpass
-        self.home, self.top, self.run, self.root = home, top, run or run_command, os.geteuid() == 0 or bool(top)
+        self.home, self.top, self.run, self.root = home, top, run or run_command, \
+            os.geteuid() == 0 or bool(top)
         self.user = getpass.getuser()
         self.kind = kind or self.own_kind()
         if not home.path.isprintable():
-            raise UsageError("%s: a home with such a name cannot be written into a service" % shown(os.fsencode(home.path)))
+            raise UsageError("%s: a home with such a name cannot be written into a service"
+                             % shown(os.fsencode(home.path)))
 
     def own_kind(self) -> str:
         """The system's own way for root, when it is at work here; else cron."""
         kind = system_kind()
-        works = self.root and shutil.which(CONTROLS[kind]) and (kind != "systemd" or os.path.isdir("/run/systemd/system"))
+        works = self.root and shutil.which(CONTROLS[kind]) and (kind != "systemd"
+                                                                or os.path.isdir(
+            "/run/systemd/system"))
         return kind if works else "cron"
 
     def install(self) -> int:
         if self.kind not in ("systemd", "launchd") and not self.top and not shutil.which("crontab"):
-            raise UsageError("neither %s nor cron is at work here: install cron; `service` prints what it would be"
+            raise UsageError("neither %s nor cron is at work here: install cron; `service` prints "
+                             "what it would be"
                              % system_kind())
         words = self.install_program() + ["--home", self.home.path]
         placing = placing_for(self.kind, words, self.user, self.home.path)
@@ -13545,14 +14891,17 @@ class Installer:
         self.set_crontab(placing.cron)
         if self.kind == "cron":
             self.stop_server()
-            self.do(["sh", "-c", "nohup %s server >/dev/null 2>&1 &" % " ".join(map(shlex.quote, words))])
+            self.do(["sh", "-c",
+                     "nohup %s server >/dev/null 2>&1 &" % " ".join(map(shlex.quote, words))])
         for command in placing.start:
             self.do(command)
-        print("server and client are in place (%s) and start by themselves; `service --remove` undoes it" % self.kind)
+        print("server and client are in place (%s) and start by themselves; `service --remove` "
+              "undoes it" % self.kind)
         return EXIT_DONE
 
     def remove(self) -> int:
-        placing = placing_for(self.kind, own_command() + ["--home", self.home.path], self.user, self.home.path)
+        placing = placing_for(self.kind, own_command() + ["--home", self.home.path], self.user,
+                              self.home.path)
         for command in placing.stop:
             self.do(command)
         for path in placing.files:
@@ -13564,7 +14913,8 @@ class Installer:
             self.stop_server()
         for command in placing.end:
             self.do(command)
-        print("server and client are stopped and start no more; home, program and backups are as they were")
+        print("server and client are stopped and start no more; home, program and backups are as "
+              "they were")
         return EXIT_DONE
 
     def install_program(self) -> "List[str]":
@@ -13610,22 +14960,27 @@ class Installer:
             with contextlib.suppress(Busy), self.home.lock("server.lock", wait=False):
                 return
             time.sleep(0.1)
-        raise CBackupError("the server that runs here does not end; end it by hand, and do this again")
+        raise CBackupError("the server that runs here does not end; end it by hand, and do this "
+                           "again")
 
     def do(self, command: "List[str]", text: "Optional[str]" = None) -> None:
-        """Raises CBackupError when a command that must not fail fails; one that begins with "-" may."""
+        """Raises CBackupError when a command that must not fail fails; one that begins with "-"
+        may."""
         words = [command[0].lstrip("-")] + command[1:]
         status, output = self.run(words, text)
         if status and not command[0].startswith("-"):
             said = output.strip().splitlines()
-            raise CBackupError("%s failed: %s" % (" ".join(words), said[-1] if said else "status %d" % status))
+            raise CBackupError("%s failed: %s"
+                               % (" ".join(words), said[-1] if said else "status %d" % status))
 
 
 def run_command(words: "List[str]", text: "Optional[str]") -> "Tuple[int, str]":
     """(status, what it printed) of a command; `text` is its standard input."""
-    with tempfile.TemporaryFile() as output:  # what it leaves running in the background may keep this open
+    # what it leaves running in the background may keep this open
+    with tempfile.TemporaryFile() as output:
         try:
-            done = subprocess.run(words, input=(text or "").encode(), stdout=output, stderr=subprocess.STDOUT)
+            done = subprocess.run(words, input=(text or "").encode(), stdout=output,
+                                  stderr=subprocess.STDOUT)
         except OSError as error:
             return 127, reason_of(error)
         output.seek(0)
@@ -13654,17 +15009,21 @@ def cmd_service(args: argparse.Namespace, home: Home) -> int:
     fields = unit_fields(own_command() + ["--home", home.path], getpass.getuser(), home.path)
     print(SERVICE_UNITS[kind].format(**fields), end="")
     if kind in ("rc.d", "openrc"):
-        print("# The client's line in the crontab of %s; `service --install` puts all of it in place:" % fields["user"])
+        print("# The client's line in the crontab of %s; `service --install` puts all of it in "
+              "place:" % fields["user"])
         print("# " + fields["crontab"].splitlines()[1])
     elif kind == "systemd":
         for name in ("cbackup-client.service", "cbackup-client.timer"):
-            print("#\n# /etc/systemd/system/%s; `service --install` puts all three in place:" % name)
-            print("".join("# %s\n" % line for line in CLIENT_UNITS[name].format(**fields).splitlines()), end="")
+            print("#\n# /etc/systemd/system/%s; `service --install` puts all three in place:"
+                  % name)
+            print("".join("# %s\n" % line
+                          for line in CLIENT_UNITS[name].format(**fields).splitlines()), end="")
     return EXIT_DONE
 
 
 def add_server_parser(commands: Any) -> None:
-    parser = commands.add_parser("server", help="serve this host's sources and backups, in the foreground")
+    parser = commands.add_parser("server",
+                                 help="serve this host's sources and backups, in the foreground")
     parser.set_defaults(run=cmd_server)
 
 
@@ -13692,26 +15051,35 @@ def cmd_server(args: argparse.Namespace, home: Home) -> int:
 
 
 def add_client_parser(commands: Any) -> None:
-    parser = commands.add_parser("client", help="one pass over every backup of this host (for cron)")
-    parser.add_argument("--until-settled", action="store_true", help="repeat until a pass had nothing to do")
-    parser.add_argument("--json", action="store_true", help="print the pass's figures as one JSON object")
-    parser.add_argument("--adopt", metavar="NAME", help="take the directory of backup NAME as it is now")
-    parser.add_argument("--yes", action="store_true", help="with --adopt: also one of another cluster; do not ask")
+    parser = commands.add_parser("client",
+                                 help="one pass over every backup of this host (for cron)")
+    parser.add_argument("--until-settled", action="store_true",
+                        help="repeat until a pass had nothing to do")
+    parser.add_argument("--json", action="store_true",
+                        help="print the pass's figures as one JSON object")
+    parser.add_argument("--adopt", metavar="NAME",
+                        help="take the directory of backup NAME as it is now")
+    parser.add_argument("--yes", action="store_true",
+                        help="with --adopt: also one of another cluster; do not ask")
     parser.set_defaults(run=cmd_client, failed={"settled": False})
 
 
 def may_take_foreign(args: argparse.Namespace, spec: Backup, cluster: str) -> bool:
-    """Whether the user says that a backup to be adopted may be taken from the cluster whose it is: its key is lost."""
+    """Whether the user says that a backup to be adopted may be taken from the cluster whose it is:
+    its key is lost."""
     identity = read_json(os.path.join(spec.path, META_DIR.decode(), "identity"))
-    if args.yes or not identity.get("id") or identity.get("cluster") == cluster or not sys.stdin.isatty():
+    if args.yes or not identity.get("id") or identity.get("cluster") == cluster \
+            or not sys.stdin.isatty():
         return bool(args.yes)
-    return input("%s is the backup %s of a cluster with another key.  Is that key lost, and is it yours to take?  Its copies stay, "
-                 "and its own cluster will no longer know it.  Type yes: " % (spec.path, identity.get("backup"))).strip() == "yes"
+    return input("%s is the backup %s of a cluster with another key.  Is that key lost, and is it "
+                 "yours to take?  Its copies stay, and its own cluster will no longer know it.  "
+                 "Type yes: "
+                 % (spec.path, identity.get("backup"))).strip() == "yes"
 
 
 def known_host(home: Home, config: Config) -> "Tuple[Config, str]":
-    """The configuration and this machine's name in it; when it does not mention it, after a look whether the other
-    machines have a newer one that does.  Raises UsageError."""
+    """The configuration and this machine's name in it; when it does not mention it, after a look
+    whether the other machines have a newer one that does.  Raises UsageError."""
     if home.own_name() not in config.all_hosts():
         Client(home, config, home.own_name(), Progress(True)).exchange_config()
         config = home.config()
@@ -13738,7 +15106,8 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
         for line in verdict(status).lasting():
             figures.complain(line)
         for line in figures.lines[:50]:
-            if not (args.quiet and any(line.startswith(gone + ": cannot be reached") for gone in figures.unreachable)):
+            if not (args.quiet and any(line.startswith(gone + ": cannot be reached")
+                                       for gone in figures.unreachable)):
                 print("cbackup: " + line, file=sys.stderr)
         if len(figures.lines) > 50:
             print("cbackup: and %d more" % (len(figures.lines) - 50), file=sys.stderr)
@@ -13759,7 +15128,8 @@ def cmd_client(args: argparse.Namespace, home: Home) -> int:
 
 
 STATUS_KEYS = {
-    "sources": ("host", "path", "replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes",
+    "sources": ("host", "path", "replicas", "files", "bytes", "copies", "underserved_files",
+                "underserved_bytes",
                 "overserved_files", "state", "last_scan", "unproven_files", "unproven_since"),
     "backups": ("host", "path", "capacity", "used", "files", "last_seen", "state")}
 """What `status --json` says of a source and of a backup; the text for people says more."""
@@ -13768,8 +15138,10 @@ STATUS_KEYS = {
 def add_status_parser(commands: Any) -> None:
     parser = commands.add_parser("status", help="what is safe and what is not")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
-    parser.add_argument("--check", action="store_true", help="one line; exit 0 only when every file has its copies")
-    parser.add_argument("--metrics", action="store_true", help="print it in the text format of Prometheus")
+    parser.add_argument("--check", action="store_true",
+                        help="one line; exit 0 only when every file has its copies")
+    parser.add_argument("--metrics", action="store_true",
+                        help="print it in the text format of Prometheus")
     parser.add_argument("--html", metavar="FILE", help="write it as a page for a browser")
     parser.set_defaults(run=cmd_status)
 
@@ -13791,23 +15163,27 @@ def cmd_status(args: argparse.Namespace, home: Home) -> int:
     elif args.check:
         print(check_line(status))
     elif not args.html:
-        hosts = {s["host"] for s in status["sources"].values() if s["state"] == "held"} if args.verbose else set()
+        hosts = {s["host"] for s in status["sources"].values()
+                 if s["state"] == "held"} if args.verbose else set()
         dialer = Dialer(home)
         print_status(status, {host: Link(host, config, dialer) for host in hosts})
         for line in home.news_of_lines("status", config, home.own_name()):
             print(shown(line))
     if args.check:
         return EXIT_DONE if verdict(status).safe else EXIT_INCOMPLETE
-    return EXIT_INCOMPLETE if any(s["state"] == "unreachable" for s in status["sources"].values()) else EXIT_DONE
+    return EXIT_INCOMPLETE if any(s["state"] == "unreachable"
+                                  for s in status["sources"].values()) else EXIT_DONE
 
 
-PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes", "largest_bytes", "largest_path", "problems")
+PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes", "largest_bytes",
+                    "largest_path", "problems")
 """What `plan --json` says of a source."""
 
 
 def status_json(status: "Dict[str, Any]") -> str:
     """The one line of `status --json`."""
-    return json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name, facts in value.items()}
+    return json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name,
+                             facts in value.items()}
                        if key in STATUS_KEYS else value for key, value in status.items()
                        if key in ("cluster", "config_version", "sources", "backups")})
 
@@ -13823,13 +15199,16 @@ class Web:
 
     def __init__(self, home: Home, address: str, port: int) -> None:
         import ipaddress
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM,
+                                   flags=socket.AI_PASSIVE)[0]
         self.home, self.family, self.where, self.port = home, found[0], found[4], port
         self.ip = ipaddress.ip_address(found[4][0].partition("%")[0])
         self.token = "" if self.ip.is_loopback else self._token()
         shown_ip = "[%s]" % self.ip if self.ip.version == 6 else str(self.ip)
-        self.url = "http://%s:%d/%s" % (shown_ip, port, "?token=" + self.token if self.token else "")
-        self.names = {"localhost", socket.gethostname().lower(), home.own_name().lower(), address.lower()}
+        self.url = "http://%s:%d/%s" % (shown_ip, port, "?token=" + self.token if self.token
+                                        else "")
+        self.names = {"localhost", socket.gethostname().lower(), home.own_name().lower(),
+                      address.lower()}
         if self.token:  # a name that leads to this machine's address in its network
             self.names |= {name + ".local" for name in self.names}
             self.names.add(home.config().address(home.own_name())[0].lower())
@@ -13863,7 +15242,8 @@ class Web:
     def may(self, query: str) -> bool:
         """Whether the address has the token, where one is needed."""
         given = query[len("token="):] if query.startswith("token=") else ""
-        return not self.token or secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+        return not self.token or secrets.compare_digest(given.encode("utf-8", "replace"),
+                                                        self.token.encode())
 
     def facts(self) -> "Dict[str, Any]":
         """What the page shows, not older than WEB_FRESH: however many ask, the cluster is asked
@@ -13877,7 +15257,8 @@ class Web:
     def answer(self, path: str, query: str) -> "Tuple[int, str, str]":
         """(status, content type, text) for what is asked."""
         if not self.may(query):
-            return 403, "text/plain", "The address lacks the token; `cbackup.pyz web` prints the whole address.\n"
+            return 403, "text/plain", \
+                "The address lacks the token; `cbackup.pyz web` prints the whole address.\n"
         if path not in ("/", "/status.json"):
             return 404, "text/plain", "There is / and /status.json.\n"
         try:
@@ -13899,7 +15280,8 @@ class Web:
             server.server_close()
 
 
-WEB_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+WEB_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+               ("Referrer-Policy", "no-referrer"),
                ("Cross-Origin-Resource-Policy", "same-origin"), ("X-Frame-Options", "DENY"))
 
 
@@ -13977,14 +15359,16 @@ def web_server(web: Web) -> Any:
     try:
         return Listener(web.where, web_handler(web))
     except OSError as error:
-        raise CBackupError("cannot listen on %s port %d: %s; `web --listen ADDR:PORT` says another" % (
+        raise CBackupError("cannot listen on %s port %d: %s; `web --listen ADDR:PORT` says another"
+                           % (
             web.ip, web.port, reason_of(error)))
 
 
 def add_web_parser(commands: Any) -> None:
     parser = commands.add_parser("web", help="a read-only page with the state of the cluster")
     parser.add_argument("--listen", metavar="ADDR:PORT", default="127.0.0.1:%d" % WEB_PORT,
-                        help="default: 127.0.0.1:%d; beyond this machine a token is part of the page's address" % WEB_PORT)
+                        help="default: 127.0.0.1:%d; beyond this machine a token is part of the "
+                             "page's address" % WEB_PORT)
     parser.set_defaults(run=cmd_web)
 
 
@@ -14020,7 +15404,8 @@ def add_plan_parser(commands: Any) -> None:
 def cmd_plan(args: argparse.Namespace, home: Home) -> int:
     plan = collect_plan(home, home.config())
     if args.json:
-        sources = {name: {key: s[key] for key in PLAN_SOURCE_KEYS} for name, s in plan["sources"].items()}
+        sources = {name: {key: s[key] for key in PLAN_SOURCE_KEYS} for name,
+                   s in plan["sources"].items()}
         print(json.dumps(dict(plan, sources=sources)))
     else:
         print_plan(plan)
@@ -14030,12 +15415,15 @@ def cmd_plan(args: argparse.Namespace, home: Home) -> int:
 def add_restore_parser(commands: Any) -> None:
     parser = commands.add_parser("restore", help="bring back a source, or some paths of it")
     parser.add_argument("source", help="the source's name")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="only these paths or patterns, relative to the source")
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="only these paths or patterns, relative to the source")
     parser.add_argument("--to", metavar="DIR", help="where to; default: the source's own path")
-    parser.add_argument("--at", metavar="TIME", help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
+    parser.add_argument("--at", metavar="TIME",
+                        help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
     parser.add_argument("--from", metavar="DIR", dest="directories", action="append", default=[],
                         help="a backup's directory that is mounted here; works without any server")
-    parser.add_argument("--force", action="store_true", help="move files that differ aside instead of leaving them")
+    parser.add_argument("--force", action="store_true",
+                        help="move files that differ aside instead of leaving them")
     parser.add_argument("--dry-run", action="store_true", help="say what would come from where")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(run=cmd_restore, failed={"complete": False})
@@ -14052,7 +15440,8 @@ def config_for_restore(args: argparse.Namespace, home: Home) -> Config:
             log.warning("%s; going on without it", str(error).splitlines()[0])
         config = parse_config("")
     if not _is_name(args.source):
-        raise UsageError("%r is not a source's name; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
+        raise UsageError("%r is not a source's name; there are: %s"
+                         % (args.source, ", ".join(config.sources) or "none"))
     return config
 
 
@@ -14063,12 +15452,14 @@ def restore_target(args: argparse.Namespace, home: Home, config: Config) -> str:
     if args.to:
         return os.path.abspath(args.to)
     if spec is None and not args.dry_run:
-        raise UsageError("where to?  Say --to DIR: no configuration here says where %s was" % args.source)
+        raise UsageError("where to?  Say --to DIR: no configuration here says where %s was"
+                         % args.source)
     if spec is not None and (args.directories or home.own_name() == spec.host):
         return spec.path
     if spec is None or args.dry_run:
         return ""
-    raise UsageError("%s lives on %s, and this machine is %s: say --to DIR, or --host %s if it is to be %s from now on"
+    raise UsageError("%s lives on %s, and this machine is %s: say --to DIR, or --host %s if it is "
+                     "to be %s from now on"
                      % (args.source, spec.host, home.own_name(), spec.host, spec.host))
 
 
@@ -14089,7 +15480,8 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
     at = None if args.at is None else parse_time(args.at)
     restore = Restore(args.source, target, args.paths, at, args.force, Progress(args.quiet),
                       dict.fromkeys(args.directories))
-    if not args.directories or config.backups and os.path.exists(home.key_path) and shutil.which("rsync"):
+    if not args.directories or config.backups and os.path.exists(home.key_path) \
+            and shutil.which("rsync"):
         find_rsync()
         restore.holders.find(config, Dialer(home))
     if not args.directories:  # disks without any of it say so themselves
@@ -14100,7 +15492,8 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
         complete = restore.run(whole=not args.paths)
     except (sqlite3.Error, OSError) as error:
         info = os.statvfs(target) if os.path.isdir(target) else None
-        full = info is not None and info.f_bavail * info.f_frsize < 1 << 20  # SQLite calls that an I/O error
+        # SQLite calls that an I/O error
+        full = info is not None and info.f_bavail * info.f_frsize < 1 << 20
         raise CBackupError("%s: %s; what is there stays, run it again" % (
             target, "its disk is full" if full else reason_of(error)))
     restore.progress.clear()
@@ -14109,7 +15502,8 @@ def cmd_restore(args: argparse.Namespace, home: Home) -> int:
 
 
 def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
-    """What would come from where, how much, and how long it would take; with `each` also what becomes of each file."""
+    """What would come from where, how much, and how long it would take; with `each` also what
+    becomes of each file."""
     with tempfile.TemporaryDirectory(prefix="cbackup-") as scratch:
         plan = restore.dry_run(scratch)
         for path, size, word in restore.planned() if each and not as_json else ():
@@ -14120,19 +15514,22 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
         return code
     print("%s, %s%s, as of %s (the catalog of %s)" % (
         count_of(restore.counts["files"], "file"), format_size(restore.counts["bytes"]),
-        " into %s" % restore.target.path if restore.target.path else "", format_time(restore.catalog_time), restore.catalog_from))
+        " into %s" % restore.target.path if restore.target.path else "",
+        format_time(restore.catalog_time), restore.catalog_from))
     if plan["free_bytes"] is not None and plan["needed_bytes"] > plan["free_bytes"]:
         print("    NO ROOM: %s are needed, %s are free" % (
             format_size(plan["needed_bytes"]), format_size(plan["free_bytes"])))
     if plan["kept_files"]:
         print("    %s there already, by size and time" % count_of(plan["kept_files"], "file"))
     if plan["refused_files"]:
-        print("    %s in the place of which there is something else; --force moves it aside" % count_of(
+        print("    %s in the place of which there is something else; --force moves it aside"
+              % count_of(
             plan["refused_files"], "file"))
     for name, share in plan["holders"].items():
         if share["files"]:
-            print("    %s from %s: %s, at %s/s" % (count_of(share["files"], "file"), name, format_size(share["bytes"]),
-                                                  format_size(share["rate"])))
+            print("    %s from %s: %s, at %s/s"
+                  % (count_of(share["files"], "file"), name, format_size(share["bytes"]),
+                    format_size(share["rate"])))
     if plan["missing_files"]:
         print("    %s that nobody has who can be reached" % count_of(plan["missing_files"], "file"))
     if restore.holders.down:
@@ -14143,7 +15540,8 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
 
 def origin_of(restore: Restore) -> "Dict[str, Any]":
     """From when and whom the list of files is, and where they go: for --json."""
-    return {"catalog_time": restore.catalog_time, "catalog_from": restore.catalog_from, "target": restore.target.path or None}
+    return {"catalog_time": restore.catalog_time, "catalog_from": restore.catalog_from,
+            "target": restore.target.path or None}
 
 
 SHOWN_MISSING = 1000
@@ -14154,7 +15552,8 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     missing, in_the_way = restore.missing_count(), restore.in_the_way()
     if as_json:
         print(json.dumps(dict(
-            restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way, **origin_of(restore),
+            restore.counts, complete=complete, missing_files=missing, refused_files=in_the_way,
+            **origin_of(restore),
             missing=[{"path": as_text(path), "reason": why} for path, why in restore.missing()],
             unproven=[as_text(path) for path in restore.unproven()],
             unreadable=[as_text(path) for path in restore.unreadable()])))
@@ -14165,30 +15564,38 @@ def report_restore(restore: Restore, complete: bool, as_json: bool) -> None:
     unreadable = 0
     for path in restore.unreadable():
         unreadable += 1
-        log.info("%s: its own host could not read it when the catalog was made; what there is of it is "
-                 "older", shown(path))
+        log.info("%s: its own host could not read it when the catalog was made; what there is of "
+                 "it is older", shown(path))
     for path, why in itertools.islice(restore.missing(), SHOWN_MISSING):
         print("cbackup: %s: %s" % (shown(path), shown(why)), file=sys.stderr)
     if missing + in_the_way > SHOWN_MISSING:
-        print("cbackup: and %d more; --json names them all" % (missing + in_the_way - SHOWN_MISSING), file=sys.stderr)
+        print("cbackup: and %d more; --json names them all"
+              % (missing + in_the_way - SHOWN_MISSING), file=sys.stderr)
     for text, count in restore.target.metadata.notes.items():
         print("cbackup: %s, %d times" % (text, count), file=sys.stderr)
     back = "everything is back" if complete else "NOT everything is back: %s" % ", ".join(
         part for part in (missing and "%s missing" % count_of(missing, "file"),
                           in_the_way and "%s in the way" % count_of(in_the_way, "other path"),
-                          restore.unmatched and "%s matched nothing" % count_of(len(restore.unmatched), "argument")) if part)
+                          restore.unmatched
+                          and "%s matched nothing" % count_of(len(restore.unmatched), "argument"))
+        if part)
     unproven = restore.unproven_count()
-    print("%s: %s (%s restored, %s; %s were there already) in %s, as of %s, by the catalog of %s%s" % (
-        restore.source, back, count_of(restore.counts["restored_files"], "file"), format_size(restore.counts["restored_bytes"]),
-        format(restore.counts["kept_files"], ","), restore.target.path, format_time(restore.catalog_time), restore.catalog_from,
+    print("%s: %s (%s restored, %s; %s were there already) in %s, as of %s, by the catalog of %s%s"
+          % (
+        restore.source, back, count_of(restore.counts["restored_files"], "file"),
+        format_size(restore.counts["restored_bytes"]),
+        format(restore.counts["kept_files"], ","), restore.target.path,
+        format_time(restore.catalog_time), restore.catalog_from,
         "".join("; %s %s (-v names them)" % (format(count, ","), words) for count, words in (
             (unproven, "of them not proven yet at that time"),
             (unreadable, "could not be read by their own host at that time")) if count)))
 
 
 def add_find_parser(commands: Any) -> None:
-    parser = commands.add_parser("find", help="where copies and older versions of matching files are")
-    parser.add_argument("pattern", metavar="PATTERN", help="a path, or a pattern such as '*.jpg' or '2024/*'")
+    parser = commands.add_parser("find",
+                                 help="where copies and older versions of matching files are")
+    parser.add_argument("pattern", metavar="PATTERN",
+                        help="a path, or a pattern such as '*.jpg' or '2024/*'")
     parser.add_argument("--json", action="store_true", help="print the hits as one JSON object")
     parser.set_defaults(run=cmd_find, failed={"files": []})
 
@@ -14224,11 +15631,13 @@ def version_text(found: "Dict[str, Any]") -> str:
 def cmd_find(args: argparse.Namespace, home: Home) -> int:
     config = home.config()
     hosts = sorted({b.host for b in config.backups.values()})
-    answers, down = ask_all(Dialer(home), config, hosts, "find", pattern=as_text(os.fsencode(args.pattern)))
+    answers, down = ask_all(Dialer(home), config, hosts, "find",
+                            pattern=as_text(os.fsencode(args.pattern)))
     files = found_versions(answers, config)
     if args.json:
         print(json.dumps({"unreachable": sorted(down), "files": [
-            {"source": source, "path": path, "versions": versions} for (source, path), versions in sorted(files.items())]}))
+            {"source": source, "path": path, "versions": versions} for (source, path),
+            versions in sorted(files.items())]}))
     else:
         for (source, path), versions in sorted(files.items()):
             print("%s/%s%s" % (source, shown(as_raw(path)), "" if source in config.sources else
@@ -14245,9 +15654,12 @@ def cmd_find(args: argparse.Namespace, home: Home) -> int:
 def add_ls_parser(commands: Any) -> None:
     parser = commands.add_parser("ls", help="what a directory of a source had, now or then")
     parser.add_argument("source", help="the source's name")
-    parser.add_argument("path", nargs="?", metavar="PATH", default="", help="a directory or a file in it; default: its root")
-    parser.add_argument("--at", metavar="TIME", help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
-    parser.add_argument("--times", action="store_true", help="the times at which something changed, for --at")
+    parser.add_argument("path", nargs="?", metavar="PATH", default="",
+                        help="a directory or a file in it; default: its root")
+    parser.add_argument("--at", metavar="TIME",
+                        help="as it was then: 2026-11-01, \"2026-11-01 14:00\", yesterday, 3d")
+    parser.add_argument("--times", action="store_true",
+                        help="the times at which something changed, for --at")
     parser.add_argument("--json", action="store_true", help="print it as one JSON object")
     parser.set_defaults(run=cmd_ls)
 
@@ -14271,16 +15683,19 @@ def cmd_ls(args: argparse.Namespace, home: Home) -> int:
 
 def check_source(name: str, config: Config) -> None:
     if name not in config.sources:
-        raise UsageError("there is no source %s; there are: %s" % (name, ", ".join(config.sources) or "none"))
+        raise UsageError("there is no source %s; there are: %s"
+                         % (name, ", ".join(config.sources) or "none"))
 
 
 def list_times(args: argparse.Namespace, home: Home, config: Config) -> int:
     """The times at which something of a source changed, of those of which a catalog can be had, the
-    newest first.  Where the source's server does not answer, also those with news of copies only."""
+    newest first.  Where the source's server does not answer, also those with news of copies
+    only."""
     holders = Holders(args.source)
     holders.find(config, Dialer(home))
     times, before = [], 0
-    for upto, when in sorted({f.upto: f.time for holder in holders.each for f in holder.catalogs}.items()):
+    for upto, when in sorted({f.upto: f.time for holder in holders.each
+                              for f in holder.catalogs}.items()):
         known = [differs for gen, differs in holders.differs.items() if before < gen <= upto]
         if any(known) or not known:
             times.insert(0, when)
@@ -14307,16 +15722,20 @@ def cmd_log(args: argparse.Namespace, home: Home) -> int:
         print(json.dumps({"passes": list(home.passes())}))
         return EXIT_DONE
     for begun, last, text, wrong in pass_lines(home.passes()):
-        print("%s  %s" % (format_when(begun) + ("" if last == begun else " to " + format_when(last)), text))
+        print("%s  %s" % (format_when(begun)
+                          + ("" if last == begun else " to " + format_when(last)), text))
         for line in wrong:
             print("    " + line)
     return EXIT_DONE
 
 
 def add_forget_parser(commands: Any) -> None:
-    parser = commands.add_parser("forget", help="delete the copies of a source that is no longer in the configuration")
+    parser = commands.add_parser("forget",
+                                 help="delete the copies of a source that is no longer in the "
+                                      "configuration")
     parser.add_argument("source", help="the source's name")
-    parser.add_argument("--everywhere", action="store_true", help="tell the other hosts' clients to do it too")
+    parser.add_argument("--everywhere", action="store_true",
+                        help="tell the other hosts' clients to do it too")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.set_defaults(run=cmd_forget)
 
@@ -14330,14 +15749,17 @@ def cmd_forget(args: argparse.Namespace, home: Home) -> int:
         raise UsageError("%r is not a source's name" % args.source)
     if not args.yes:
         if not sys.stdin.isatty():
-            raise UsageError("forget deletes all copies and old versions of %s; say --yes" % args.source)
+            raise UsageError("forget deletes all copies and old versions of %s; say --yes"
+                             % args.source)
         if input("Delete all copies and old versions of %s%s?  Type yes: " % (
-                args.source, " on all hosts" if args.everywhere else " on this host")).strip() != "yes":
+                args.source, " on all hosts" if args.everywhere
+                else " on this host")).strip() != "yes":
             return EXIT_INCOMPLETE
     client, figures = Client(home, config, host, Progress(args.quiet)), Figures()
     home.note_forget(args.source, [spec.name for spec in config.backups_of(host)])
     for spec in config.backups_of(host):
-        client.run_one(spec, figures, lambda one: None)  # one that is at work is not waited for: its next pass does it
+        # one that is at work is not waited for: its next pass does it
+        client.run_one(spec, figures, lambda one: None)
     others = sorted({b.host for b in config.backups.values()} - {host}) if args.everywhere else []
     down = ask_all(Dialer(home), config, others, "forget_source", source=args.source)[1]
     for line in figures.lines + sorted(down.values()):
@@ -14372,8 +15794,11 @@ def cmd_verify(args: argparse.Namespace, home: Home) -> int:
 
 
 def add_accept_parser(commands: Any) -> None:
-    parser = commands.add_parser("accept", help="let a held-back mass change of a source, or of the configuration, through")
-    parser.add_argument("source", help="the source's name; `config` for a configuration that is held back")
+    parser = commands.add_parser("accept",
+                                 help="let a held-back mass change of a source, or of the "
+                                      "configuration, through")
+    parser.add_argument("source",
+                        help="the source's name; `config` for a configuration that is held back")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.set_defaults(run=cmd_accept)
 
@@ -14383,22 +15808,27 @@ def cmd_accept(args: argparse.Namespace, home: Home) -> int:
     if args.source == "config" and (home.held_config() or "config" not in config.sources):
         return accept_config(args, home, config)
     if args.source not in config.sources:
-        raise UsageError("there is no source %s; there are: %s" % (args.source, ", ".join(config.sources) or "none"))
+        raise UsageError("there is no source %s; there are: %s"
+                         % (args.source, ", ".join(config.sources) or "none"))
     link = Link(config.sources[args.source].host, config, Dialer(home))
     count = print_held_files(held_files_of(link, args.source), None if args.verbose else 10)
-    if count and not agreed(args, "Let %s of %s through" % ("this change" if count == 1 else "these changes", args.source)):
+    if count and not agreed(args,
+                            "Let %s of %s through"
+                            % ("this change" if count == 1 else "these changes", args.source)):
         return EXIT_INCOMPLETE
     print(link.call("accept", source=args.source)["text"])
     return EXIT_DONE
 
 
 def agreed(args: argparse.Namespace, question: str) -> bool:
-    """Whether somebody at a terminal says yes; without a terminal, or with --yes, nobody is asked."""
+    """Whether somebody at a terminal says yes; without a terminal, or with --yes, nobody is
+    asked."""
     return args.yes or not sys.stdin.isatty() or input(question + "?  Type yes: ").strip() == "yes"
 
 
 def accept_config(args: argparse.Namespace, home: Home, config: Config) -> int:
-    """Let go what a changed configuration removes, and have the hosts that can be reached know of it at once."""
+    """Let go what a changed configuration removes, and have the hosts that can be reached know of
+    it at once."""
     removes = home.held_config().get("removes")
     if removes:
         print("The configuration that is held back here removes %s." % removes)
@@ -14407,14 +15837,18 @@ def accept_config(args: argparse.Namespace, home: Home, config: Config) -> int:
     home.accept_config()
     figures, host = Figures(), home.own_name()
     Client(home, home.config(), host, Progress(args.quiet)).exchange_config(figures)
-    print("configuration: accepted%s" % ("; not yet known to %s" % ", ".join(sorted(figures.unreachable))
-                                         if figures.unreachable else ""))
+    print("configuration: accepted%s"
+          % ("; not yet known to %s" % ", ".join(sorted(figures.unreachable))
+             if figures.unreachable else ""))
     return EXIT_DONE
 
 
 def add_demo_parser(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="a cluster of four hosts on loopback: back up, lose two hosts, restore, compare")
-    parser.add_argument("directory", nargs="?", metavar="DIR", help="what to back up; default: made-up files")
+    parser = commands.add_parser("demo",
+                                 help="a cluster of four hosts on loopback: back up, lose two "
+                                      "hosts, restore, compare")
+    parser.add_argument("directory", nargs="?", metavar="DIR",
+                        help="what to back up; default: made-up files")
     parser.set_defaults(run=cmd_demo)
 
 
@@ -14431,51 +15865,74 @@ def cmd_demo(args: argparse.Namespace, home: Home) -> int:
 
 
 def add_common_options(parser: argparse.ArgumentParser, **default: Any) -> None:
-    """What every command takes, before its name and behind it.  default: nothing, or how absence is left alone."""
-    parser.add_argument("--home", metavar="DIR", help="configuration, key and state; default $CBACKUP_HOME, for root "
+    """What every command takes, before its name and behind it.  default: nothing, or how absence is
+    left alone."""
+    parser.add_argument("--home", metavar="DIR",
+                        help="configuration, key and state; default $CBACKUP_HOME, for root "
                         "%s, else ~/.cbackup" % ROOT_HOME, **default)
-    parser.add_argument("--host", metavar="NAME", help="this machine's name in the configuration", **default)
+    parser.add_argument("--host", metavar="NAME", help="this machine's name in the configuration",
+                        **default)
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="count", help="say more; twice: everything", **(default or {"default": 0}))
-    volume.add_argument("-q", "--quiet", action="store_true", help="say nothing of hosts that are down; no progress",
+    volume.add_argument("-v", "--verbose", action="count", help="say more; twice: everything",
+                        **(default or {"default": 0}))
+    volume.add_argument("-q", "--quiet", action="store_true",
+                        help="say nothing of hosts that are down; no progress",
                         **default)
 
 
 HELP: "Dict[str, Tuple[str, ...]]" = {
-    "init": ("Makes the home of the first machine: the cluster's key and a commented configuration.  What is there already "
-             "stays as it is.", "sudo python3 cbackup.pyz init"),
-    "invite": ("Prints the one line to type on a new machine.  Its token is good once, and for one hour.",
+    "init": ("Makes the home of the first machine: the cluster's key and a commented "
+             "configuration.  What is there already stays as it "
+             "is.", "sudo python3 cbackup.pyz init"),
+    "invite": ("Prints the one line to type on a new machine.  Its token is good once, and for one "
+               "hour.",
                "sudo cbackup.pyz invite"),
-    "join": ("Fetches key and configuration from a machine of the cluster, after it has made sure by the token that it is "
+    "join": ("Fetches key and configuration from a machine of the cluster, after it has made sure "
+             "by the token that it is "
              "one.", "sudo python3 cbackup.pyz join 192.168.1.10:5005 TOKEN --install"),
-    "service": ("Prints what starts the server at boot and the client on time; with --install puts that in place and starts "
-                "both.  Root's program is then /usr/local/bin/cbackup.pyz.", "sudo python3 cbackup.pyz service --install"),
-    "server": ("Serves this host's sources and backups to the other hosts, in the foreground, until it is told to end.",
+    "service": ("Prints what starts the server at boot and the client on time; with --install puts "
+                "that in place and starts both.  Root's program is then "
+                "/usr/local/bin/cbackup.pyz.",
+                "sudo python3 cbackup.pyz service --install"),
+    "server": ("Serves this host's sources and backups to the other hosts, in the foreground, "
+               "until it is told to end.",
                "cbackup.pyz server"),
-    "client": ("Makes one pass: brings every backup of this host up to date, as far as the other hosts can be reached.  "
-               "Without a terminal it prints nothing unless something is wrong.", "sudo cbackup.pyz client --until-settled"),
+    "client": ("Makes one pass: brings every backup of this host up to date, as far as the other "
+               "hosts can be reached.  Without a terminal it prints nothing unless something is "
+               "wrong.",
+               "sudo cbackup.pyz client --until-settled"),
     "status": ("Says what is safe and what is not, across the cluster.", "cbackup.pyz status",
-               "cbackup.pyz status --check || echo 'not safe'", "cbackup.pyz status --html page.html"),
+               "cbackup.pyz status --check || echo 'not safe'",
+               "cbackup.pyz status --html page.html"),
     "web": ("Serves a read-only page with the state of the cluster, until it is told to end.",
             "cbackup.pyz web --listen 127.0.0.1:5080"),
-    "plan": ("Says whether everything fits, and what the loss of each host would mean now.", "cbackup.pyz plan"),
-    "restore": ("Brings back a source, or some paths of it, from whichever hosts are up.  What is there already and is right "
-                "stays; what differs is moved aside with --force.", "cbackup.pyz restore documents --to /tmp/documents",
+    "plan": ("Says whether everything fits, and what the loss of each host would mean now.",
+             "cbackup.pyz plan"),
+    "restore": ("Brings back a source, or some paths of it, from whichever hosts are up.  What is "
+                "there already and is right stays; what differs is moved aside with --force.",
+                "cbackup.pyz restore documents --to /tmp/documents",
                 "cbackup.pyz restore photos '2024/*' --at 2026-11-01 --to /tmp/photos"),
-    "find": ("Says where copies and older versions of matching files are.", "cbackup.pyz find '*.jpg'"),
-    "ls": ("Shows what a directory of a source had, now or at another time: time, size, copies, how many older versions.",
+    "find": ("Says where copies and older versions of matching files are.",
+             "cbackup.pyz find '*.jpg'"),
+    "ls": ("Shows what a directory of a source had, now or at another time: time, size, copies, "
+           "how many older versions.",
            "cbackup.pyz ls photos 2026/11 --at 3d"),
     "log": ("Shows what the passes of this host did, the newest first.", "cbackup.pyz log"),
-    "verify": ("Reads all copies on this host now, and sets bad ones aside, instead of a few in each pass.",
+    "verify": ("Reads all copies on this host now, and sets bad ones aside, instead of a few in "
+               "each pass.",
                "sudo cbackup.pyz verify"),
-    "accept": ("Lets a mass change of a source through that was held back.", "cbackup.pyz accept photos"),
-    "forget": ("Deletes the copies and old versions of a source that is no longer in the configuration.",
+    "accept": ("Lets a mass change of a source through that was held back.",
+               "cbackup.pyz accept photos"),
+    "forget": ("Deletes the copies and old versions of a source that is no longer in the "
+               "configuration.",
                "sudo cbackup.pyz forget photos --everywhere"),
-    "demo": ("Makes a cluster of four hosts on this machine in a temporary directory, backs up, kills two hosts, restores, "
-             "compares, and cleans up.", "python3 cbackup.pyz demo ~/Documents"),
+    "demo": ("Makes a cluster of four hosts on this machine in a temporary directory, backs up, "
+             "kills two hosts, restores, compares, and cleans "
+             "up.", "python3 cbackup.pyz demo ~/Documents"),
     "completion": ("Prints what lets a shell complete cbackup's commands and options.",
                    "cbackup.pyz completion bash > /etc/bash_completion.d/cbackup"),
-    "help": ("Shows the help of a command, or what commands there are.", "cbackup.pyz help restore"),
+    "help": ("Shows the help of a command, or what commands there are.",
+             "cbackup.pyz help restore"),
     "version": ("Prints the version.", "cbackup.pyz version")}
 """What --help says of each command, and examples."""
 
@@ -14536,7 +15993,8 @@ def bash_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
 
 def zsh_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
     def described(pairs: "Iterable[Tuple[str, str]]") -> str:
-        return " ".join(shlex.quote("%s:%s" % (name.replace(":", "\\:"), text)) for name, text in pairs)
+        return " ".join(shlex.quote("%s:%s" % (name.replace(":", "\\:"), text)) for name,
+                        text in pairs)
     commands = commands_of(parser)
     yield "#compdef cbackup.pyz cbackup"
     yield "# made by `cbackup.pyz completion zsh`"
@@ -14546,7 +16004,9 @@ def zsh_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
     yield "    '') choices=(%s); _describe command choices; return;;" % described(
         (name, HELP[name][0].partition(".")[0]) for name in commands)
     for name, one in commands.items():
-        yield "    %s) choices=(%s);;" % (name, described((n, text) for names, text, _ in options_of(one) for n in names))
+        yield "    %s) choices=(%s);;" % (name,
+                                          described((n, text) for names, text, _ in options_of(one)
+                                                    for n in names))
     yield "esac"
     yield "_describe -o option choices"
     yield "_files"
@@ -14559,14 +16019,17 @@ def fish_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
         yield "complete -c cbackup.pyz -n __fish_use_subcommand -a %s -d %s" % (
             name, shlex.quote(HELP[name][0].partition(".")[0]))
         for names, text, value in options_of(one):
-            words = " ".join(("-l %s" if n.startswith("--") else "-s %s") % n.lstrip("-") for n in names)
+            words = " ".join(("-l %s" if n.startswith("--") else "-s %s") % n.lstrip("-")
+                             for n in names)
             yield "complete -c cbackup.pyz -n '__fish_seen_subcommand_from %s' %s%s -d %s" % (
                 name, words, " -r" if value else "", shlex.quote(text))
 
 
 def add_completion_parser(commands: Any) -> None:
-    parser = commands.add_parser("completion", help="what lets a shell complete commands and options")
-    parser.add_argument("shell", metavar="SHELL", choices=["bash", "fish", "zsh"], help="bash, fish or zsh")
+    parser = commands.add_parser("completion",
+                                 help="what lets a shell complete commands and options")
+    parser.add_argument("shell", metavar="SHELL", choices=["bash", "fish", "zsh"],
+                        help="bash, fish or zsh")
     parser.set_defaults(run=cmd_completion)
 
 
@@ -14588,8 +16051,11 @@ COMMANDS: "Dict[str, Callable[[Any], None]]" = {
 
 
 def build_parser(names: "Iterable[str]" = COMMANDS) -> Parser:
-    """A parser for these commands; those of all together take longer than a pass with nothing to do."""
-    parser = Parser(prog="cbackup.pyz", description="A backup that lives on the free space of the UNIX machines you have.")
+    """A parser for these commands; those of all together take longer than a pass with nothing to
+    do."""
+    parser = Parser(prog="cbackup.pyz",
+                    description="A backup that lives on the free space of the UNIX machines you "
+                                "have.")
     add_common_options(parser)
     parser.add_argument("--version", action="version", version="cbackup " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
@@ -14598,7 +16064,8 @@ def build_parser(names: "Iterable[str]" = COMMANDS) -> Parser:
     for name, command in commands.choices.items():
         add_common_options(command, default=argparse.SUPPRESS)
         command.formatter_class = HelpFormatter
-        command.description, command.epilog = HELP[name][0], "example:\n  " + "\n  ".join(HELP[name][1:])
+        command.description, command.epilog = HELP[name][0], \
+            "example:\n  " + "\n  ".join(HELP[name][1:])
     return parser
 
 
@@ -14606,7 +16073,8 @@ def parse_arguments(arguments: "List[str]") -> argparse.Namespace:
     """Raises UsageError, and SystemExit for --help and --version."""
     first = next((word for word in arguments if word in COMMANDS or word in ("-h", "--help")), "")
     if first in COMMANDS:
-        with contextlib.suppress(UsageError):  # whose words would be those of one that knows one command
+        # whose words would be those of one that knows one command
+        with contextlib.suppress(UsageError):
             return build_parser([first]).parse_args(arguments)
     return build_parser().parse_args(arguments)
 
@@ -14696,7 +16164,8 @@ def run_arguments(arguments: "List[str]") -> int:
         if not args.command:
             raise UsageError("which command?  See `cbackup.pyz --help`")
         logging.basicConfig(handlers=[LogHandler(sys.stderr)],
-                            level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbose, 2)])
+                            level=[logging.WARNING, logging.INFO,
+                                   logging.DEBUG][min(args.verbose, 2)])
         logging.getLogger().handlers[0].setFormatter(PlainFormatter("cbackup: %(message)s"))
         Progress.quiet = args.quiet
         return int(args.run(args, Home(args.home, args.host)))
@@ -14704,7 +16173,8 @@ def run_arguments(arguments: "List[str]") -> int:
         return end.code if isinstance(end.code, int) else EXIT_DONE
     except BaseException as error:
         if not isinstance(error, (CBackupError, KeyboardInterrupt, sqlite3.Error, OSError)) \
-                and (os.environ.get("CBACKUP_TEST") == "1" or any(re.match(r"-v+\Z", word) for word in arguments)):
+                and (os.environ.get("CBACKUP_TEST") == "1"
+                     or any(re.match(r"-v+\Z", word) for word in arguments)):
             raise
         text, code = words_for(error, args)
     clear_line()
@@ -14722,12 +16192,14 @@ def words_for(error: BaseException, args: argparse.Namespace) -> "Tuple[str, int
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
     if isinstance(error, sqlite3.Error):
-        return "a database in %s cannot be used: %s" % (Home(args.home).state_path, error), EXIT_INCOMPLETE
+        return "a database in %s cannot be used: %s" % (Home(args.home).state_path,
+                                                        error), EXIT_INCOMPLETE
     if isinstance(error, OSError):
         named = isinstance(error.filename, (str, bytes))
         where = shown(os.fsencode(error.filename)) + ": " if named else ""
         return where + reason_of(error), EXIT_INCOMPLETE
-    return "a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__, error), EXIT_INCOMPLETE
+    return "a mistake in cbackup itself (%s: %s); -v shows where" % (error.__class__.__name__,
+                                                                     error), EXIT_INCOMPLETE
 
 
 if __name__ == "__main__":
