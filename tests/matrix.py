@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 import cbackup
-from tests.harness import DIRECTORY, Cluster, Link, Process, differences, make_tree, program, some_bytes
+from tests.harness import DIRECTORY, Cluster, Link, Process, differences, make_tree, quick_program, some_bytes
 
 FILES = {"plain": b"1", "large": some_bytes(700000, 1), "empty": b"", "void": DIRECTORY, "d/e f/g": b"2", "new\nline": b"3",
          "#hash": b"4", ";semicolon": b"5", "-dash": b"6", "[b]*?": b"7", "back\\slash": b"8", " blanks ": b"9", "gr\u00fcn": b"10",
@@ -63,7 +63,7 @@ class MixedCluster(Cluster):
         if python is None:
             return super().spawn(host, *arguments, **more)
         self.write_config()
-        command = [python] + program("--home", self.home(host), *arguments)[1:]
+        command = [python] + quick_program("--home", self.home(host), *arguments)[1:]
         return Process(command, self.environment(host, **more), self.path(host))
 
 

@@ -8,6 +8,7 @@ import socket
 import sys
 from unittest import mock
 
+import tests  # noqa: F401  (so that what comes next is compiled already)
 import cbackup
 
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import unittest
 
-from tests.harness import DIRECTORY, Case, Link, Process, make_tree, program, write_file
+from tests.harness import DIRECTORY, Case, Link, Process, make_tree, quick_program, write_file
 
 FILES = {"f%d" % number: 3000 + number for number in range(6)}
 
@@ -124,7 +124,7 @@ class DeclinedTest(Case):
             self.skipTest("no C compiler, to make a file system without colons")
         self.add({"10:30": 500, "10.30": 500, "d:/f": 500, "empty:": DIRECTORY, "link:": Link("10.30")})
         def client():   # started by itself: the library is for the program as well as for its rsync
-            return Process(program("--home", self.c.home("a"), "client", "--json"),
+            return Process(["env"] + quick_program("--home", self.c.home("a"), "client", "--json"),
                            self.c.environment("a", LD_PRELOAD=library), self.c.path("a")).wait()
         result = client()
         self.assertRc(1, result)

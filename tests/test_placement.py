@@ -83,11 +83,11 @@ class LostHostTest(Case):
         self.assertEqual((len(had), 0), (docs["overserved_files"], docs["underserved_files"]))
 
 
-class SimulatedTest(unittest.TestCase):
+class SimulatedTest(Case):
     """The same decisions of server and client, with hundreds of files, in simulated time."""
 
     def test_scenarios_settle_without_churn(self):
-        for name in ("trap", "unequal_exact", "multi3"):
+        for name in self.todays(("trap", "unequal_exact", "multi3"), 1):
             with self.subTest(scenario=name, seed=SEED):
                 outcome = placement.run(name, SEED, further=3)
                 self.assertTrue(outcome.settled, vars(outcome))

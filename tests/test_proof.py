@@ -215,7 +215,7 @@ class Lies(ProofTest):
         self.assertTrue(os.path.exists(staged))
         hide_a_change(staged)
         # the digest is that of the damaged file, as after a bad memory: what is fetched again is compared by rsync only
-        code = ("import sys, cbackup\n"
+        code = ("import sys, tests, cbackup\n"
                 "cbackup.Rsync.fetch = lambda *a, **k: cbackup.Pull()\n"
                 "sys.exit(cbackup.main(sys.argv[1:]))\n")
         for _ in range(20):     # a sample may meet the byte: the copy is refused then for a day, as it should be

@@ -207,6 +207,7 @@ class ScanTest(Case):
 FAILING_SCAN = """
 import os, sqlite3, sys
 sys.path.insert(0, %r)
+import tests
 import cbackup
 whole = cbackup.run_scan
 def run_scan(*words):
