@@ -11275,8 +11275,8 @@ def parse_time(word: str) -> float:
     match = _TIME.match(word)
     with contextlib.suppress(ValueError, OverflowError):
         year, month, day, hour, minute, second, zone = match.groups() if match else ("x",) * 7
-        when = datetime.datetime(int(year), int(month), int(day), int(hour or 23),
-                                 int(minute or 59), int(second or 59), fold=1)
+        when = datetime.datetime(int(year), int(month), int(day),
+                                 int(hour or 23), int(minute or 59), int(second or 59), fold=1)
         plain = (when - datetime.datetime(1970, 1, 1)).total_seconds()
         if zone:
             digits = zone.replace(":", "").replace("Z", "+0000")
