@@ -7,7 +7,7 @@ import sys
 import threading
 import unittest
 
-from tests.harness import TOP, Case, free_port, make_tree, read_file, tree, wait_for, write_file
+from tests.harness import TOP, Case, free_port, make_tree, one_in, read_file, tree, wait_for, write_file
 
 sys.path.insert(0, TOP)
 import cbackup  # noqa: E402
@@ -109,6 +109,10 @@ class TravelCase(Case):
         return c.status(host)["config_version"]
 
 
+@one_in(2, "test_an_edit_on_a_machine_with_a_backup_reaches_the_others_in_one_round_of_passes",
+        "test_a_wrong_file_is_refused_by_all_with_every_line_and_a_right_one_is_taken_after_it",
+        "test_of_two_edits_one_wins_everywhere_and_the_other_is_kept_and_named",
+        "test_a_machine_that_was_off_for_a_month_and_has_an_old_file_does_not_win")
 class OneTextTest(TravelCase):
     """One edit, on any machine, is carried everywhere by the passes, byte for byte; running servers take it over.
 
