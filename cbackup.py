@@ -7851,11 +7851,11 @@ class Scanner(threading.Thread):
         self._changed = threading.Condition()
         self._seen: "Dict[str, float]" = {}
         self._wanted: "Dict[str, float]" = {}
-        self._stop = False
+        self._over = False
 
     def stop(self) -> None:
         with self._changed:
-            self._stop = True
+            self._over = True
             self._changed.notify_all()
 
     def look(self, age: float, wait: float) -> "List[str]":
@@ -7868,7 +7868,7 @@ class Scanner(threading.Thread):
                 missing = [name for name in self.service.books.active_sources()
                            if self._seen.get(name, float("-inf")) < since]
                 left = deadline - time.monotonic()
-                if not missing or left <= 0 or self._stop:
+                if not missing or left <= 0 or self._over:
                     return missing
                 for name in missing:
                     self._wanted[name] = max(since, self._wanted.get(name, since))
@@ -7884,10 +7884,10 @@ class Scanner(threading.Thread):
                 self._wanted[name] = now
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: self._stop or all(self._seen.get(name, 0.0) >= now for name in names), wait)
+                lambda: self._over or all(self._seen.get(name, 0.0) >= now for name in names), wait)
 
     def run(self) -> None:
-        while not self._stop:
+        while not self._over:
             name = self._next()
             if name is None:
                 continue
@@ -7895,7 +7895,7 @@ class Scanner(threading.Thread):
             try:
                 self.service.scan(name)
             except Exception as error:
-                if self._stop:  # the books were closed under it
+                if self._over:  # the books were closed under it
                     return
                 log_failure("looking at " + name, error)
                 if isinstance(error, sqlite3.Error) and is_damage(error):
@@ -7939,12 +7939,12 @@ class Reader(threading.Thread):
         self.service = service
         self._changed = threading.Condition()
         self._wanted: "List[int]" = []
-        self._more, self._busy, self._stop = True, True, False
+        self._more, self._busy, self._over = True, True, False
         self._equal: "Dict[str, int]" = {}
 
     def stop(self) -> None:
         with self._changed:
-            self._stop = True
+            self._over = True
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -7963,7 +7963,7 @@ class Reader(threading.Thread):
         if not self.is_alive():  # a Service without a Server
             self._read_wanted()
         with self._changed:
-            while not self._stop and set(numbers) & set(self._wanted) \
+            while not self._over and set(numbers) & set(self._wanted) \
                     and time.monotonic() < deadline:
                 self._changed.wait(deadline - time.monotonic())
 
@@ -7971,12 +7971,12 @@ class Reader(threading.Thread):
         """Returns when all is read, as far as it can be, or after `wait` seconds."""
         deadline = time.monotonic() + wait
         with self._changed:
-            while self._busy and not self._stop and self.is_alive() and time.monotonic() < deadline:
+            while self._busy and not self._over and self.is_alive() and time.monotonic() < deadline:
                 self._changed.wait(deadline - time.monotonic())
 
     def run(self) -> None:
         pause: "Optional[float]" = None
-        while not self._stop:
+        while not self._over:
             with self._changed:
                 if not self._more and not self._wanted:
                     self._busy = pause is not None
@@ -7986,7 +7986,7 @@ class Reader(threading.Thread):
             try:
                 pause = 0.5 if self._round() else None
             except Exception as error:
-                if self._stop:
+                if self._over:
                     return
                 log_failure("comparing files with their copies", error)
                 pause = 5.0  # the books may be damaged, their disk full: others say so
@@ -8002,7 +8002,7 @@ class Reader(threading.Thread):
 
     def _read_source(self, name: str) -> bool:
         books, fresh, behind = self.service.books, False, (float("inf"), 1 << 62)
-        while not self._stop and not self._more:
+        while not self._over and not self._more:
             source = books.source_row(name)
             page = books.unread(source["id"], behind, self.BATCH)
             if not page:
@@ -8029,7 +8029,7 @@ class Reader(threading.Thread):
                 words.append(word)
                 if own is not None:
                     found.append((facts, own))
-                if self._stop or self._wanted or time.monotonic() - begun > self.BATCH_SECONDS:
+                if self._over or self._wanted or time.monotonic() - begun > self.BATCH_SECONDS:
                     break
         self._enter(source, found)
         return words
@@ -8048,7 +8048,7 @@ class Reader(threading.Thread):
         """Read what somebody waits for, in its order.  Returns whether something of it was too
         fresh to be read."""
         fresh = False
-        while self._wanted and not self._stop:
+        while self._wanted and not self._over:
             number = self._wanted[0]
             try:
                 facts = self.service.books.facts_of(number)
