@@ -4019,17 +4019,20 @@ class Books(Ledger):
     def end_report(self, backup: int, source: "Dict[str, Any]", serial: int) -> None:
         """The report is complete: what was not in it is not there.  A source of which these books
         have never counted a copy, and that has less than half of what is reported, is held."""
-        missing = [row[0] for row in self.rows(
-            "SELECT file FROM copies WHERE backup=? AND source=? AND tag IS NOT NULL AND seen IS "
-            "NOT ?",
-            backup, source["id"], serial)]
-        # who is cut off meanwhile has another sum, and reports again
-        for some in in_batches(missing, SLICE):
-            with self.write() as db:
-                for number in some:
-                    db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
-                    self._after_retire(number)
-                self.regroup(some)
+        after = 0
+        while True:  # who is cut off meanwhile has another sum, and reports again
+            page = self.rows("SELECT file, tag IS NOT NULL AND seen IS NOT ? FROM copies "
+                             "WHERE backup=? AND source=? AND file>? ORDER BY file LIMIT ?",
+                             serial, backup, source["id"], after, APPLY_CHUNK)
+            for some in in_batches((number for number, missing in page if missing), SLICE):
+                with self.write() as db:
+                    for number in some:
+                        db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
+                        self._after_retire(number)
+                    self.regroup(some)
+            if len(page) < APPLY_CHUNK:
+                break
+            after = page[-1][0]
         with self.write():
             counted = self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND k>0",
                                source["id"])[0]
