@@ -388,8 +388,10 @@ MUTANTS = [
 
 
 def places_of(old, text):
-    """The places of a fault's text in cbackup.py, wherever its lines are broken."""
-    return list(re.finditer(re.sub(r"(\\[ \n])+", lambda _: r"\s+", re.escape(old)), text))
+    """The places of a fault's text in cbackup.py, wherever the lines within it are broken."""
+    within = re.sub(r"(\\[ \n])+", lambda _: r"\s+", re.escape(old.strip()))
+    begin, end = old[:len(old) - len(old.lstrip())], old[len(old.rstrip()):]
+    return list(re.finditer(re.escape(begin) + within + re.escape(end), text))
 
 
 def with_fault(old, new, text):
