@@ -752,6 +752,8 @@ class History:
         path = self.c.backups["b" + host].path
         if not os.path.exists(os.path.join(path, ".cbackup", "identity")) or not os.access(path, os.W_OK):
             return
+        if all(name.startswith(".cbackup") for name in faults.regular_files(path)):
+            return      # when state/ is lost besides, nobody knows a directory without a copy
         os.rename(path, path + ".away")
         os.mkdir(path)
         for one in [host] + self.dice.sample(self.c.hosts, 2):
