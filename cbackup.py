@@ -2445,7 +2445,7 @@ class Group:
 
     def __init__(self, row: "Tuple[Any, ...]",
                  facts_of: "Callable[[int], Tuple[str, bool, bool]]") -> None:
-        """facts_of: Books.facts_of_backup."""
+        """facts_of: Groups.facts_of_backup."""
         self.id, key, self.n, self.k, self.files, self.bytes = row
         self.blocked = key.startswith("!")
         self.members: "Dict[int, bool]" = {}
@@ -2611,8 +2611,8 @@ class Groups(Store):
                                    "FROM entries e LEFT JOIN copies c ON c.file=e.id AND c.state "
                                    "IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG ORDER BY "
                                    "e.id, c.backup", some)
-            for (number, source, grp,
-                 blocked), copies in itertools.groupby(rows, key=lambda row: row[:4]):
+            for (number, source, grp, blocked), copies in itertools.groupby(
+                    rows, key=lambda row: row[:4]):
                 group = self._group_id(source, ("!" if blocked else "") + ",".join(
                     ["%d%s" % (backup, "+" if state == "k" else "-") for *_, backup, state in copies
                      if backup is not None]))
@@ -2658,7 +2658,8 @@ class Groups(Store):
                 shape = self._shapes.get(row[0])
                 if shape is None:
                     shape = self._shapes[row[0]] = Group(row, self.facts_of_backup)
-                # the rest never changes; who still reads the old ones gets newer figures
+                # The rest changes with `recount_groups` only, which forgets the shapes; who still
+                # reads the old ones gets newer figures.
                 shape.files, shape.bytes = row[4:]
                 found.append(shape)
         return found
@@ -3631,8 +3632,8 @@ class Ledger(Placement):
                 for number, each in self.candidates(backup, source["id"], source["replicas"],
                                                     free - size,
                                                     (max_files - len(taken), max_bytes - size)):
-                    if len(taken) + len(some) >= max_files or (taken
-                                                               or some) and size + each > max_bytes:
+                    if len(taken) + len(some) >= max_files \
+                            or (taken or some) and size + each > max_bytes:
                         break
                     if each <= free - size:
                         some.append(number)
@@ -3818,9 +3819,8 @@ class Ledger(Placement):
                 if not row:
                     continue
                 group = Group(row[1:], self.facts_of_backup)
-                if group.members.get(backup) and group.copies_without(backup,
-                                                                      self.host_of) >= source[
-                    "replicas"]:
+                if group.members.get(backup) \
+                        and group.copies_without(backup, self.host_of) >= source["replicas"]:
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))
                     self._are_news([row[0]])
                     self.regroup([row[0]])
@@ -7125,8 +7125,8 @@ class Journal(Attic):
                         self.set_aside(source, [new], "deleted")
                     self.clear_the_way(place)
                     self.tree.rename(between, place)
-                elif row is None or self.tree.digest(place)[0] != row[
-                    2]:  # not renamed by an earlier process
+                elif row is None or self.tree.digest(place)[0] != row[2]:
+                    # Not renamed by an earlier process.
                     raise FileNotFoundError(errno.ENOENT, "it is not here")
                 done.append((cursor, old, new, row))
             except OSError as error:
@@ -9045,11 +9045,10 @@ def make_invitation(home: Home) -> str:
 def open_invitation(home: Home, address: str = "") -> "Dict[str, Any]":
     """The invitation that can still be used, from that address; {} when there is none."""
     found = read_json(home.state("invitation.json"))
-    usable = found.get("tries", 0) > 0 and found.get("until",
-                                                     0) > clock.now() > found[
-        "until"] - 2 * INVITATION_SECONDS
-    spent = isinstance(found.get("wrong"),
-                       dict) and found["wrong"].get(address, 0) >= INVITATION_TRIES
+    usable = found.get("tries", 0) > 0 \
+        and found.get("until", 0) > clock.now() > found["until"] - 2 * INVITATION_SECONDS
+    spent = isinstance(found.get("wrong"), dict) \
+        and found["wrong"].get(address, 0) >= INVITATION_TRIES
     return found if usable and not spent else {}
 
 
@@ -14138,8 +14137,8 @@ def esc(text: Any) -> str:
 
 def mark(state: str, text: str) -> str:
     """A sign and words for `well`, `wait` or `wrong`."""
-    return '<span class="mark %s"><span aria-hidden="true">%s</span> %s</span>' % (state, MARKS[
-        state], esc(text))
+    return '<span class="mark %s"><span aria-hidden="true">%s</span> %s</span>' % (
+        state, MARKS[state], esc(text))
 
 
 def ago(seconds: "Optional[float]", never: str) -> str:
