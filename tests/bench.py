@@ -13,7 +13,7 @@ same files in the same run; and what the bookkeeping takes.
 memory of client and server.
 `restore`: how much faster three backups behind limited lines are than one of them; three times would be perfect.
 `lock`: for how long a server with many files holds its books up, and nobody else is answered.
-`against`: the processor time of a copy, a restored file, a pass that finds nothing changed and one with nothing to do, of this
+`against`: the processor time of a copy (of two), a restored file, a pass that finds nothing changed and one with nothing to do, of this
 tree and of another one (an older commit), in turn; the least of the rounds, on tmpfs.
 `claims`: what a batch costs the server (milliseconds of CPU for the question what is missing, the claim, and the
 confirmation) while the clients of many hosts fill their backups with many files, from the first batch to the last.
@@ -309,10 +309,10 @@ def seconds(pid):
     with open("/proc/%d/stat" % pid) as file:
         return sum(map(int, file.read().rpartition(")")[2].split()[11:15])) / 100
 
-def run(cluster, *args, pyz=False):
-    command = [sys.executable] + (["cbackup.pyz"] if pyz else ["-m", "cbackup"]) + ["--home", cluster.home("a")]
+def run(cluster, host, *args):
+    command = [sys.executable, "cbackup.pyz", "--home", cluster.home(host)]
     before, servers = resource.getrusage(resource.RUSAGE_CHILDREN), sum(seconds(s.pid) for s in cluster.servers.values())
-    subprocess.run(command + list(args), env=cluster.environment("a"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command + list(args), env=cluster.environment(host), check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     client = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return client + sum(seconds(s.pid) for s in cluster.servers.values()) - servers
@@ -320,16 +320,20 @@ def run(cluster, *args, pyz=False):
 count = int(sys.argv[1])
 r = random.Random(1)
 files = {"d%03d/f%05d" % (n // 200, n): int(min(200 << 10, max(200, r.lognormvariate(8.3, 1.3)))) for n in range(count)}
-with Cluster("s", "a", replicas=1) as c:
+with Cluster("s", "a", "b", replicas=2) as c:
     c.source("docs", "s", files)
-    c.backup("ba", "a", size="100G")
+    for host in "ab":
+        c.backup("b" + host, host, size="100G")
     c.start()
     c.write_config()
-    found = [run(c, "client") / count * 1e6]
-    found.append(run(c, "restore", "docs", "--to", c.path("back")) / count * 1e6)
-    run(c, "client", pyz=True)
-    found.append(min(run(c, "client", pyz=True) for _ in range(3)) * 1000)
-    found.append(min(run(c, "--version", pyz=True) for _ in range(3)) * 1000)
+    for host in "ab":
+        run(c, host, "--version")
+    found = [sum(run(c, host, "client") for host in "ab") / count / 2 * 1e6]
+    found.append(run(c, "a", "restore", "docs", "--to", c.path("back")) / count * 1e6)
+    for host in "ab":
+        run(c, host, "client")
+    found.append(min(run(c, "a", "client") for _ in range(3)) * 1000)
+    found.append(min(run(c, "a", "--version") for _ in range(3)) * 1000)
     print(*found)
 """
 
