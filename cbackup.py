@@ -888,6 +888,9 @@ class Tree:
     symlink."""
     IMPOSSIBLE = (errno.EILSEQ, errno.EINVAL, errno.ENAMETOOLONG)
     """What file systems say of a name that they cannot hold: nothing is under it."""
+    NO_FILE = _ABSENT + IMPOSSIBLE
+    """What `open_file` raises where there is no regular file; else there is one, and it cannot be
+    read."""
 
     def __init__(self, root: "str | bytes", own_links: bool = False) -> None:
         """`own_links`: symlinks that stand where a directory has to be made are ours, and are
@@ -1033,6 +1036,27 @@ class Tree:
         old_dir, old_name = self._parent(old)
         os.link(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir, follow_symlinks=False)
 
+    def copy(self, old: bytes, new: bytes) -> bytes:
+        """Write what is in the file `old` into a new one, durably; its digest.  Where a file has
+        holes the other one has them, too."""
+        new_dir, new_name = self._parent(new, make=True)
+        reader, digest = self.open(old), new_digest()
+        try:
+            with open(os.open(new_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600,
+                              dir_fd=new_dir), "wb") as writer:
+                for block in iter(lambda: os.read(reader, READ_BLOCK), b""):
+                    digest.update(block)
+                    if block.count(0) == len(block):
+                        writer.seek(len(block), os.SEEK_CUR)
+                    else:
+                        writer.write(block)
+                writer.truncate()
+                writer.flush()
+                fsync(writer.fileno())
+        finally:
+            os.close(reader)
+        return digest.digest()
+
     def symlink(self, target: bytes, rel: bytes) -> None:
         descriptor, name = self._parent(rel, make=True)
         os.symlink(target, name, dir_fd=descriptor)
@@ -1175,9 +1199,14 @@ class Tree:
                 fsync(self._parent(rel + b"/x")[0], drive=False)
         fsync(self._root)
 
+    def sync_at_once(self) -> bool:
+        """Make everything on the tree's file system durable by one call; False where this system
+        has none that waits for it.  Raises OSError when something could not be written."""
+        return _syncfs(self._root)
+
     def sync_all(self) -> None:
-        """Make everything on the tree's file system durable."""
-        if not _syncfs(self._root):
+        """The same, as far as the system can."""
+        if not self.sync_at_once():
             os.sync()
 
 
@@ -5974,11 +6003,26 @@ class Pull:
         it: some file systems say of a name that they cannot hold that there is no such file."""
         return "/.cbackup/incoming/" in (self._line_of(path) or "")
 
+    def not_written(self, top: bytes, path: bytes = b"") -> str:
+        """The system's words of what our own side could not write below the directory `top`, whose
+        whole path no peer knows: of one file, or of any.  "" when nothing is said of it."""
+        if not path:
+            line = self.said_of(top + b"/")
+        else:
+            above, _, name = (top + b"/" + path).rpartition(b"/")
+            line = self.said_of(above + b"/" + name + b'"') \
+                or self.said_of(above + b"/." + name + b".")
+        return self._reason_in(line) if line else ""
+
+    @staticmethod
+    def _reason_in(line: str) -> str:
+        return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
+
     def why(self, path: bytes) -> str:
         """What rsync said of one file, or of a directory above it, or its last words."""
         line = self._line_of(path)
         if line:
-            return re.sub(r".*: ([^:]+?)( \(\d+\))?\Z", r"\1", line)
+            return self._reason_in(line)
         return self.errors[-1][:160] if self.errors else "rsync did not deliver it"
 
 
@@ -11199,7 +11243,7 @@ LISTS = {
     "files of nobody": ("size", "kind='f' AND NOT " + HAS),
     "open links": (
         "(SELECT path FROM want w WHERE w.link=want.link AND w.digest IS want.digest "
-        "AND w.kind='f' AND w.state=1 ORDER BY path LIMIT 1)",
+        "AND w.kind='f' AND w.state=1 ORDER BY path LIMIT 1), digest, " + METADATA,
         "kind='f' AND link IS NOT NULL AND state IN (0, 3)"),
     "symlinks": ("target, mtime, xattrs, uid, gid, user, grp", "kind='l' AND state<>4"),
     "directories": ("asked", "kind='d' AND path<>x''"),
@@ -11219,6 +11263,12 @@ LISTS = {
 XATTRS_OF_USERS = ("user.", "system.posix_acl_")
 """How the names of extended attributes begin that anybody may set on his files; those that a
 restore takes away where the catalog has none."""
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+"""What link(2) says where a file cannot have another name."""
+
+COPY_NAME = b".cbackup-restore-new"
+"""A file that is being copied to where none can be renamed or linked to."""
 
 DONE_SCHEMA = """
 CREATE TABLE done(path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, ino INTEGER, digest BLOB)
@@ -11315,16 +11365,18 @@ class RemoteHolder:
                              os.fsencode(scratch))
         if outcome.how == "own":
             raise outcome.own_failure()
+        if outcome.full_disk:
+            raise OwnFailure("%s is full: %s" % (scratch, outcome.full_disk[:160]))
         return [os.path.join(scratch, f.name) for f in files]
 
     def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Holding]":
-        """Copies, and with `old` older versions: of paths that begin with `prefix`, and from
+        """Copies, or with `old` older versions: of paths that begin with `prefix`, and from
         servers that do not know that field, of all.  (path, place: see PLAN_SCHEMA, size, mtime,
         digest if known)."""
         narrow: "Dict[str, Any]" = {}
         if prefix and self.link.peer_level() > 1:
             narrow["prefix"] = as_text(prefix)
-        for rows in self._pages("copies", "", source, narrow):
+        for rows in self._pages("copies", "", source, narrow) if not old else ():
             for path, size, mtime, digest in rows:
                 yield as_raw(path), b"", size, mtime, bytes.fromhex(digest) if digest else None
         for rows in self._pages("old versions", 0, source, dict(narrow, kind=2)) if old else ():
@@ -11359,13 +11411,15 @@ class RemoteHolder:
         for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
             elsewhere = [(path, place[len(prefix):]) for path, place in names
                          if place and place.startswith(prefix)]
-            if elsewhere:
-                outcome = self._pull(of, source, [place for _, place in elsewhere],
-                                     into + b"/.elsewhere", most, on_bytes, whole)
-                with Tree(into) as tree:
+            if elsewhere and outcome.how == "done" and outcome.code != 11:
+                beside = into + b".elsewhere"  # not in it: a file may be called so
+                outcome.add(self._pull(of, source, [place for _, place in elsewhere], beside, most,
+                                       on_bytes, whole))
+                with Tree(os.path.dirname(into)) as tree:
                     for path, place in elsewhere:
                         with contextlib.suppress(OSError):
-                            tree.rename(b".elsewhere/" + place, path)
+                            tree.rename(os.path.basename(beside) + b"/" + place,
+                                        os.path.basename(into) + b"/" + path)
         return outcome
 
     def _pull(self, of: str, source: str, paths: "List[bytes]", into: bytes,
@@ -11411,7 +11465,7 @@ class DirectoryHolder:
         read.  Of paths that begin with `prefix`."""
         with Tree(self.path) as tree:
             below = prefix.rpartition(b"/")[0]
-            for path, size, mtime in files_here(tree, source, below=below):
+            for path, size, mtime in files_here(tree, source, below=below) if not old else ():
                 if path.startswith(prefix):
                     yield path, b"", size, mtime, None
             for path, stored, size, mtime in old_files_here(tree, source) if old else ():
@@ -11756,6 +11810,15 @@ class Plan:
             self._db.execute("UPDATE want SET state=?, note=COALESCE(?, note) WHERE path=?",
                              (state, note, path))
 
+    def refuse_below(self, path: bytes) -> None:
+        """What is not a directory is where one belongs: nothing below it is to be fetched."""
+        self._one("UPDATE want SET state=4, note=? WHERE path>? AND path<?",
+                  "%s is not a directory" % shown(path), path + b"/", path + b"0")
+
+    def note(self, path: bytes, text: str) -> None:
+        """What is said of a path should it be missing in the end."""
+        self._one("UPDATE want SET note=? WHERE path=?", text, path)
+
     def settle(self, paths: "Iterable[bytes]") -> None:
         """They are in place."""
         self._many("UPDATE want SET state=1 WHERE path=?", [(path,) for path in paths])
@@ -11814,6 +11877,13 @@ class Plan:
                 self._one("INSERT OR IGNORE INTO have SELECT w.path, o.holder, o.place, 0 "
                           "FROM want w JOIN other o ON %s WHERE w.kind='f' AND NOT EXISTS("
                           "SELECT 1 FROM have h WHERE h.path=w.path)" % condition)
+
+    def may_come(self, path: bytes) -> bool:
+        """Whether somebody has a file, or another path of the same hard links."""
+        return self._one(
+            "SELECT 1 FROM want WHERE path=? AND (%s OR EXISTS(SELECT 1 FROM want w JOIN have h "
+            "ON h.path=w.path WHERE w.link=want.link AND w.digest IS want.digest AND w.kind='f'))"
+            % HAS, path) is not None
 
     def lead_links(self) -> None:
         """Of hard links one path is fetched: one that somebody has, if not one of them is there
@@ -11900,14 +11970,14 @@ class Plan:
 
 
 class Done:
-    """What this and earlier runs put into place: kept while the restore is not over, so that
-    nothing is read or fetched twice.  May touch: its database."""
+    """What this and earlier runs put into place, durably: kept while the restore is not over, so
+    that nothing of it is read again.  Where files could be synced only one by one there is nothing
+    in it: reading them again costs less.  May touch: its database."""
 
     def __init__(self, work: str) -> None:
         self._lock = threading.Lock()
         self._db = open_database(os.path.join(work, "done.db"), DONE_SCHEMA, 1, "DELETE")
-        self._db.execute("PRAGMA synchronous=OFF")
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=OFF")  # a row that is lost costs a look at the file
 
     def close(self) -> None:
         self._db.close()
@@ -11918,7 +11988,7 @@ class Done:
             (path, info.st_size, info.st_mtime_ns, info.st_ino, digest)).fetchone() is not None
 
     def add(self, rows: "List[Tuple[bytes, os.stat_result, Optional[bytes]]]") -> None:
-        """(path, what is there, its digest)."""
+        """(path, what is there, its digest): of files that are durable by now."""
         with self._lock:
             self._db.execute("BEGIN")
             self._db.executemany(
@@ -12032,11 +12102,14 @@ class Work:
         self.target, self.path = target, os.path.join(target, RESTORE_DIR.decode())
         self._mark = os.path.join(self.path, RESTORE_MARK.decode())
 
-    def make(self) -> None:
-        """Raises CBackupError when something is in it that was not made by a restore: it could lead
-        elsewhere."""
+    def make(self) -> bool:
+        """Returns whether it was not there before.  Raises CBackupError when something is in it
+        that was not made by a restore: it could lead elsewhere."""
         if os.path.islink(self.path):
             raise CBackupError("%s is a symlink; remove it" % self.path)
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            raise CBackupError("%s is not a directory; remove it" % self.path)
+        new = not os.path.exists(self.path)
         os.makedirs(self.path, mode=0o700, exist_ok=True)
         with Tree(self.path) as tree:
             for rel in tree.walk_files(b""):
@@ -12044,13 +12117,19 @@ class Work:
                 if info is not None and (not stat.S_ISREG(info.st_mode) or info.st_nlink > 1):
                     raise CBackupError("%s/%s is none of cbackup's files; remove %s" % (
                         self.path, shown(rel), self.path))
+        return new
 
     @contextlib.contextmanager
     def locked(self) -> "Iterator[None]":
-        with open(os.path.join(self.path, "lock"), "a") as lock:
+        name = os.path.join(self.path, "lock")
+        with open(name, "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # one that was just over may have taken it away
+                ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
             except OSError:
+                ours = False
+            if not ours:
                 raise CBackupError("another restore is at work in %s" % self.target)
             yield
 
@@ -12079,9 +12158,20 @@ class Work:
                 if name.startswith(b"files-")]
 
     def keep_parts(self, tree: Tree, plan: Plan) -> None:
-        """What an earlier run that was killed has left is used."""
+        """What an earlier run that was killed has left is used, as parts: these are compared with
+        what comes.  A whole file is not believed to be one: size and time may have come to the disk
+        without the bytes, and rsync would not look at them."""
         for top in self.all_staging(tree):
             keep_parts(tree, top, plan.is_file)
+            for rel in list(tree.walk_files(top)):
+                info = tree.lstat(rel)
+                if info is None or rel.rpartition(b"/")[0].endswith(b"/" + PART_SUFFIX_DIR):
+                    continue
+                if info.st_size > PLAIN_BELOW:
+                    tree.chmod(rel, 0o600)
+                    tree.rename(rel, part_of(rel))
+                else:
+                    tree.unlink(rel)
 
     def arrived(self, tree: Tree) -> "Iterator[bytes]":
         """What lies there."""
@@ -12149,7 +12239,7 @@ class Target:
                             and stat.S_ISREG(info.st_mode):
                         there += 1
                         plan.set_state(path, 1)
-                    else:
+                    elif plan.may_come(path):
                         differ += 1
                         if not self.force:
                             plan.set_state(path, 4)
@@ -12204,8 +12294,8 @@ class Target:
             for path, asked in plan.each("directories"):
                 info = self._what_is_at(path, plan)
                 if info is not None and not stat.S_ISDIR(info.st_mode) \
-                        and (asked or plan.leads_to(path)):
-                    self._meet(path, plan)
+                        and (asked or plan.leads_to(path)) and not self._meet(path, plan):
+                    plan.refuse_below(path)
             for path, size, digest, *look in plan.each("open files"):
                 above = path.rpartition(b"/")[0]
                 if above == absent:
@@ -12214,12 +12304,12 @@ class Target:
                 if info is None:
                     absent = above if above and self._is_absent(above) else None
                 elif stat.S_ISREG(info.st_mode) and info.st_size == size \
-                        and self._is_right(path, info, digest, done):
+                        and self._is_right(path, info, digest, look[-2], done):
                     if not self.metadata.is_right(info, tuple(look)):
                         self.metadata.set(self.tree, path, tuple(look))
                     plan.set_state(path, 1)
                     kept += 1
-                else:
+                elif plan.may_come(path):
                     self._meet(path, plan)
         return kept
 
@@ -12239,22 +12329,35 @@ class Target:
             plan.set_state(path, 4, reason_of(error))
             return None
 
-    def _meet(self, path: bytes, plan: Plan) -> None:
-        """Something else is where a path belongs."""
-        if self.force:
-            self._move_aside(path)
-        else:
-            plan.set_state(path, 4)
+    def _meet(self, path: bytes, plan: Plan) -> bool:
+        """Something else is where a path belongs.  Returns whether it is no longer there."""
+        try:
+            if self.force:
+                self._move_aside(path)
+            else:
+                plan.set_state(path, 4)
+            return self.force
+        except OSError as error:
+            plan.set_state(path, 4, "what is there cannot be moved aside: " + reason_of(error))
+            return False
 
     def _move_aside(self, path: bytes) -> None:
+        """Under a name that nothing has: what came back to a path meanwhile is kept, too."""
         when = time.strftime("%Y%m%dT%H%M%S", time.localtime(self._started))
-        self.tree.rename(path, BEFORE_RESTORE + when.encode() + b"/" + path)
+        aside = BEFORE_RESTORE + when.encode() + b"/" + path
+        for number in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                return self.tree.rename_new(path, aside if number == 1 else b"%s.%d" % (
+                    aside, number))
 
-    def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]",
+    def _is_right(self, path: bytes, info: os.stat_result, digest: "Optional[bytes]", mtime: int,
                   done: Done) -> bool:
-        known = done.has(path, info, digest)
-        if known or digest is None:
-            return known
+        """Whether a file of the right size is the wanted one; without a digest its time has to
+        do."""
+        if done.has(path, info, digest):
+            return True
+        if digest is None:
+            return info.st_mtime_ns == mtime
         self.progress.say("checking what is there: %s" % shown(path))
         with contextlib.suppress(OSError):  # what cannot be read is not right
             return bool(self.tree.digest(path)[0] == digest)
@@ -12264,16 +12367,17 @@ class Target:
 
     def check(self, staged: bytes, item: Item) -> "Tuple[Optional[bool], Any]":
         """(whether it is what was wanted, its stat), with its metadata; None: it did not arrive.  A
-        file without a digest in the catalog was never confirmed: size has to do."""
+        file without a digest in the catalog was never confirmed: size has to do.  Raises OSError
+        when it cannot be read here."""
         try:
             descriptor, info = self.tree.open_file(staged)
-        except OSError:
-            return None, None
+        except OSError as error:
+            if error.errno in Tree.NO_FILE:
+                return None, None
+            raise
         try:
             right = info.st_size == item.size and item.digest in (
                 None, digest_descriptor(descriptor, size=item.size)[0])
-        except OSError:
-            return None, None
         finally:
             os.close(descriptor)
         if right and not self.metadata.is_right(info, item.look):
@@ -12281,15 +12385,16 @@ class Target:
             info = self.tree.lstat(staged)
         return right, info
 
-    def place(self, staged: bytes, path: bytes) -> None:
+    def place(self, staged: bytes, item: Item) -> None:
         """Rename a checked file to its place; raises OSError when something is in the way."""
+        path = item.path
         try:
-            self.tree.rename_new(staged, path)
+            self._rename(staged, item)
         except FileExistsError:
             if not self.force:
                 raise
             self._move_aside(path)
-            self.tree.rename_new(staged, path)
+            self._rename(staged, item)
         except PermissionError:
             # An earlier run may have made a directory read-only already: it is opened, and closed
             # again at the end.
@@ -12298,18 +12403,53 @@ class Target:
             if info is None or info.st_mode & 0o700 == 0o700:
                 raise
             self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
-            self.tree.rename_new(staged, path)
+            self._rename(staged, item)
+
+    def _rename(self, staged: bytes, item: Item) -> None:
+        try:
+            self.tree.rename_new(staged, item.path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy(staged, item.path, item.digest, item.look)
+            self.tree.unlink(staged)
+
+    def _copy(self, old: bytes, new: bytes, digest: "Optional[bytes]", look: "Tuple[Any, ...]",
+              ) -> None:
+        """Put a copy of a checked file where it can be neither renamed nor linked to: on another
+        file system, or one without hard links.  Raises OSError."""
+        beside = b"/".join(filter(None, (new.rpartition(b"/")[0], COPY_NAME)))
+        with contextlib.suppress(FileNotFoundError):
+            self.tree.unlink(beside)  # of a run that was killed
+        if self.tree.lstat(new) is not None:
+            raise FileExistsError(errno.EEXIST, "something else is there")
+        try:
+            if self.tree.copy(old, beside) != digest and digest is not None:
+                raise OSError(errno.EIO, "it cannot be copied: its bytes come back as others")
+            self.metadata.set(self.tree, beside, look)
+            self.tree.rename_new(beside, new)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.tree.unlink(beside)
+            raise
 
     # -- after the files --
 
     def links(self, plan: Plan) -> int:
         """Hard links: to whichever of their paths is there.  Returns how many were made."""
         made = 0
-        for path, first in plan.each("open links"):
+        for path, first, digest, *look in plan.each("open links"):
             if first is None:
                 continue
             try:
-                self.tree.link(first, path)
+                try:
+                    self.tree.link(first, path)
+                except OSError as error:
+                    if error.errno not in NO_LINKS:
+                        raise
+                    self._copy(first, path, digest, tuple(look))
+                    self.metadata.note("hard links could not be made (%s): there are copies"
+                                       % reason_of(error))
                 made += 1
                 plan.set_state(path, 1)
             except OSError as error:
@@ -12381,6 +12521,7 @@ class Flight:
         self.since = self.heard = 0.0  # when the batch was begun, and when a byte came last
         self.asked = self.came = 0  # bytes of it
         self.parts = 0  # bytes of it that are there already
+        self.vain = 0  # bytes that came since a file arrived, by batches that failed
         self.rate: "Optional[float]" = None  # bytes a second
         self.turn: "Tuple[int, bytes]" = (0, b"")  # everything before it is in hand
         self.arrived = 0  # files of the batch that was checked last
@@ -12427,7 +12568,7 @@ class Schedule:
             raise
 
     def _work_through(self, flight: Flight, checker: Pipeline) -> None:
-        holder, failures = self.holders.each[flight.number], 0
+        failures = 0
         while failures < FAILURES:
             batch = self._next_batch(flight)
             if not batch:
@@ -12437,8 +12578,8 @@ class Schedule:
                     continue
                 return
             outcome = self._fetch(flight, batch)
-            came, failed = flight.came, outcome.errors or outcome.how == "own"
-            flight.rate = came / max(0.01, time.monotonic() - flight.since)
+            flight.rate = flight.came / max(0.01, time.monotonic() - flight.since)
+            failed = outcome.errors or outcome.how == "own"
             checker.drain()
             with self._changed:
                 flight.checking, flight.fetching = flight.fetching, {}
@@ -12447,23 +12588,42 @@ class Schedule:
                 failures = 0
                 continue
             checker.drain()
-            if outcome.full_disk:
-                raise CBackupError("%s is full: %s" % (self._target.path, outcome.errors[0][:160]))
-            # A part of a large file is something, too: the next try goes on behind it.
-            failures = failures + 1 if not flight.arrived and came < INHERIT_FROM else 0
-            if failures == FAILURES and outcome.how == "own":
-                raise outcome.own_failure()
-            if failures:
-                log.info("%s: %s", holder.name, (outcome.errors or [outcome.own_failure()])[-1])
-            time.sleep(max(0.2, failures - 1))  # the others choose first: they may go on with it
+            failures = failures + 1 if self._was_in_vain(flight) else 0
+            self._meet_failure(flight, outcome, failures)
         self._give_up_on(flight)
+
+    @staticmethod
+    def _was_in_vain(flight: Flight) -> bool:
+        """Whether nothing came of a batch that failed.  A part of a large file is something, too:
+        the next try goes on behind it; but not when that comes again and again."""
+        flight.vain = 0 if flight.arrived else flight.vain + flight.came
+        return not flight.arrived and (flight.came < INHERIT_FROM or flight.vain > 2 * flight.asked)
+
+    def _meet_failure(self, flight: Flight, outcome: Pull, failures: int) -> None:
+        """Wait before the next try, or raise what makes every one of them vain, with whomever.
+        failures: how many in a row were in vain."""
+        if outcome.full_disk:
+            raise CBackupError("%s is full: %s" % (self._target.path, outcome.errors[0][:160]))
+        if failures == FAILURES and outcome.how == "own":
+            raise outcome.own_failure()
+        here = outcome.not_written(self._into(flight))
+        if failures == FAILURES and here:
+            raise CBackupError("%s: %s" % (self._target.path, here))
+        if failures:
+            log.info("%s: %s", self.holders.each[flight.number].name,
+                     (outcome.errors or [outcome.own_failure()])[-1])
+        time.sleep(max(0.2, failures - 1))  # the others choose first: they may go on with it
+
+    def _into(self, flight: Flight) -> bytes:
+        """Where the files of a holder arrive, the whole path."""
+        return os.path.join(os.fsencode(self._target.path),
+                            Work.staging(self.holders.each[flight.number]))
 
     def _fetch(self, flight: Flight, batch: "List[Item]") -> Pull:
         holder = self.holders.each[flight.number]
-        into = os.path.join(os.fsencode(self._target.path), Work.staging(holder))
         try:
             return holder.fetch(
-                self.source, [(item.path, item.place) for item in batch], into,
+                self.source, [(item.path, item.place) for item in batch], self._into(flight),
                 max(item.size for item in batch), lambda count: self._count(flight, count),
                 self._is_quicker_whole(flight))
         except Cancelled:
@@ -12614,6 +12774,8 @@ class Schedule:
         without: "List[Tuple[bytes, bytes]]" = []
         placed: "List[Tuple[bytes, os.stat_result, Optional[bytes]]]" = []
         for item in batch:
+            if item.path not in flight.checking:
+                continue  # another holder was faster
             staged = top + item.path
             try:
                 right, info = self._target.check(staged, item)
@@ -12624,9 +12786,11 @@ class Schedule:
                 if right is False:  # or rsync would take it for what it wants the next time
                     self._target.tree.unlink(staged)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise CBackupError("%s: %s" % (self._target.path, reason_of(error)))
-                self.plan.set_state(item.path, 4, reason_of(error))
+                self._refuse(flight, item, error.errno, reason_of(error))
+                continue
+            why = outcome.not_written(self._into(flight), item.path) if outcome.errors else ""
+            if why:
+                self._refuse(flight, item, None, why)
                 continue
             again.append(item.path)
             if self._is_its_fault(item, right, outcome):
@@ -12634,19 +12798,28 @@ class Schedule:
                 if right is False and not item.place.startswith(b"attic/"):
                     log.warning("%s: the copy of %s is damaged; taking another", holder.name,
                                 shown(item.path))
-                    self.plan.set_state(item.path, 0,
-                                        "the copy of %s is damaged" % holder.name)
+                    self.plan.note(item.path, "the copy of %s is damaged" % holder.name)
         self._settle(flight, placed, again, without)
+
+    def _refuse(self, flight: Flight, item: Item, number: "Optional[int]", why: str) -> None:
+        """A file cannot be written or read here, whoever delivers it.  number: of the error.
+        Raises CBackupError when nothing can be written any more."""
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise CBackupError("%s: %s" % (self._target.path, why))
+        with self._changed:
+            if flight.checking.pop(item.path, None):
+                self.plan.set_state(item.path, 4, why)
 
     @staticmethod
     def _is_its_fault(item: Item, right: "Optional[bool]", outcome: Pull) -> bool:
         """Whether a file that is not there is not to be had from this holder."""
         if right is None:
-            return outcome.how == "done"
+            # An rsync that could not write a file has not come to those behind it.
+            return outcome.how == "done" and outcome.code != 11
         if item.path in outcome.parts:
             return False  # the part was of another version: now from the beginning
         # Cut off, a small file may lie torn under its own name.
-        return outcome.how == "done" or item.size > PLAIN_BELOW
+        return outcome.how == "done" and outcome.code != 11 or item.size > PLAIN_BELOW
 
     def _put(self, flight: Flight, staged: bytes, item: Item) -> bool:
         """Into its place; when another holder has delivered it meanwhile, it is left where it is:
@@ -12654,7 +12827,7 @@ class Schedule:
         with self._changed:
             if item.path not in flight.checking:
                 return False
-            self._target.place(staged, item.path)
+            self._target.place(staged, item)
             self.files += 1
             self.bytes += item.size
             if item.path in self._twice:
@@ -12668,7 +12841,8 @@ class Schedule:
         """The end of a batch.  What did not arrive is for everybody, but for what another one has
         in hand already; `without`: this holder does not deliver it from that place after all."""
         self.plan.settle(row[0] for row in placed)
-        self._done.add(placed)
+        if placed and self._target.tree.sync_at_once():
+            self._done.add(placed)
         with self._changed:
             mine, flight.checking = flight.checking, {}
             again = [path for path in again if path in mine
@@ -12755,21 +12929,29 @@ class Restore:
             raise CBackupError("nothing in %s matches %s" % (
                 self.source, ", ".join(shown(p) for p in self.asked.patterns)))
         self.counts["files"], self.counts["bytes"] = self.plan.count("files")
-        prefixes = self.asked.prefixes()
-        if prefixes is not None:
-            self._ask_holders(prefixes)
-        if prefixes is None or self.plan.count("files of nobody")[0]:
-            self._ask_holders([b""])
-        self.plan.match_renamed()
+        self._find_holders()
 
-    def _ask_holders(self, prefixes: "List[bytes]") -> None:
-        """Enter what the holders have of paths that begin so."""
+    def _find_holders(self) -> None:
+        """Enter who has what is wanted.  Older versions count as well where no copy is the wanted
+        one: it was updated after the newest catalog that can be had."""
+        prefixes, kinds = self.asked.prefixes(), (False,) if self.at is None else (False, True)
+        if prefixes is not None:
+            self._ask_holders(prefixes, kinds)
+        if prefixes is None or self.plan.count("files of nobody")[0]:
+            self._ask_holders([b""], kinds)
+        self.plan.match_renamed()
+        if self.at is None and self.plan.count("files of nobody")[0]:
+            self._ask_holders(prefixes or [b""], (True,))
+            self.plan.match_renamed()
+
+    def _ask_holders(self, prefixes: "List[bytes]", kinds: "Iterable[bool]") -> None:
+        """Enter what the holders have of paths that begin so: copies (False), older versions."""
         few = self._few_wanted()
         for number, holder in enumerate(self.holders.each):
             self.progress.say("asking %s what it holds of %s" % (holder.name, self.source))
             try:
-                for prefix in prefixes:
-                    rows = holder.holdings(self.source, self.at is not None, prefix)
+                for prefix, old in itertools.product(prefixes, kinds):
+                    rows = holder.holdings(self.source, old, prefix)
                     if few is not None:
                         rows = (row for row in rows if row[0] in few or row[4] in few
                                 or row[4] is None and row[2:4] in few)
@@ -12797,14 +12979,14 @@ class Restore:
         fresh = not os.path.isdir(target.path)
         os.makedirs(target.path, exist_ok=True)
         work = Work(target.path)
-        work.make()
+        made = work.make()
         with work.locked():
             try:
                 self.open_plan(work.path)
                 if whole:
                     self._check_room()
             except CBackupError:
-                if not work.is_marked():  # nothing has been done, and nothing is held because of it
+                if made:  # nothing has been done, and nothing of an earlier run is in it
                     work.remove()
                     with contextlib.suppress(OSError):
                         os.rmdir(target.path) if fresh else None
