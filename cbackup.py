@@ -110,7 +110,7 @@ from collections import namedtuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `typing` and `dataclasses` would be a quarter of the time that a start takes
-    from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+    from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 else:
     Any = object
 
@@ -478,18 +478,28 @@ def in_batches(items: "Iterable[Any]", most: int = 500) -> "Iterator[List[Any]]"
 def in_pages(rows: "Iterable[Any]") -> "Iterator[List[Any]]":
     """Lists of as many rows, or names, as a message has room for: PAGE, fewer where the names are
     long."""
-    page: "List[Any]" = []
+    rest = iter(rows)
+    page = list(itertools.islice(rest, PAGE))
+    while page:
+        most = _that_have_room(page)
+        yield page[:most]
+        page = page[most:]
+        page += itertools.islice(rest, PAGE - len(page))
+
+
+def _that_have_room(page: "List[Any]") -> int:
+    """How many rows, or names, of a page have room in a message: one at least."""
+    names = isinstance(page[0], (str, bytes))
+    cells = page if names else itertools.chain.from_iterable(page)
+    if sum([len(cell) for cell in cells if type(cell) is str or type(cell) is bytes]) <= PAGE_TEXT:
+        return len(page)
     size = 0
-    for row in rows:
-        text = len(row) if isinstance(row, (str, bytes)) else sum(
+    for count, row in enumerate(page):
+        size += len(row) if names else sum(
             [len(cell) for cell in row if isinstance(cell, (str, bytes))])
-        if page and (len(page) == PAGE or size + text > PAGE_TEXT):
-            yield page
-            page, size = [], 0
-        page.append(row)
-        size += text
-    if page:
-        yield page
+        if count and size > PAGE_TEXT:
+            return count
+    return len(page)
 
 
 def first_page(rows: "Iterable[Any]") -> "List[Any]":
@@ -4979,12 +4989,28 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(_NAME.match(value))
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62  # type: a bool is an int, too
+class Whole:
+    """A test for whole numbers from `low` to below `high`."""
+
+    def __init__(self, name: str, low: int, high: int) -> None:
+        self.__name__, self.low, self.high = name, low, high
+
+    def __call__(self, value: Any) -> bool:
+        return type(value) is int and self.low <= value < self.high  # type: a bool is an int, too
+
+    def all_of(self, values: "Sequence[Any]") -> bool:
+        """The same of many values at once."""
+        return set(map(type, values)) == {int} and self.low <= min(values) \
+            and max(values) < self.high
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is int and -(1 << 62) < value < 1 << 62
+_is_count = Whole("count", 0, 1 << 62)
+_is_number = Whole("number", 1 - (1 << 62), 1 << 62)
+_is_mode = Whole("mode", 0, 0o7777 + 1)
+_is_size = Whole("size", 0, 1 << 48)
+"""Bytes of one file: sums of many of them stay numbers."""
+_is_tag = Whole("tag", 0, 1 << 32)
+"""See `tag_of`."""
 
 
 def _is_real(value: Any) -> bool:
@@ -4994,16 +5020,6 @@ def _is_real(value: Any) -> bool:
 def _is_figure(value: Any) -> bool:
     """A number of whatever size: that it is wrong is to be found out, and put right."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    """Bytes of one file: sums of many of them stay numbers."""
-    return _is_count(value) and value < 1 << 48
-
-
-def _is_tag(value: Any) -> bool:
-    """See `tag_of`."""
-    return _is_count(value) and value < 1 << 32
 
 
 def _is_flag(value: Any) -> bool:
@@ -5023,6 +5039,10 @@ def _is_word(value: Any) -> bool:
     return isinstance(value, str) and bool(re.match(r"[a-z-]{1,40}\Z", value))
 
 
+def _is_string(value: Any) -> bool:
+    return type(value) is str
+
+
 def _is_said(value: Any) -> bool:
     """A text for people: `misfit` makes it one that can be shown."""
     return isinstance(value, str) and len(value) <= CONFIG_LIMIT
@@ -5033,15 +5053,33 @@ def _is_hex(value: Any) -> bool:
         and not value.strip("0123456789abcdef")
 
 
-def _is_mode(value: Any) -> bool:
-    return _is_count(value) and value <= 0o7777
-
-
 def _is_path(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(check_relative(as_raw(value)))
     except ProtocolError:
         return False
+
+
+_NONE_PLAIN = re.compile(rb"(?:\A|[/\0])\.{0,2}(?:[/\0]|\Z)").search
+"""_NOT_PLAIN for many paths with a zero byte between them."""
+
+
+def _are_paths(values: "Sequence[Any]") -> bool:
+    """_is_path of many values at once."""
+    if set(map(type, values)) != {str} or max(map(len, values)) > 2048:  # 8,192 bytes at most
+        return False
+    try:
+        text = as_raw("\0".join(values))
+    except ProtocolError:
+        return False
+    return text.count(b"\0") == len(values) - 1 and not _NONE_PLAIN(text)
+
+
+def _are_hex(values: "Sequence[Any]") -> bool:
+    """_is_hex of many values at once."""
+    return set(map(type, values)) == {str} \
+        and all(size <= 128 and size % 2 == 0 for size in set(map(len, values))) \
+        and not "".join(values).strip("0123456789abcdef")
 
 
 def _is_hex_word(value: Any) -> bool:
@@ -5095,8 +5133,8 @@ def misfit(value: Any, shape: Any) -> str:
         of, most = (shape.of, shape.most) if isinstance(shape, Every) else (shape[0], LIST_LIMIT)
         if not isinstance(value, (list, tuple)) or len(value) > most:
             return " is no list, or one that is too long"
-        fits = _row_test(of)
-        parts = ((number, each, of) for number, each in enumerate(value) if not fits(each))
+        parts = () if _all_fit(value, of) else ((number, each, of) for number, each
+                                                in enumerate(value))
     elif isinstance(shape, tuple):
         if not isinstance(value, (list, tuple)) or len(value) != len(shape):
             return " is no list of %d" % len(shape)
@@ -5112,34 +5150,31 @@ def misfit(value: Any, shape: Any) -> str:
     return ""
 
 
-def _row_test(of: Any) -> "Callable[[Any], bool]":
-    """A test for what most of what is said is made of, in the shortest way: one value, or a row of
-    values and lists of values.  Where it fails, and for all other shapes, `misfit` says what is
-    wrong."""
-    if of is _is_said:  # which `misfit` makes fit
-        return lambda value: False
-    if callable(of):
-        return of
-    if isinstance(of, Every):
-        return _list_test(_row_test(of.of), of.most)
-    if not isinstance(of, tuple):
-        return lambda value: False
-    tests = [_row_test(test) for test in of]
-
-    def fits(row: Any) -> bool:
-        if not isinstance(row, (list, tuple)) or len(row) != len(tests):
-            return False
-        for test, value in zip(tests, row):
-            if not test(value):
-                return False
+def _all_fit(values: "Sequence[Any]", of: Any) -> bool:
+    """Whether all of many values have a shape: what most of what is said is made of, values or rows
+    of values, is tested a column at a time.  Where it fails, and for all other shapes, `misfit`
+    says what is wrong."""
+    if not values:
         return True
-    return fits
-
-
-def _list_test(test: "Callable[[Any], bool]", most: int) -> "Callable[[Any], bool]":
-    return lambda values: isinstance(values,
-                                     (list,
-                                      tuple)) and len(values) <= most and all(map(test, values))
+    if of is _is_said:  # which `misfit` makes fit
+        return False
+    if isinstance(of, Whole):
+        return of.all_of(values)
+    if of is _is_path or of is _is_hex:
+        return _are_paths(values) if of is _is_path else _are_hex(values)
+    if callable(of):
+        return all(map(of, values))
+    if isinstance(of, Maybe):
+        return _all_fit([value for value in values if value is not None], of.of)
+    if isinstance(of, (tuple, Every)):
+        if not set(map(type, values)) <= {list, tuple}:
+            return False
+        if isinstance(of, Every):
+            return max(map(len, values)) <= of.most \
+                and _all_fit(list(itertools.chain.from_iterable(values)), of.of)
+        return set(map(len, values)) == {len(of)} \
+            and all(map(_all_fit, zip(*values), of))
+    return False
 
 
 def _misfit_of_object(value: Any, shape: "Dict[str, Any]") -> str:
@@ -7502,6 +7537,13 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
 
     __slots__ = ()
 
+    COLUMNS = (_one_of("f", "d", "l"), Whole("size", 0, 1 << 63),
+               Whole("time", -1 << 63, 1 << 63), _is_mode, Whole("number", 0, 1 << 32),
+               Whole("number", 0, 1 << 32), _is_string, _is_string,
+               Maybe(Whole("link", -1 << 63, 1 << 63)), Maybe(_is_string),
+               Every(_is_string, LIST_LIMIT))
+    """What stands behind the path in a row."""
+
     def more(self) -> "Dict[str, Any]":
         """What level 1 does not know: "proven" and "readable", 0, of a file that is not, and
         "xattrs"."""
@@ -7530,49 +7572,44 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         return self.to_json() + ([more] if more else [])
 
     @classmethod
+    def are_well(cls, rows: "Sequence[Any]") -> bool:
+        """Whether all of many rows from a peer or a disk have the form: [path], or 12 or 13
+        columns.  The 13th is for of_checked.  Only the path of a source itself is empty."""
+        if not set(map(type, rows)) <= {list} or not set(map(len, rows)) <= {1, 12, 13}:
+            return False
+        facts = [row[1:12] for row in rows if len(row) > 1]
+        digests = [row[9] for row in facts if row[0] == "f" and row[9] is not None]
+        return _all_fit([row[0] for row in rows if row[0] != "" or row[1:2] != ["d"]], _is_path) \
+            and _all_fit(facts, cls.COLUMNS) \
+            and _all_fit(digests, _is_hex) and set(map(len, digests)) <= {64} \
+            and all([row[9] and _is_text(row[9]) and "\0" not in row[9]
+                     for row in facts if row[0] == "l"])
+
+    @classmethod
     def from_json(cls, row: Any, more: "Optional[Dict[str, Any]]" = None) -> "CatalogRow":
         """Check a row from a peer or a disk; `more`: what stood before it.  Raises ProtocolError
         for anything that is not of the form."""
-        if not isinstance(row, list) or len(row) not in (1, 12, 13) or not isinstance(row[0], str):
-            raise ProtocolError("a catalog row that is not of the form")
-        path = as_raw(row[0])
-        if path or len(row) == 1 or row[1] != "d":
-            check_relative(path)
+        if not cls.are_well([row]):
+            raise ProtocolError("a catalog row with wrong values%s" % (
+                " for %s" % shown(row[0][:200]) if isinstance(row, list) and row
+                and isinstance(row[0], str) else ""))
+        return cls.of_checked(row, more)
+
+    @classmethod
+    def of_checked(cls, row: "List[Any]", more: "Optional[Dict[str, Any]]") -> "CatalogRow":
+        """from_json of a row that are_well."""
+        raw = as_raw(row[0])
         if len(row) == 1:
-            return cls(path)
+            return cls(raw)
         _, kind, size, mtime, mode, uid, gid, user, group, link, extra, holders = row[:12]
-        numbers = type(size) is type(mtime) is type(mode) is type(uid) is type(gid) is type(
-            link or 0) is int
-        if not numbers or kind not in ("f", "d",
-                                       "l") or not isinstance(user,
-                                                              str) or not isinstance(group, str) \
-                or not 0 <= size < 1 << 63 or not -1 << 63 <= mtime < 1 << 63 \
-                or not 0 <= mode <= 0o7777 \
-                or not 0 <= uid < 1 << 32 or not 0 <= gid < 1 << 32 \
-                or not -1 << 63 <= (link or 0) < 1 << 63 \
-                or extra is not None and not isinstance(extra, str) \
-                or not isinstance(holders,
-                                  list) or not all([isinstance(name, str) for name in holders]):
-            raise ProtocolError("a catalog row with wrong values for %s" % shown(path))
-        digest = target = None
-        if kind == "f" and extra is not None:
-            try:
-                digest = bytes.fromhex(extra)
-            except ValueError:
-                raise ProtocolError("a catalog row with a wrong digest for %s" % shown(path))
-            if len(digest) != 32:
-                raise ProtocolError("a catalog row with a wrong digest for %s" % shown(path))
-        elif kind == "l":
-            target = as_raw(extra or "")
-            if not target or b"\0" in target:
-                raise ProtocolError("a catalog row with a wrong symlink for %s" % shown(path))
         if len(row) == 13:
             more = row[12] if isinstance(row[12], dict) else {"proven": row[12]}
         more = more or {}
-        return cls(path, kind, size, mtime, mode, uid, gid, _account(user), _account(group), link,
-                   target, digest,
+        return cls(raw, kind, size, mtime, mode, uid, gid, _account(user), _account(group), link,
+                   as_raw(extra) if kind == "l" else None,
+                   bytes.fromhex(extra) if kind == "f" and extra is not None else None,
                    _names(tuple(holders)), more.get("proven") is None,
-                   _checked_xattrs(more.get("xattrs"), path), more.get("readable") is None)
+                   _checked_xattrs(more.get("xattrs"), raw), more.get("readable") is None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -7766,23 +7803,40 @@ def read_catalog(path: str, wanted: "Optional[Callable[[bytes], bool]]" = None,
                                   READ_BLOCK) as stream:  # type: ignore[arg-type]
             if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
                 raise ValueError("it is no file")
-            for line in iter(lambda: stream.readline(CATALOG_LINE), b""):
-                if wanted is not None and not wanted(line):
-                    count, more = count + 1, None
-                    continue
-                value = json.loads(line.decode())
-                if isinstance(value, dict):
-                    ended, more = value.get("end") == count, value
-                    continue
-                count += 1
-                yield CatalogRow.from_json(value, more)
-                more = None
+            for some in iter(lambda: _some_lines(stream), []):
+                rows: "List[Tuple[Any, Any]]" = []
+                for line in some:
+                    if wanted is not None and not wanted(line):
+                        count, more = count + 1, None
+                        continue
+                    value = json.loads(line.decode())
+                    if isinstance(value, dict):
+                        ended, more = value.get("end") == count, value
+                        continue
+                    count += 1
+                    rows.append((value, more))
+                    more = None
+                well = CatalogRow.are_well([row for row, _ in rows])
+                yield from itertools.starmap(CatalogRow.of_checked if well
+                                             else CatalogRow.from_json, rows)
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise DamagedCatalog("%s is damaged: %s" % (path, reason_of(error)))
     except ProtocolError as error:
         raise DamagedCatalog("%s is damaged: it has %s" % (path, error))
     if not ended:
         raise DamagedCatalog("%s is cut off" % path)
+
+
+def _some_lines(stream: "io.BufferedReader") -> "List[bytes]":
+    """The next lines of a catalog, CATALOG_LINE bytes and one line at most; [] at its end."""
+    lines, size = [], 0
+    while size < CATALOG_LINE and len(lines) < SLICE:
+        line = stream.readline(CATALOG_LINE)
+        if not line:
+            break
+        lines.append(line)
+        size += len(line)
+    return lines
 
 
 def times_of_versions(directory: str, paths: "Iterable[bytes]",
@@ -10712,9 +10766,10 @@ class Keeper(Placer):
                 upto = page["upto"]
                 if upto <= since:
                     return
+                well = CatalogRow.are_well(page["rows"])
+                parse = CatalogRow.of_checked if well else CatalogRow.from_json
                 for row in page["rows"]:
-                    checked = CatalogRow.from_json(row)
-                    yield row if len(row) <= 12 else checked.to_wire(LEVEL)
+                    yield row if well and len(row) <= 12 else parse(row, None).to_wire(LEVEL)
                 entries, cursor = cursor[0] >= 0, page["cursor"]
                 if not entries and page["rows"]:
                     after = page["rows"][-1][0]

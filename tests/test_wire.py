@@ -13,6 +13,7 @@ import unittest
 from unittest import mock
 
 import cbackup
+from tests import fuzz
 from tests.harness import Case, one_in, wait_for, write_file
 from tests.members import between, context, copy, one_pass
 
@@ -108,6 +109,16 @@ class TableTest(unittest.TestCase):
             self.assertEqual("", cbackup.misfit(value, shape), (value, shape))
         for value, shape in wrong:
             self.assertNotEqual("", cbackup.misfit(value, shape), (value, shape))
+
+    def test_many_values_fit_when_each_of_them_does(self):
+        odd = fuzz.VALUES + ["a/b", "a//b", "/a", "a/", "./a", "a/..", "a/...", ".a", "d/" * 1500 + "f", "A" * 64, "abc", 1 << 32, 1 << 48]
+        for shape, good in ((cbackup._is_count, 1), (cbackup._is_number, -1), (cbackup._is_mode, 0o644), (cbackup._is_size, 1),
+                            (cbackup._is_tag, 1), (cbackup._is_path, "d/f"), (cbackup._is_hex, "00"), (cbackup._is_name, "ba")):
+            for value in odd:
+                for many in ([value], [value, good], [good, value], [good, value, good]):
+                    self.assertEqual(shape(value), not cbackup.misfit(many, [shape]), (many, shape.__name__))
+                    self.assertEqual(shape(value), not cbackup.misfit([[1, each] for each in many], [(cbackup._is_count, shape)]))
+                    self.assertEqual(shape(value), not cbackup.misfit([many], [cbackup.Every(shape, 3)]))
 
     def test_what_is_printed_as_it_is_can_only_be_a_name_or_a_word(self):
         for value in ("\x1b[2J", "\udcff", "a b", ""):
