@@ -2141,7 +2141,7 @@ def make_cluster_key(path: str) -> None:
 TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
 """What a backup must still hear about one of its copies; bits of `copies.todo`."""
 
-BOOKS_SCHEMA_VERSION = 3
+BOOKS_SCHEMA_VERSION = 4
 
 BOOKS_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -2231,7 +2231,8 @@ CREATE TABLE declines(
 -- files. key: "id+" for a confirmed copy, "id-" for a claim, also of backups that do not count now,
 -- joined by commas; a leading "!" means blocked.  What each backup is to that says `backups`, so
 -- that no file is touched when it changes. n: distinct hosts with a claim or a copy that stays; k:
--- distinct hosts with a copy. Triggers keep files and bytes.
+-- distinct hosts with a copy. Triggers keep files and bytes, and for files that move from one group
+-- to another Groups.regroup does.
 CREATE TABLE groups(
     id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
     files INTEGER DEFAULT 0, bytes INTEGER DEFAULT 0, UNIQUE(source, key));
@@ -2240,10 +2241,9 @@ CREATE TRIGGER entries_in AFTER INSERT ON entries WHEN NEW.grp IS NOT NULL BEGIN
     UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
 CREATE TRIGGER entries_out AFTER DELETE ON entries WHEN OLD.grp IS NOT NULL BEGIN
     UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp; END;
-CREATE TRIGGER entries_change AFTER UPDATE OF grp, size ON entries
-    WHEN OLD.grp IS NOT NEW.grp OR OLD.size IS NOT NEW.size BEGIN
-    UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp;
-    UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
+CREATE TRIGGER entries_change AFTER UPDATE OF size ON entries
+    WHEN NEW.grp IS NOT NULL AND OLD.size IS NOT NEW.size BEGIN
+    UPDATE groups SET bytes = bytes - OLD.size + NEW.size WHERE id = NEW.grp; END;
 
 -- The sum of what each backup holds of each source, to be compared with the backup's own (see
 -- tag_of).  No OR IGNORE in the triggers: the conflict policy of the statement that fires them
@@ -2288,6 +2288,11 @@ UPDATE entries SET basis='r', doubt=CAST(strftime('%s', 'now') AS REAL)
     WHERE digest IS NOT NULL AND size>262144;
 """, 2: """
 INSERT OR REPLACE INTO meta VALUES('regroup', 0);
+""", 3: """
+DROP TRIGGER entries_change;
+CREATE TRIGGER entries_change AFTER UPDATE OF size ON entries
+    WHEN NEW.grp IS NOT NULL AND OLD.size IS NOT NEW.size BEGIN
+    UPDATE groups SET bytes = bytes - OLD.size + NEW.size WHERE id = NEW.grp; END;
 """}
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
@@ -2644,20 +2649,27 @@ class Groups(Store):
     def regroup(self, files: "Iterable[int]") -> None:
         """Put files into the group that their rows in `copies` ask for.  Call after every change of
         `copies`."""
-        moved: "List[Tuple[int, int]]" = []
+        moved: "Dict[int, int]" = {}
+        change: "Dict[int, List[int]]" = {}
         for some in in_batches(files):
-            rows = self.rows_among("SELECT e.id, e.source, e.grp, e.blocked, c.backup, c.state "
-                                   "FROM entries e LEFT JOIN copies c ON c.file=e.id AND c.state "
-                                   "IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG ORDER BY "
-                                   "e.id, c.backup", some)
-            for (number, source, grp, blocked), copies in itertools.groupby(
-                    rows, key=lambda row: row[:4]):
+            rows = self.rows_among("SELECT e.id, e.source, e.grp, e.size, e.blocked, c.backup, "
+                                   "c.state FROM entries e LEFT JOIN copies c ON c.file=e.id AND "
+                                   "c.state IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG "
+                                   "ORDER BY e.id, c.backup", some)
+            for (number, source, grp, size, blocked), copies in itertools.groupby(
+                    rows, key=lambda row: row[:5]):
                 group = self._group_id(source, ("!" if blocked else "") + ",".join(
                     ["%d%s" % (backup, "+" if state == "k" else "-") for *_, backup, state in copies
                      if backup is not None]))
-                if group != grp:
-                    moved.append((group, number))
-        self.db.executemany("UPDATE entries SET grp=? WHERE id=?", moved)
+                if group != grp and number not in moved:
+                    moved[number] = group
+                    for of, one in ((grp, -1), (group, 1)):
+                        sums = change.setdefault(of, [0, 0])
+                        sums[0], sums[1] = sums[0] + one, sums[1] + one * size
+        self.db.executemany("UPDATE entries SET grp=? WHERE id=?",
+                            [(group, number) for number, group in moved.items()])
+        self.db.executemany("UPDATE groups SET files=files+?, bytes=bytes+? WHERE id=?",
+                            [(count, size, group) for group, (count, size) in change.items()])
 
     def recount_groups(self) -> None:
         """After a backup began or ceased to count, or moved to another host."""

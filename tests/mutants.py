@@ -40,9 +40,12 @@ MUTANTS = [
     ("grant-not-recorded", 'db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))\n'
      '                    self._are_news([row[0]])', 'self._are_news([row[0]])',
      "a grant is recorded before it is answered", "test_liars.DroppingTest"),
-    ("moved-together", "if group != grp:\n                    moved.append((group, number))", "if group != grp and not moved:\n"
-     "                    moved.append((group, number))", "each file of a batch is claimed for itself", "test_liars.CountingTest "
-     "test_client_pass"),
+    ("moved-together", "if group != grp and number not in moved:", "if group != grp and not moved:",
+     "each file of a batch is claimed for itself", "test_liars.CountingTest test_client_pass"),
+    ("moved-twice", "if group != grp and number not in moved:", "if group != grp:",
+     "what is placed is what there is", "test_databases.SumsTest"),
+    ("moved-without-bytes", "sums[1] + one * size", "sums[1] + one", "what is placed is what there is",
+     "test_databases.SumsTest"),
     ("batch-cut-short", "some += [some[-1]] * (width - len(some))", "some = some[:1] * width",
      "a question about many files is about all of them", "test_liars test_client_pass"),
     ("samples-not-compared", 'digest_samples(descriptor, given["offsets"]) != given["samples"]', "False",

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import sqlite3
 import unittest
 import unittest.mock
@@ -221,6 +222,46 @@ class LargeTablesTest(Case):
         self.assertEqual(0, vault.attic_bytes())
         self.assertFalse(os.path.exists(os.path.join(kept, ".cbackup", "attic", "docs")))
         self.assertLess(len(commits), 15)
+
+
+class SumsTest(Case):
+    """Placing looks at how many files and bytes each group has: that is what its files are, whatever happens to them."""
+
+    def test_groups_have_the_files_and_bytes_that_are_in_them(self):
+        base = self.directory()
+        docs = os.path.join(base, "docs")
+        make_tree(docs, {"d%d/f%d" % (n % 7, n): 10 + n for n in range(700)})
+        source = cbackup.Source("docs", "s", docs, 2)
+        books = cbackup.Books(os.path.join(base, "books.db"), "s")
+        self.addCleanup(books.close)
+        books.configure(cbackup.Config(text="", sources={"docs": source}, backups={
+            name: cbackup.Backup(name, "h" + name, "/" + name, size=1 << 30) for name in ("b1", "b2", "b3")}))
+        cbackup.run_scan(books, source)
+        row, backups, wanted = books.source_row("docs"), [books.hear(name, {"free": 1 << 30}) for name in ("b1", "b2")], []
+        for backup in backups:
+            wanted = books.claim(backup, row, 1 << 30, 1000, 1 << 30)
+            self.added_up(books, {"c": 700 * (backups.index(backup) + 1)})
+        facts = books.versions_of(row["id"], [each[0] for each in wanted])
+        books.prove_all(row, [(one, b"d" * 32, False) for one in facts.values()])
+        books.record_check(backups[0], row, [(one["id"], one["version"], b"d" * 32) for one in facts.values()])
+        books.count_copies(backups[0], row["id"], [(name, facts[name]["version"], 1) for name in sorted(facts)[:600]])
+        self.added_up(books, {"k": 600, "c": 800})
+        for number in range(0, 700, 3):
+            write_file(os.path.join(docs, "d%d/f%d" % (number % 7, number)), b"n" * (2000 + number))
+        shutil.rmtree(os.path.join(docs, "d1"))
+        cbackup.run_scan(books, source)
+        self.added_up(books)
+        with unittest.mock.patch.object(books, "up", lambda: 1e9):      # what is claimed by both is due twice
+            books.expire(1e12)
+        self.added_up(books)
+        self.assertEqual(0, books.one("SELECT COUNT(*) FROM copies WHERE state='c'")[0])
+
+    def added_up(self, books, copies=None):
+        """What the groups have is what is in them; and so many copies are of a state."""
+        found = books.rows("SELECT grp, COUNT(*), SUM(size) FROM entries WHERE kind='f' GROUP BY grp ORDER BY grp")
+        self.assertEqual(found, books.rows("SELECT id, files, bytes FROM groups WHERE files<>0 OR bytes<>0 ORDER BY id"))
+        if copies:
+            self.assertEqual(copies, dict(books.rows("SELECT state, COUNT(*) FROM copies GROUP BY state")))
 
 
 if __name__ == "__main__":
