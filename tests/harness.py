@@ -7,21 +7,19 @@ tracebacks and left-over processes are looked after. What a test may rely on:
 - whatever prints a Python traceback, or that cbackup itself made a mistake, fails the test, whichever process it was;
 - no call waits for ever: each has a deadline (multiply them with $CBACKUP_TEST_PATIENCE on a slow machine);
 - the program is cbackup.py of this directory, unless $CBACKUP_TEST_PROGRAM names another file, such as a built zipapp;
-- when the test process dies, however it dies, its processes die too (see `Guard`);
+- when the test process dies, however it dies, its processes die too (see `Starter`);
 - directories are removed, unless a test failed: then they stay, and the place is printed.
 
 A host's processes see an environment like cron's: PATH, HOME, a C locale, and little else.
 """
 
-import array
-import atexit
 import collections
 import contextlib
 import hashlib
 import json
+import multiprocessing.util
 import os
 import random
-import select
 import shlex
 import shutil
 import signal
@@ -30,11 +28,13 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
+from multiprocessing.reduction import send_handle
 
 from tests import PROGRAM, TOP
-from tests.starter import confine
+from tests.starter import QUICK
 
 PATIENCE = float(os.environ.get("CBACKUP_TEST_PATIENCE", "1"))
 
@@ -73,40 +73,6 @@ def wait_for(predicate, timeout, message):
 
 # ---- processes --------------------------------------------------------------------------------------------------
 
-class Guard:
-    """Kills the process groups that this test process started when it is gone, even by SIGKILL.
-
-    A small process reads a pipe whose only other end is here; at its end it kills what is still listed. Unlike
-    prctl() this works on every UNIX.
-    """
-
-    CODE = ("import os, signal, sys\n"
-            "groups = set()\n"
-            "for line in sys.stdin:\n"
-            "    (groups.add if line[0] == '+' else groups.discard)(int(line[1:]))\n"
-            "for group in groups:\n"
-            "    try: os.killpg(group, signal.SIGKILL)\n"
-            "    except OSError: pass\n")
-    _ours = None
-
-    def __init__(self):
-        self.pid = os.getpid()
-        self.process = subprocess.Popen([sys.executable, "-B", "-S", "-c", self.CODE], bufsize=0, cwd="/",
-                                        stdin=subprocess.PIPE, start_new_session=True)
-        atexit.register(self.close)
-
-    def close(self):
-        if self.pid == os.getpid():
-            self.process.stdin.close()
-            self.process.wait(10)
-
-    @classmethod
-    def tell(cls, sign, group):
-        if cls._ours is None or cls._ours.pid != os.getpid():
-            cls._ours = cls()
-        cls._ours.process.stdin.write(b"%s%d\n" % (sign, group))
-
-
 class Result:
     """What a finished command left: rc, stdout, stderr, seconds, and the JSON object on its last line."""
 
@@ -140,22 +106,20 @@ class Result:
 
 
 class Starter:
-    """The process that starts those of the program for this test process, see tests/starter.py.
+    """The process that starts all others for this test process, and kills them when this one is gone, see tests/starter.py.
 
     module: another one that ends in tests.starter's main(); environment: variables that it has besides."""
 
     _ours = None
 
     def __init__(self, module="tests.starter", environment=()):
-        self.pid = os.getpid()
-        self.connection, theirs = socket.socketpair()
+        self.pid, self.lock = os.getpid(), threading.Lock()
+        self.connection, theirs = multiprocessing.Pipe()
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-B", "-m", module, str(theirs.fileno())], cwd=TOP,
                                             env=dict(os.environ, **dict(environment)), stdin=subprocess.DEVNULL,
                                             pass_fds=[theirs.fileno()], start_new_session=True)
-        Guard.tell(b"+", self.process.pid)
-        self.ended, self._rest = {}, b""
-        atexit.register(self.close)
+        multiprocessing.util.Finalize(None, self.close, exitpriority=0)
 
     def close(self):
         if self.pid == os.getpid():
@@ -174,62 +138,13 @@ class Starter:
         before, cls._ours = cls._ours, starter
         return before
 
-    def start(self, arguments, env, cwd, files, confined):
-        """The pid of a new process."""
-        request = json.dumps({"arguments": arguments, "environment": env, "cwd": cwd, "confined": confined}).encode() + b"\n"
-        rights = array.array("i", [file.fileno() for file in files])
-        sent = self.connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        self.connection.sendall(request[sent:])
-        while True:
-            for told in self.told(None):
-                return told["pid"]
-
-    def told(self, timeout):
-        """What it has said: processes that began; those that ended are entered in `ended`, pid -> status."""
-        begun = []
-        if select.select([self.connection], [], [], timeout)[0]:
-            data = self.connection.recv(1 << 16)
-            if not data:
-                raise AssertionError("the process that starts processes has died")
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            for told in map(json.loads, lines):
-                if "pid" in told:
-                    begun.append(told)
-                else:
-                    self.ended[told["ended"]] = told["status"]
-        return begun
-
-
-class Started:
-    """A process that the Starter has started; of subprocess.Popen it has what is used here."""
-
-    def __init__(self, arguments, env, cwd, files, confined):
-        self.args, self.returncode, self.starter = arguments, None, Starter.ours()
-        self.pid = self.starter.start(arguments, env, cwd, files, confined)
-
-    def poll(self):
-        if self.returncode is None:
-            self.starter.told(0)
-            status = self.starter.ended.pop(self.pid, None)
-            if status is not None:
-                self.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return self.returncode
-
-    def wait(self, timeout):
-        deadline, pause = time.monotonic() + timeout, 0.0005
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            time.sleep(pause)
-            pause = min(pause * 2, 0.02)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
+    def ask(self, request, *files):
+        """Its answer to a request, for which it gets the descriptors of the files."""
+        with self.lock:
+            self.connection.send(request)
+            for file in files:
+                send_handle(self.connection, file.fileno(), self.process.pid)
+            return self.connection.recv()
 
 
 class Process:
@@ -243,15 +158,10 @@ class Process:
         self.started = time.monotonic()
         self._out = tempfile.TemporaryFile()
         self._err = tempfile.TemporaryFile()
-        if self.command[:len(QUICK)] == QUICK and sys.platform != "darwin":     # there a fork needs an exec
-            self.popen = Started(self.command[len(QUICK):], env, cwd, (self._out, self._err), confined)
-        else:
-            self.popen = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
-                                          env=env, cwd=cwd, start_new_session=True,
-                                          preexec_fn=(lambda: confine(**confined)) if confined else None)
-        self.pid = self.popen.pid
-        Guard.tell(b"+", self.pid)
-        self._result = None
+        self._starter, self._code, self._result = Starter.ours(), None, None
+        self.pid = self._starter.ask({
+            "command": self.command, "environment": dict(os.environ if env is None else env), "cwd": cwd or os.getcwd(),
+            "confined": confined}, self._out, self._err)
 
     @staticmethod
     def _text(file):
@@ -269,31 +179,39 @@ class Process:
 
     @property
     def running(self):
-        return self._result is None and self.popen.poll() is None
+        if self._code is None:
+            self._code = self._starter.ask(self.pid)
+        return self._code is None
+
+    def ends_within(self, seconds):
+        """Waits for its end, at most that long; whether it has come."""
+        deadline, pause = time.monotonic() + seconds, 0.0005
+        while self.running and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+        return not self.running
 
     def signal(self, number):
-        self.popen.send_signal(number)
+        if self.running:
+            os.kill(self.pid, number)
 
     def kill(self):
         """SIGKILL for the whole group; returns the Result."""
+        self._kill()
+        return self.wait(10)
+
+    def _kill(self):
         with contextlib.suppress(OSError):
             os.killpg(self.pid, signal.SIGKILL)
-        return self.wait(10)
 
     def wait(self, timeout=COMMAND_TIMEOUT):
         """The Result; fails, after killing the process, when it takes longer, or when it printed a traceback."""
         if self._result is None:
-            late = False
-            try:
-                self.popen.wait(timeout * PATIENCE)
-            except subprocess.TimeoutExpired:
-                late = True
-                with contextlib.suppress(OSError):
-                    os.killpg(self.pid, signal.SIGKILL)
-                self.popen.wait(10)
-            Guard.tell(b"-", self.pid)
-            self._result = Result(self.command, self.popen.returncode, self.stdout, self.stderr,
-                                  time.monotonic() - self.started)
+            late = not self.ends_within(timeout * PATIENCE)
+            if late:
+                self._kill()
+                self.ends_within(10)
+            self._result = Result(self.command, self._code, self.stdout, self.stderr, time.monotonic() - self.started)
             self._out.close()
             self._err.close()
             if late:
@@ -315,9 +233,6 @@ def plain_environment(home, **more):
 def program(*arguments, file=PROGRAM):
     """The command line that starts the program as a user does."""
     return [sys.executable, "-B", file] + [os.fspath(argument) for argument in arguments]
-
-
-QUICK = [sys.executable, "-B", "-m", "tests"]
 
 
 def quick_program(*arguments):
@@ -820,7 +735,7 @@ def one_in(number, *always):
     """For a class: one in `number` of its tests is run each day, and those that are named in `always`; the second stage of
     .ci/run runs the others, too."""
     def mark(cls):
-        names = [name for name in unittest.defaultTestLoader.getTestCaseNames(cls) if name not in always]
+        names = [name for name in unittest.TestLoader().getTestCaseNames(cls) if name not in always]
         for at, name in enumerate(names):
             if not WHOLE and (at + DAY) % number:
                 setattr(cls, name, unittest.skip(NOT_TODAY)(getattr(cls, name)))

@@ -7,16 +7,16 @@ processes there are (1: all tests run in the process that was started, as those 
 """
 
 import collections
+import contextlib
+import gc
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
-import signal
-import subprocess
 import sys
-import threading
 import time
 import unittest
-
-from tests.harness import TOP, Guard
+import unittest.suite
 
 LONGEST = """Silence AllHoldersAtOnce Interrupted Killed Inferred HostileRsync AsOrdinaryUser OneText DiskErrors OwnFailure KillPoints Real
 LongerThanALease Power Demo Matrix Members Seed""".split()
@@ -29,23 +29,6 @@ JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) +
 
 class Elsewhere(Exception):
     """What went wrong with a test in another process: its traceback as text."""
-
-
-class Label:
-    """Stands in a result for what is no test, such as a setUpClass that failed."""
-
-    failureException = None
-
-    def __init__(self, text):
-        self.text = text
-
-    def __str__(self):
-        return self.text
-
-    id = __str__
-
-    def shortDescription(self):
-        return None
 
 
 def tests_of(suite):
@@ -67,149 +50,122 @@ class ParallelSuite(unittest.TestSuite):
             else:
                 test.run(result)
         first = {name: place for place, name in enumerate(LONGEST)}
-        self.waiting = collections.deque(classes[kind] for kind in sorted(
+        waiting = collections.deque(classes[kind] for kind in sorted(
             classes, key=lambda kind: first.get(kind.__name__.replace("Test", ""), len(first))))
-        self.result, self.lock = result, threading.Lock()
-        workers = [Worker(self) for _ in range(min(JOBS, len(classes)))]
+        self.result = result
+        gc.freeze()
+        idle, busy = [Worker() for _ in range(min(JOBS, len(classes)))], {}
         try:
-            for worker in workers:
-                worker.join()
+            while busy or waiting and not result.shouldStop:
+                while idle and waiting and not result.shouldStop:
+                    worker = idle.pop()
+                    busy[worker.connection] = worker.begin(waiting.popleft())
+                for connection in multiprocessing.connection.wait(busy):
+                    ready = self.hear(busy[connection])
+                    if ready:
+                        del busy[connection]
+                        idle.append(ready)
         finally:
-            for worker in workers:
+            for worker in busy.values():
+                worker.process.terminate()
+            for worker in idle + list(busy.values()):
                 worker.end()
         if os.environ.get("CBACKUP_TEST_SKIPS"):        # a file for what was skipped: [as text, name, why], .ci/stages.py
             with open(os.environ["CBACKUP_TEST_SKIPS"], "w") as file:
                 json.dump([[str(test), test.id(), why] for test, why in result.skipped], file)
         return result
 
-    def next_class(self):
-        """{id: test} of a class that nobody has run yet; None after the last one."""
-        with self.lock:
-            return self.waiting.popleft() if self.waiting and not self.result.shouldStop else None
+    def hear(self, worker):
+        """Enters what a worker says. When it has nothing to do after that, the worker, or another one in its place."""
+        try:
+            name, outcomes, seconds = worker.connection.recv()
+        except (EOFError, OSError):
+            for test in worker.tests.values():
+                self.report(test, [("errors", None, "the process that ran it died")], 0.0)
+            return Worker()
+        self.report(worker.tests.pop(name, None), outcomes, seconds)
+        return worker if name is None else None
 
-    def report(self, test, outcomes, seconds=None):
-        """Enters what a worker says of one test, or (`seconds` None) of what stands around tests."""
-        with self.lock:
-            if seconds is not None:
-                self.result.startTest(test)
-                if not outcomes:
-                    self.result.addSuccess(test)
-            for how, label, text in outcomes:
-                what = test if label is None else Label(label)
-                if how == "skip":
-                    self.result.addSkip(what, text)
-                else:
-                    enter = self.result.addFailure if how == "failure" else self.result.addError
-                    enter(what, (Elsewhere, Elsewhere("\n" + text), None))
-            if seconds is not None:
-                if hasattr(self.result, "addDuration"):     # Python 3.12
-                    self.result.addDuration(test, seconds)
-                self.result.stopTest(test)
+    def report(self, test, outcomes, seconds):
+        """Enters what came of a test, or (None) of what stands around tests."""
+        result = self.result
+        if test:
+            result.startTest(test)
+            if not outcomes:
+                result.addSuccess(test)
+        for how, label, text in outcomes:
+            what = test if label is None else unittest.suite._ErrorHolder(label)
+            if how == "skipped":
+                result.addSkip(what, text)
+            else:
+                enter = result.addFailure if how == "failures" else result.addError
+                enter(what, (Elsewhere, Elsewhere("\n" + text), None))
+        if test:
+            if hasattr(result, "addDuration"):     # Python 3.12
+                result.addDuration(test, seconds)
+            result.stopTest(test)
 
 
-class Worker(threading.Thread):
-    """Has one class after the other run by a process, until none is left."""
+class Worker:
+    """A process that runs one class after the other."""
 
-    def __init__(self, suite):
-        super().__init__(daemon=True)
-        self.suite, self.process = suite, None
-        self.start()
+    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
 
-    def run(self):
-        tests = self.suite.next_class()
-        while tests:
-            if self.process is None:
-                self.process = subprocess.Popen([sys.executable, "-m", "tests.parallel"], cwd=TOP, start_new_session=True,
-                                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                Guard.tell(b"+", self.process.pid)
-            self.run_class(dict(tests))
-            tests = self.suite.next_class()
-        self.end()
+    def __init__(self):
+        self.connection, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=work, args=(theirs, os.getpid()))
+        with theirs:
+            self.process.start()
 
-    def run_class(self, tests):
-        self.process.stdin.write(json.dumps(list(tests)).encode() + b"\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            told = json.loads(line)
-            if told is None:
-                return
-            name, outcomes, seconds = told
-            self.suite.report(tests.pop(name) if seconds is not None else Label(name), outcomes, seconds)
-        self.end()
-        for test in tests.values():
-            self.suite.report(test, [["error", None, "the process that ran it died"]], 0.0)
+    def begin(self, tests):
+        """Has it run the tests of a class, {id: test}; it says what came of each, and at last of what stands around them."""
+        self.tests = tests
+        self.connection.send(list(tests))
+        return self
 
     def end(self):
-        process, self.process = self.process, None
-        if process is not None:
-            process.terminate()
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
-            Guard.tell(b"-", process.pid)
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join()
 
 
 # ---- a worker's process -----------------------------------------------------------------------------------------
 
 class Recorder(unittest.TestResult):
-    """Writes a line of JSON for each test: [id, [[failure | error | skip, label or null, text] ...], seconds], the seconds
-    null for what stands around tests; no outcome is success."""
+    """Tells of each test: (id, [("failures" | "errors" | "skipped", label or None, text) ...], seconds); no outcome is
+    success. The id is None for what stands around tests."""
 
-    def __init__(self, out):
+    def __init__(self, connection, parent):
         super().__init__()
-        self.out, self.current = out, None
-
-    def tell(self, what):
-        self.out.write(json.dumps(what) + "\n")
-        self.out.flush()
+        self.connection, self.parent = connection, parent
+        self.told = {"failures": 0, "errors": 0, "skipped": 0}
 
     def startTest(self, test):
         super().startTest(test)
-        self.current, self.outcomes, self.began = test, [], time.monotonic()
+        self.began = time.monotonic()
 
     def stopTest(self, test):
         super().stopTest(test)
-        self.current = None
-        self.tell([test.id(), self.outcomes, time.monotonic() - self.began])
+        self.tell(test)
 
-    def note(self, how, test, text):
-        if how != "skip":
-            self.errors.append((test, text))        # Case keeps its directories then
-        if self.current is None:
-            self.tell([str(test), [[how, None, text]], None])
-        else:
-            self.outcomes.append([how, None if test is self.current else str(test), text])
-
-    def addFailure(self, test, err):
-        self.note("failure", test, self._exc_info_to_string(err, test))
-
-    def addError(self, test, err):
-        self.note("error", test, self._exc_info_to_string(err, test))
-
-    def addSubTest(self, test, subtest, err):
-        if err is not None:
-            self.note("failure" if issubclass(err[0], test.failureException) else "error", subtest,
-                      self._exc_info_to_string(err, test))
-
-    def addSkip(self, test, reason):
-        self.note("skip", self.current or test, reason)     # of a part of a test, too
-
-    def addExpectedFailure(self, test, err):
-        pass
-
-    def addUnexpectedSuccess(self, test):
-        self.note("failure", test, "this was expected to fail")
+    def tell(self, test=None):
+        if os.getppid() != self.parent:
+            sys.exit(1)
+        outcomes = []
+        for how, known in self.told.items():
+            found = getattr(self, how)
+            for one, text in found[known:]:
+                own = test and (one is test or how == "skipped")        # of a part of it, too
+                outcomes.append((how, None if own else str(one), text))
+            self.told[how] = len(found)
+        self.connection.send((test and test.id(), outcomes, test and time.monotonic() - self.began))
 
 
-def work():
-    """Runs the tests that each line of standard input names, a JSON list of those of one class; then writes null."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    recorder = Recorder(os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)       # what a test prints does not belong between our lines
-    for line in sys.stdin:
-        unittest.defaultTestLoader.loadTestsFromNames(json.loads(line)).run(recorder)
-        recorder.tell(None)
-
-
-if __name__ == "__main__":
-    work()
+def work(connection, parent):
+    """Runs the tests of each list of names, those of one class."""
+    os.dup2(2, 1)
+    recorder = Recorder(connection, parent)
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        for names in iter(connection.recv, None):
+            unittest.defaultTestLoader.loadTestsFromNames(names).run(recorder)
+            recorder.tell()

@@ -475,8 +475,7 @@ class History:
     def client_killed_by_the_clock(self):
         host, seconds = self.dice.choice(self.c.hosts), self.dice.random() * 0.6
         client = self.c.spawn(host, "client")
-        with contextlib.suppress(Exception):
-            client.popen.wait(seconds)
+        client.ends_within(seconds)
         client.kill()
         self.note("client %s killed after %.2f s" % (host, seconds))
 
@@ -485,8 +484,7 @@ class History:
         if host not in self.c.servers:
             return
         clients = [self.c.spawn(one, "client", "--json") for one in "bc"]
-        with contextlib.suppress(Exception):
-            clients[0].popen.wait(self.dice.random() * 0.5)
+        clients[0].ends_within(self.dice.random() * 0.5)
         self.c.kill(host)
         for client in clients:
             client.wait()
@@ -611,8 +609,7 @@ class History:
             (host, "verify"), (host, "verify"), (other, "restore", source.name, "--to", target)])]
         self.dice.shuffle(commands)
         first = self.c.spawn(*commands[0])
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            first.popen.wait(0.3 * self.dice.random())
+        first.ends_within(0.3 * self.dice.random())
         results = [first, self.c.spawn(*commands[1])]
         results = [one.wait() for one in results]
         for name in os.listdir(target) if os.path.isdir(target) and all(result.rc == 0 for result in results) else ():
@@ -648,8 +645,7 @@ class History:
         setattr(proxy, fault, after)
         client = faults.redirected(self.c, host, self.c.ports[server], proxy.port, "client", "--json")
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                client.popen.wait(3 if fault == "stall_after" else 30)
+            client.ends_within(3 if fault == "stall_after" else 30)
         finally:
             proxy.close()
         result = client.wait()
@@ -687,8 +683,7 @@ class History:
             return
         client = self.c.spawn(self.small_disk, "client") if self.dice.random() < 0.5 else None
         if client:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                client.popen.wait(self.dice.random() * 0.6)
+            client.ends_within(self.dice.random() * 0.6)
         with contextlib.suppress(OSError):
             faults.fill(ballast)
             self.repairs.append(lambda: os.path.exists(ballast) and os.unlink(ballast))

@@ -1,28 +1,31 @@
-"""Starts processes of the program for tests: as forks of one process in which the module and the library are imported
-already, and what each would make again is made. They do the same as those that are started in the ordinary way, at a tenth of
-the cost.
+"""Starts processes for tests, and looks after them. Those of the program are forks of one process in which the module and the
+library are imported already, and what each would make again is made: they do the same as those that are started in the
+ordinary way, at a tenth of the cost.
 
-Run by the harness as `python3 -m tests.starter FD`, FD being its end of a socket. A request is a line of JSON, {"arguments",
-"environment", "cwd", "confined"}, with the descriptors for standard output and error; the answer is {"pid"}. {"ended": pid, "status"} comes
-when a process has ended. This process has a single thread, as one that forks must have.
+Run by the harness as `python3 -m tests.starter FD`, FD being its end of a pipe of multiprocessing. It asks for a process by
+{"command", "environment", "cwd", "confined"}, followed by the descriptors for standard output and error; the answer is its pid.
+It asks by a pid whether that process has ended; the answer is None or the exit code, negative for a signal's. At the end of the
+pipe, however the other end has died, what still runs is killed. This process has a single thread, as one that forks must have.
 """
 
-import array
+import contextlib
 import gc
 import importlib
-import json
 import os
 import resource
-import select
 import signal
-import socket
 import sqlite3
 import ssl
 import sys
 import traceback
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 
 import cbackup
 from tests import PROGRAM
+
+QUICK = [sys.executable, "-B", "-m", "tests"]
+"""The begin of a command line that is a mere fork here; where a fork needs an exec, it runs the program as well."""
 
 IMPORTED = ("calendar", "ctypes", "fnmatch", "grp", "pwd", "socketserver")   # by the program, later
 
@@ -36,20 +39,6 @@ docs = s:/docs
 [backups]
 b = s:/b size=1G
 """
-
-
-def receive(connection):
-    """(request, descriptors), or None at the end."""
-    data, descriptors = b"", array.array("i")
-    while not data.endswith(b"\n"):
-        part, ancillary, _, _ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(2 * descriptors.itemsize))
-        if not part:
-            return None
-        data += part
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                descriptors.frombytes(content[:len(content) - len(content) % descriptors.itemsize])
-    return json.loads(data), list(descriptors)
 
 
 def confine(umask=None, user=None, memory=None):
@@ -67,6 +56,8 @@ def confine(umask=None, user=None, memory=None):
 def rehearse(program):
     """What each process would do again, and what stays the same, is done here: expressions are compiled, the parsers of the
     usual commands are made, the libraries for TLS and databases are set up."""
+    for name in IMPORTED:
+        importlib.import_module(name)
     program.parse_config(CONFIGURATION, "cbackup.conf")
     build, made = program.build_parser, {}
     for names in (["client"], ["server"], ["restore"], ["status"]):
@@ -81,57 +72,40 @@ def rehearse(program):
 
 
 def become(request, descriptors):
-    """In the new process: what an interpreter that was started with the module would do."""
+    """In the new process: what subprocess would do, and for the program what an interpreter that was started with it would."""
     os.setsid()
     for number, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY)] + descriptors):
         os.dup2(descriptor, number)
     os.closerange(3, 256)
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     confine(**request["confined"])
-    sys.argv = [PROGRAM] + request["arguments"]
+    command = request["command"]
+    if command[:len(QUICK)] != QUICK or sys.platform == "darwin":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.execvp(command[0], command)
+    sys.argv = [PROGRAM] + command[len(QUICK):]
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, buffering, encoding="utf-8", errors=errors, closefd=False) for number, mode, buffering, errors in
         ((0, "r", -1, "surrogateescape"), (1, "w", -1, "surrogateescape"), (2, "w", 1, "backslashreplace")))
     sys.modules["__main__"], sys.modules["starter"] = cbackup, sys.modules["__main__"]
+    sys.exit(cbackup.main())
+
+
+def run(request, descriptors):
+    """become(), and then the end as an interpreter makes it."""
     status = 1
     try:
-        sys.exit(cbackup.main())
+        become(request, descriptors)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError):
             stream.flush()
-        except OSError:
-            pass
     os._exit(status)
-
-
-def main():
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    for name in IMPORTED:
-        importlib.import_module(name)
-    rehearse(cbackup)
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.set_wakeup_fd(wake)
-    while True:
-        ready = select.select([connection, woken], [], [])[0]
-        if woken in ready:
-            os.read(woken, 4096)
-            report(connection)
-        if connection in ready:
-            got = receive(connection)
-            if got is None:
-                return
-            connection.sendall(json.dumps({"pid": begin(*got)}).encode() + b"\n")
 
 
 def begin(request, descriptors):
@@ -140,10 +114,7 @@ def begin(request, descriptors):
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            become(request, descriptors)
-        finally:
-            os._exit(70)
+        run(request, descriptors)
     for descriptor in descriptors + [begun]:
         os.close(descriptor)
     os.read(ready, 1)       # its end: what was open here is closed there
@@ -151,16 +122,27 @@ def begin(request, descriptors):
     return pid
 
 
-def report(connection):
-    """Tells which processes have ended."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        connection.sendall(json.dumps({"ended": pid, "status": status}).encode() + b"\n")
+def main():
+    connection, running = Connection(int(sys.argv[1])), set()
+    rehearse(cbackup)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        while True:
+            request = connection.recv()
+            if isinstance(request, dict):
+                answer = begin(request, [recv_handle(connection) for _ in range(2)])
+                running.add(answer)
+            else:
+                pid, status = os.waitpid(request, os.WNOHANG)
+                answer = None
+                if pid:
+                    running.remove(pid)
+                    answer = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            connection.send(answer)
+    except (EOFError, OSError):
+        for pid in running:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

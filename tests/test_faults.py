@@ -167,7 +167,7 @@ class KilledTest(FaultCase):
 
     def test_a_large_file_goes_on_where_it_was_cut_off(self):
         cluster = self.start({"big": self.BIG}, bwlimit="2M")
-        self.client_at(cluster, self.BIG // 4).popen.kill()                     # the client dies
+        self.client_at(cluster, self.BIG // 4).signal(signal.SIGKILL)                     # the client dies
         second = self.client_at(cluster, self.BIG // 2)
         cluster.kill("s")                                                       # the source's machine dies
         result = second.wait(60)

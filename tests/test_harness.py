@@ -75,12 +75,11 @@ class ClusterTest(Case):
                 "        self.fail()\n"
                 "unittest.main(argv=['x'])\n")
         result = Process([sys.executable, "-B", "-c", code], plain_environment("/"), TOP)
-        result.popen.wait(30)
+        result.ends_within(30)
         base = json.loads(result.stdout)
         self.addCleanup(lambda: subprocess.run(["rm", "-rf", base], timeout=30))
         self.assertIn("kept: %s" % base, result.stderr)
         self.assertTrue(os.path.isdir(base))
-        result.popen.communicate(timeout=10)
 
     def test_advance_sets_the_clock_file_that_all_hosts_are_shown(self):
         cluster = self.cluster("a", "b")
