@@ -21,8 +21,8 @@ Every client claims in turn and keeps what it claimed until its next turn, as if
 """
 
 import argparse
+import contextlib
 import os
-import random
 import re
 import resource
 import shutil
@@ -34,52 +34,48 @@ import time
 
 import cbackup
 from tests.harness import Cluster, make_tree, some_bytes, write_file
+from tests.placement import IN_MEMORY, TrialWorld
 
-CHECK = 64      # bytes of a made-up digest, in hex
+
+def scratch():
+    return tempfile.TemporaryDirectory(prefix="cbackup-bench-", dir=IN_MEMORY)
 
 
-class ClaimBench:
+class ClaimBench(TrialWorld):
     """One server and the clients of `hosts` hosts, without a network and without files."""
 
+    names = b"directory/file %06d.jpg"
+
     def __init__(self, base, hosts, files, replicas, seed=1):
-        self.random = random.Random(seed)
-        self.backups = ["b%d" % number for number in range(hosts)]
+        super().__init__(seed, base)
         sizes = [int(min(self.random.lognormvariate(0, 1.8), 2000) * (1 << 20)) for _ in range(files)]
-        weights = [self.random.uniform(0.3, 1.5) for _ in self.backups]
-        scale = 1.03 * replicas * sum(sizes) / sum(weights)
-        self.capacity = {name: int(scale * weight) for name, weight in zip(self.backups, weights)}
-        self.free = dict(self.capacity)
-        config = cbackup.Config(
-            text="", sources={"s": cbackup.Source("s", "s", "/nowhere", replicas)},
-            backups={name: cbackup.Backup(name, "h" + name, "/nowhere/" + name, size=self.capacity[name])
-                     for name in self.backups})
-        self.service = cbackup.Service(cbackup.Home(base, "s"), config, "s")
-        self.books = self.service.books
-        self.books.random = random.Random(seed)
-        self.books.db.execute("PRAGMA synchronous=OFF")
-        row = self.books.source_row("s")
-        with self.books.write():
-            self.books.add_entries(row, [({
-                "path": b"directory %03d/file %06d.jpg" % (number // 1000, number), "kind": "f", "size": size, "mtime": 1,
-                "mode": 0o644, "uid": 0, "gid": 0, "ino": 1, "ctime": 1, "nlink": 1, "target": None, "blocked": None,
-                "xattrs": None}, 0) for number, size in enumerate(sizes)])
-        self.books.finish_scan("s", scanned=1.0)
+        weights = {"b%d" % number: self.random.uniform(0.3, 1.5) for number in range(hosts)}
+        self.source("s", "s", replicas)
+        for name, weight in weights.items():
+            self.backup(name, "h" + name, 1.03 * replicas * sum(sizes) * weight / sum(weights.values()))
+        self.begin()
+        self.add_files("s", sizes)
+        self.books, self.row = self.books_of("s")
+        self.free = {name: backup.size for name, backup in self.backups.items()}
         self.coming = dict.fromkeys(self.backups, ())
         for name in self.backups:
-            self.ask(name, "demand", capacity=self.capacity[name], free=self.free[name])
+            self.demand(name)
         self.need = replicas * files
         self.done = 0
 
     def ask(self, backup, op, **fields):
         """(answer, milliseconds of CPU)"""
         begun = time.process_time()
-        answer = self.service.handle(dict(fields, op=op, backup=backup))
+        answer = self.services["s"].handle(dict(fields, op=op, backup=backup))
         return answer, 1000 * (time.process_time() - begun)
+
+    def demand(self, backup):
+        return self.ask(backup, "demand", capacity=self.backups[backup].size, free=self.free[backup])[1]
 
     def turn(self, backup, most_files):
         """Confirm what was claimed, claim more. Returns (milliseconds for demand, claim, confirmation; files claimed)."""
         confirm = self.confirm(backup)
-        _, demand = self.ask(backup, "demand", capacity=self.capacity[backup], free=self.free[backup])
+        demand = self.demand(backup)
         answer, claim = self.ask(backup, "claim", source="s", free=self.free[backup], most_files=most_files,
                                  most_bytes=cbackup.BATCH_BYTES)
         self.coming[backup] = answer["rows"]
@@ -91,10 +87,10 @@ class ClaimBench:
         if not rows:
             return 0.0
         begun = time.process_time()
-        row, number = self.books.source_row("s"), self.books.backup_id(backup)
-        facts = [self.books.version_of(row["id"], cbackup.as_raw(wanted[0])) for wanted in rows]
-        self.books.record_check(number, row, [(fact["id"], fact["version"], b"d" * 32) for fact in facts])
-        self.service.handle({"op": "placed", "backup": backup, "source": "s", "rows": [[r[0], r[6], 1] for r in rows]})
+        facts = [self.books.version_of(self.row["id"], cbackup.as_raw(wanted[0])) for wanted in rows]
+        self.books.record_check(self.books.backup_id(backup), self.row, [
+            (fact["id"], fact["version"], b"d" * 32) for fact in facts])
+        self.ask(backup, "placed", source="s", rows=[[r[0], r[6], 1] for r in rows])
         self.done += len(rows)
         self.coming[backup] = ()
         return 1000 * (time.process_time() - begun)
@@ -102,10 +98,7 @@ class ClaimBench:
 
 def bench_claims(args):
     print("%d hosts, %s files, %d replicas" % (args.hosts, format(args.files, ","), args.replicas))
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    base = tempfile.mkdtemp(prefix="cbackup-bench-", dir=place)
-    try:
-        bench = ClaimBench(base, args.hosts, args.files, args.replicas)
+    with scratch() as base, contextlib.closing(ClaimBench(base, args.hosts, args.files, args.replicas)) as bench:
         print("%6s  %9s  %29s  %29s" % ("", "", "16 files: ms of CPU for", "1,000 files: ms of CPU for"))
         print("%6s  %9s" % ("placed", "groups") + 2 * ("  %9s %9s %9s" % ("demand", "claim", "confirm")), flush=True)
         order, mark, rest = list(bench.backups), 0.0, 0
@@ -118,9 +111,6 @@ def bench_claims(args):
             for name in order:
                 rest += not bench.turn(name, cbackup.BATCH_FILES)[3]
         print("%5.1f%%  at the end" % (100 * bench.done / bench.need))
-        bench.books.close()
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
 
 
 def measured(bench):
@@ -130,7 +120,7 @@ def measured(bench):
     groups = bench.books.one("SELECT COUNT(*) FROM groups WHERE files>0")[0]
     for most in (16, cbackup.BATCH_FILES):
         lines = []
-        for name in bench.random.sample(bench.backups, 20):
+        for name in bench.random.sample(sorted(bench.backups), min(20, len(bench.backups))):
             bench.confirm(name)
             demand, claim, _, count = bench.turn(name, most)
             if count:
@@ -162,10 +152,9 @@ class TimedLock:
 
 
 def bench_lock(args):
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    base = tempfile.mkdtemp(prefix="cbackup-bench-", dir=place)
-    top, part = os.path.join(base, "docs"), max(1, args.files // 10)
-    try:
+    part = max(1, args.files // 10)
+    with scratch() as base:
+        top = os.path.join(base, "docs")
         for number in range(args.files):
             folder = os.path.join(top, "p%d" % (number // part), "d%d" % (number // 1000))
             if number % min(part, 1000) == 0:
@@ -209,8 +198,6 @@ def bench_lock(args):
         for what, (wall, used) in lock.longest.items():
             print("%-42s %10.0f %10.0f" % (what, 1000 * wall, 1000 * used))
         books.close()
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
 
 
 # ---- real clusters ----------------------------------------------------------------------------------------------
@@ -341,13 +328,12 @@ with Cluster("s", "a", "b", replicas=2) as c:
 def bench_against(args):
     names = ("a copy, us", "a restored file, us", "nothing changed, ms", "a start, ms")
     trees, least = (os.path.abspath(args.directory), os.getcwd()), {}
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     for tree in trees:
         subprocess.check_call(["sh", "build_zipapp.sh"], cwd=tree, stdout=subprocess.DEVNULL)
     for _ in range(args.rounds):
         for tree in trees:
             found = subprocess.check_output([sys.executable, "-c", AGAINST, str(args.files)], cwd=tree,
-                                            env=dict(os.environ, **{"TMPDIR": place} if place else {}))
+                                            env=dict(os.environ, TMPDIR=IN_MEMORY or tempfile.gettempdir()))
             values = [float(word) for word in found.split()[-len(names):]]
             least[tree] = list(map(min, least.get(tree, values), values))
     print("%-22s %10s %10s %8s" % ("processor time", "before", "now", "ratio"))
@@ -355,33 +341,26 @@ def bench_against(args):
         print("%-22s %10.0f %10.0f %8.2f" % (name, before, now, now / before))
 
 
+COMMANDS = {    # name: (function, what it measures, {option or argument: its default})
+    "claims": (bench_claims, "what claims cost the server, from the first to the last",
+               {"--hosts": 50, "--files": 200000, "--replicas": 2}),
+    "transfer": (bench_transfer, "a first pass and a restore, over a plain rsync", {"--files": 20000, "--large": "1G"}),
+    "idle": (bench_idle, "a pass with nothing to do", {"--files": 100000}),
+    "restore": (bench_restore, "from three backups at once (--rate of each, bytes a second), over from one",
+                {"--rate": "4M", "--size": "64M"}),
+    "lock": (bench_lock, "how long a server holds its books up", {"--files": 1000000}),
+    "against": (bench_against, "processor time, over that of another tree", {"directory": "", "--files": 20000, "--rounds": 2}),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measurements of cbackup.")
     commands = parser.add_subparsers(dest="command", required=True)
-    claims = commands.add_parser("claims", help="what claims cost the server, from the first to the last")
-    claims.add_argument("--hosts", type=int, default=50)
-    claims.add_argument("--files", type=int, default=200000)
-    claims.add_argument("--replicas", type=int, default=2)
-    claims.set_defaults(run=bench_claims)
-    transfer = commands.add_parser("transfer", help="a first pass and a restore, over a plain rsync")
-    transfer.add_argument("--files", type=int, default=20000)
-    transfer.add_argument("--large", default="1G")
-    transfer.set_defaults(run=bench_transfer)
-    idle = commands.add_parser("idle", help="a pass with nothing to do")
-    idle.add_argument("--files", type=int, default=100000)
-    idle.set_defaults(run=bench_idle)
-    restore = commands.add_parser("restore", help="from three backups at once, over from one")
-    restore.add_argument("--rate", default="4M", help="of each backup, bytes a second")
-    restore.add_argument("--size", default="64M")
-    restore.set_defaults(run=bench_restore)
-    lock = commands.add_parser("lock", help="how long a server holds its books up")
-    lock.add_argument("--files", type=int, default=1000000)
-    lock.set_defaults(run=bench_lock)
-    against = commands.add_parser("against", help="processor time, over that of another tree")
-    against.add_argument("directory")
-    against.add_argument("--files", type=int, default=20000)
-    against.add_argument("--rounds", type=int, default=2)
-    against.set_defaults(run=bench_against)
+    for name, (run, words, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=words)
+        for option, default in options.items():
+            command.add_argument(option, type=type(default), default=default)
+        command.set_defaults(run=run)
     args = parser.parse_args()
     return args.run(args)
 

@@ -15,6 +15,7 @@ A host's processes see an environment like cron's: PATH, HOME, a C locale, and l
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing.util
@@ -252,24 +253,17 @@ def free_port():
         holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             holder.bind(("127.0.0.1", port))
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("", port))
+            socket.create_server(("", port)).close()
             return port, holder
         except OSError:
             holder.close()
     raise AssertionError("no free port on 127.0.0.1")
 
 
-_cluster_pem = None
-
-
+@functools.lru_cache(None)
 def cluster_pem():
     """The bytes of a cluster.pem, made by the program's own `init`, once for each test process."""
-    global _cluster_pem
-    if _cluster_pem is None:
-        _cluster_pem = new_cluster_pem()
-    return _cluster_pem
+    return new_cluster_pem()
 
 
 def new_cluster_pem():
@@ -322,34 +316,31 @@ def read_file(path):
 
 
 def digest_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(read_file(path)).hexdigest()
 
 
-def walk(root):
-    """(relative path, path, lstat) of everything below `root`, in sorted order, following no link."""
+def walk(root, *gone):
+    """(relative path, path, lstat) of everything below `root`, in sorted order, following no link. What raises one of
+    these errors is left out."""
     todo = [""]
     while todo:
-        folder = todo.pop()
-        for name in sorted(os.listdir(os.path.join(root, folder))):
-            relative = os.path.join(folder, name)
-            path = os.path.join(root, relative)
-            info = os.lstat(path)
-            yield relative, path, info
-            if stat.S_ISDIR(info.st_mode):
-                todo.append(relative)
+        folder, names = todo.pop(), ()
+        with contextlib.suppress(*gone):
+            names = sorted(os.listdir(os.path.join(root, folder)))
+        for relative in [os.path.join(folder, name) for name in names]:
+            with contextlib.suppress(*gone):
+                info = os.lstat(os.path.join(root, relative))
+                yield relative, os.path.join(root, relative), info
+                if stat.S_ISDIR(info.st_mode):
+                    todo.append(relative)
 
 
 def tree(root):
     """{relative path: Entry} of everything below `root`: an account of it that owes nothing to the program."""
-    kinds = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "dir"), (stat.S_ISLNK, "link"), (stat.S_ISFIFO, "fifo"),
-             (stat.S_ISSOCK, "socket"))
+    kinds = {"-": "file", "d": "dir", "l": "link", "p": "fifo", "s": "socket"}
     result = {}
     for relative, path, info in walk(root):
-        kind = next((name for is_kind, name in kinds if is_kind(info.st_mode)), "other")
+        kind = kinds.get(stat.filemode(info.st_mode)[0], "other")
         result[relative] = Entry(kind, digest_of(path) if kind == "file" else None,
                                  None if kind == "link" else stat.S_IMODE(info.st_mode), info.st_mtime_ns,
                                  os.readlink(path) if kind == "link" else None)
@@ -658,17 +649,10 @@ class Cluster:
         found = {}
         for relative, path, info in walk(self.sources[source].path):
             if stat.S_ISREG(info.st_mode):
-                found[relative] = [backup for backup in self.backups if self._is_copy(path, info, self.kept_as(
-                    backup, source, relative))]
+                copies = {backup: self.kept_as(backup, source, relative) for backup in self.backups}
+                found[relative] = [backup for backup, copy in copies.items() if os.path.isfile(copy)
+                                   and not os.path.islink(copy) and read_file(path) == read_file(copy)]
         return found
-
-    @staticmethod
-    def _is_copy(path, info, copy):
-        try:
-            other = os.lstat(copy)
-        except OSError:
-            return False
-        return stat.S_ISREG(other.st_mode) and other.st_size == info.st_size and digest_of(copy) == digest_of(path)
 
     def kept_as(self, backup, source, relative=""):
         """The path of a file's copy in a backup, as the contract says."""
@@ -685,18 +669,9 @@ class Cluster:
         """What a backup keeps: {path relative to the backup: lstat} of files and old versions, without bookkeeping.
 
         Works while a client is changing the backup."""
-        root = self.backups[backup].path
-        attic = os.path.join(".cbackup", "attic")
-        result = {}
-        for folder, folders, names in os.walk(root):
-            relative = os.path.relpath(folder, root)
-            if relative == ".cbackup":
-                folders[:], names = [name for name in folders if name == "attic"], []
-            assert relative.split(os.sep)[0] != ".cbackup" or relative == ".cbackup" or relative.startswith(attic)
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    result[os.path.normpath(os.path.join(relative, name))] = os.lstat(os.path.join(folder, name))
-        return result
+        return {relative: info for relative, _, info in walk(self.backups[backup].path, FileNotFoundError)
+                if not stat.S_ISDIR(info.st_mode)
+                and (relative.startswith(".cbackup/attic/") or not relative.startswith(".cbackup/"))}
 
     def kept_bytes(self, backup):
         """The sum of the sizes of the files that a backup keeps, old versions included, each inode once."""
@@ -876,8 +851,5 @@ def parse_size(text):
 def listening():
     """(port, socket) of a listener on 127.0.0.1 that accepts in its queue and says nothing."""
     port, holder = free_port()
-    with holder, socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen(64)
+    with holder, socket.create_server(("127.0.0.1", port), backlog=64) as listener:
         yield port, listener

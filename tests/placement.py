@@ -17,20 +17,23 @@ servers, see tests.placement_real.
 """
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import os
 import random
-import shutil
 import statistics
 import sys
 import tempfile
 import threading
+from unittest import mock
 
 import cbackup
 
 GB = 1 << 30
 HOUR = 3600.0
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""The directory for temporary ones whose disk should not matter."""
 
 
 class TrialClock:
@@ -134,18 +137,11 @@ class TrialPass(cbackup.Pass):
         self.pipeline.submit(lambda: self.guarded(standing, lambda s: self.check(s, files, None, updating)))
 
     def check(self, standing, files, outcome, updating):
-        service = self.world.services[standing.host]
-        row = service.books.source_row(standing.name)
-        number = service.books.backup_id(self.name)
-        found = [(f, service.books.version_of(row["id"], f.path)) for f in files]
-        good = [(f, facts["id"]) for f, facts in found if facts and facts["version"] == f.version]
-        service.books.record_check(number, row, [(file, f.version, digest_for(f)) for f, file in good])
-        for f, _ in good:
-            service.books.prove(row, service.books.version_of(row["id"], f.path), digest_for(f))
-        self.vault.plan_places(standing.name, [(f.path, digest_for(f)) for f, _ in good])
-        self._count_in(standing, self.check_links[standing.host],
-                       [(f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for f, _ in good])
-        self.figures.add(copied_files=len(good), copied_bytes=sum(f.size for f, _ in good))
+        books, row = self.world.books_of(standing.name)
+        found = [(f, books.version_of(row["id"], f.path)) for f in files]
+        good = [f for f, facts in found if facts and facts["version"] == f.version]
+        self._count_in(standing, self.check_links[standing.host], self.world.compared(self.vault, standing.name, good))
+        self.figures.add(copied_files=len(good), copied_bytes=sum(f.size for f in good))
         changed = [(f, "changed") for f, facts in found if not facts or facts["version"] != f.version]
         if changed:
             self.decline(standing, self.check_links[standing.host], changed, failed=False)
@@ -201,7 +197,7 @@ class World:
 
     Sizes are those of the simulation, however large the files really are. `TrialWorld` is a cluster in this process,
     `tests.placement_real.RealWorld` one of real clients and servers. Theirs are begin, add_files, delete_files, plant,
-    round, groups, missing and spare.
+    round, groups and spare.
     """
 
     clock = None        # by what the cluster's time is set
@@ -262,6 +258,11 @@ class World:
         capacity = sum(vault.capacity() for vault in self.vaults.values())
         return sum(vault.used() for vault in self.vaults.values()) / capacity
 
+    def missing(self):
+        """Bytes of copies that are missing."""
+        return sum(max(0, source.replicas - len(group.copy_hosts)) * group.bytes
+                   for name, source in self.sources.items() for group in self.groups(name))
+
     def useless_share(self):
         """Bytes of second copies made while a file of the source that would have fit had none, per byte of the sources."""
         return self.useless / sum(group.bytes for name in self.sources for group in self.groups(name))
@@ -269,6 +270,8 @@ class World:
 
 class TrialWorld(World):
     """A cluster in this process, in simulated time."""
+
+    names = b"f%06d"        # of files
 
     def __init__(self, seed, directory):
         super().__init__(seed)
@@ -312,7 +315,7 @@ class TrialWorld(World):
     def add_files(self, source, sizes):
         """New files, as if a scan had found them. Returns their paths."""
         books, row = self.books_of(source)
-        paths = [b"f%06d" % next(self.serial) for _ in sizes]
+        paths = [self.names % next(self.serial) for _ in sizes]
         with books.write():
             books.add_entries(row, [({
                 "path": path, "kind": "f", "size": int(size), "mtime": 1, "mode": 0o644, "uid": 0, "gid": 0, "ino": 1,
@@ -327,24 +330,28 @@ class TrialWorld(World):
             for path in paths:
                 books.bury(row, books.version_of(row["id"], path)["id"], path, "f")
 
+    def compared(self, vault, source, files):
+        """A backup's copies are true, and may be placed. Returns [(path, version, tag)] of them, to be counted."""
+        books, row = self.books_of(source)
+        facts = books.versions_of(row["id"], [f.path for f in files])
+        books.record_check(books.backup_id(vault.spec.name), row, [
+            (facts[f.path]["id"], f.version, digest_for(f)) for f in files])
+        for f in files:
+            books.prove(row, facts[f.path], digest_for(f))
+        vault.plan_places(source, [(f.path, digest_for(f)) for f in files])
+        return [(f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for f in files]
+
     def plant(self, backup, source, paths):
         """Copies that are there already, confirmed."""
         books, row = self.books_of(source)
         vault = self.vaults[backup]
         number = books.hear(backup, {"capacity": vault.capacity(), "free": vault.free()})
-        files = []
-        for path in paths:
-            found = books.one("SELECT id, %s FROM entries e WHERE source=? AND path=?" % books.WANTED, row["id"], path)
-            files.append((found[0], cbackup.Wanted(*found[1:])))
+        files = [cbackup.Wanted(*books.one("SELECT %s FROM entries e WHERE source=? AND path=?" % books.WANTED, row["id"], path))
+                 for path in paths]
         with books.write(), vault.write():
-            vault.expect(source, books.id, [f for _, f in files])
-            books.record_check(number, row, [(file, f.version, digest_for(f)) for file, f in files])
-            for _, f in files:
-                books.prove(row, books.version_of(row["id"], f.path), digest_for(f))
-            vault.plan_places(source, [(f.path, digest_for(f)) for _, f in files])
-            books.count_copies(number, row["id"], [
-                (f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for _, f in files])
-            vault.arrived(source, [f.path for _, f in files])
+            vault.expect(source, books.id, files)
+            books.count_copies(number, row["id"], self.compared(vault, source, files))
+            vault.arrived(source, paths)
 
     # -- time goes by
 
@@ -372,14 +379,6 @@ class TrialWorld(World):
         self.clock.time = max(self.clock.time, begun + HOUR)
         return (self.copied, self.dropped) != (copied, dropped)
 
-    def missing(self):
-        """Bytes of confirmed copies that are missing."""
-        return sum(self.figures(name)["missing_bytes"] for name in self.sources)
-
-    def figures(self, source):
-        books, row = self.books_of(source)
-        return books.figures(row)
-
     def groups(self, source):
         books, row = self.books_of(source)
         return books.groups(row["id"])
@@ -397,12 +396,12 @@ class Outcome:
     """What one run came to."""
 
     def __init__(self, world, further):
-        self.settled = world.missing() == 0
+        self.missing = world.missing()
+        self.settled = self.missing == 0
         self.rounds = world.rounds
         self.waste = world.copied / world.needed - 1 if world.needed else 0.0
         self.used = world.used_share()
         self.useless = world.useless_share()
-        self.missing = world.missing()
         self.slack = world.slack()
         copied, dropped = world.copied, world.dropped
         for _ in range(further):
@@ -496,11 +495,9 @@ def hosts(*weights):
 
 def make(world, weights, slack, *sources, files=FILES):
     """Backups with `weights` and `slack`, and sources (host, replicas[, sizes]); settles nothing yet."""
-    facts = []
-    for number, (host, replicas, *sizes) in enumerate(sources):
-        sizes = sizes[0] if sizes else lognormal(world.random, files)
+    facts = [(host, replicas, *(sizes or [lognormal(world.random, files)])) for host, replicas, *sizes in sources]
+    for number, (host, replicas, _) in enumerate(facts):
         world.source("s%d" % number, host, replicas)
-        facts.append((host, replicas, sizes))
     rooms = scaled([(host, replicas, sum(sizes)) for host, replicas, sizes in facts], weights, slack)
     for host, room in rooms.items():
         world.backup("b" + host[1:], host, room)
@@ -510,49 +507,47 @@ def make(world, weights, slack, *sources, files=FILES):
     return facts
 
 
-def one_source(weights, replicas, slack, files=FILES, equal=False):
+def spread(weights, slack, *replicas, files=FILES // 2, equal=False):
+    """Sources with so many replicas: one on a host of its own, several on the first hosts, which have backups too. Negative
+    `slack`: there is less room than needed."""
     def scenario(world):
-        sizes = [GB] * files if equal else lognormal(world.random, files)
-        make(world, hosts(*weights), slack, ("s", replicas, sizes))
+        owners, count = (["s"], 2 * files) if len(replicas) == 1 else (sorted(hosts(*weights)), files)
+        sizes = [[GB] * count if equal else lognormal(world.random, count) for _ in replicas]
+        make(world, hosts(*weights), slack, *zip(owners, replicas, sizes))
         world.settle()
     return scenario
 
 
+def packed(world, sizes, rooms, replicas=2):
+    """A source on a host of its own, and backups with these rooms on a host each; nothing settles yet. Returns paths."""
+    world.source("s0", "s", replicas)
+    for number, room in enumerate(rooms):
+        world.backup("b%d" % number, "h%d" % number, room)
+    world.begin()
+    return world.add_files("s0", sizes)
+
+
 def seed(world):
-    ten(world)
+    packed(world, [GB] * 10, [7 * GB] * 3)
     world.settle()
 
 
-def ten(world):
-    world.source("s0", "s", 2)
-    for name in "abc":
-        world.backup(name, name, 700 * GB // 100)
-    world.begin()
-    return world.add_files("s0", [GB] * 10)
-
-
 def trap(world):
-    paths = ten(world)
-    world.plant("a", "s0", paths[:7])
-    world.plant("b", "s0", paths[:7])
-    world.plant("c", "s0", paths[7:])
+    paths = packed(world, [GB] * 10, [7 * GB] * 3)
+    for name, planted in (("b0", paths[:7]), ("b1", paths[:7]), ("b2", paths[7:])):
+        world.plant(name, "s0", planted)
     world.settle()
 
 
 def frag(world):
     """Packed full with large and small files; then one more large file, for which small ones must move together."""
-    world.source("s0", "s", 2)
-    for number in range(5):
-        world.backup("b%d" % number, "h%d" % number, 1050 * GB // 10)
-    world.begin()
-    large = world.add_files("s0", [10 * GB] * 20)
-    small = world.add_files("s0", [GB] * 50)
-    loads = pack(world.random, [(path, 10) for path in large] + [(path, 1) for path in small], [100] * 5, 2)
-    for number, paths in enumerate(loads):
-        world.plant("b%d" % number, "s0", paths)
-    large = world.add_files("s0", [10 * GB])
+    paths = packed(world, [10 * GB] * 20 + [GB] * 50, [1050 * GB // 10] * 5)
+    loads = pack(world.random, list(zip(paths, [10] * 20 + [1] * 50)), [100] * 5, 2)
+    for number, planted in enumerate(loads):
+        world.plant("b%d" % number, "s0", planted)
+    world.add_files("s0", [10 * GB])
     world.needed = 30 * GB  # two copies, and on both hosts 5 of small files have to go elsewhere first
-    assert large and world.least() == 20 * GB
+    assert world.least() == 20 * GB
     world.settle(count=False)
 
 
@@ -595,11 +590,7 @@ def bigfiles(slack):
             chosen = sorted(range(5), key=lambda n: world.random.random() ** (1 / weights[n]))[-2:]
             for number in chosen:
                 loads[number] += size
-        world.source("s0", "s", 2)
-        for number, load in enumerate(loads):
-            world.backup("b%d" % number, "h%d" % number, load * (1 + slack) if slack else load + max(sizes))
-        world.begin()
-        world.add_files("s0", sizes)
+        packed(world, sizes, [load * (1 + slack) if slack else load + max(sizes) for load in loads])
         world.settle()
     return scenario
 
@@ -616,14 +607,6 @@ def twoloc(world):
     world.settle()
 
 
-def several(weights, slack, *replicas, files=FILES // 2):
-    """Sources on the first hosts, which have backups too."""
-    def scenario(world):
-        make(world, hosts(*weights), slack, *[("h%d" % n, count) for n, count in enumerate(replicas)], files=files)
-        world.settle()
-    return scenario
-
-
 def pair(world):
     """Two hosts that are each other's backup; then more copies are wanted than there are hosts."""
     make(world, hosts(1, 1), 0.05, ("h0", 1), ("h1", 1), files=60)
@@ -636,28 +619,20 @@ def pair(world):
 
 def growth(world):
     """5 % new and 2 % deleted, twelve times, down to 5 % of slack."""
-    weights = hosts(1, .8, .6, .5, .4)
-    sizes = lognormal(world.random, FILES)
-    world.source("s0", "s", 2)
-    grown = [lognormal(world.random, FILES // 20) for _ in range(12)]
-    steps, peak = [], sum(sizes)
-    known = [(number, size) for number, size in enumerate(sizes)]
-    for new in grown:
-        gone = world.random.sample(known, len(known) // 50)
-        known = [item for item in known if item not in gone]
-        added = [(("n", next(world.serial)), size) for size in new]
-        known += added
-        steps.append((gone, added))
-        peak = max(peak, sum(size for _, size in known))
-    for host, room in scaled([("s", 2, peak)], weights, 0.05).items():
-        world.backup("b" + host[1:], host, room)
-    world.begin()
-    paths = dict(zip(range(len(sizes)), world.add_files("s0", sizes)))
+    there = dict(enumerate(lognormal(world.random, FILES)))
+    first, steps, peak = dict(there), [], sum(there.values())
+    for number in range(1, 13):
+        gone = world.random.sample(list(there), len(there) // 50)
+        new = dict(enumerate(lognormal(world.random, FILES // 20), 1000 * number))
+        there = {key: size for key, size in {**there, **new}.items() if key not in gone}
+        steps.append((gone, new))
+        peak = max(peak, sum(there.values()))
+    rooms = scaled([("s", 2, peak)], hosts(1, .8, .6, .5, .4), 0.05)
+    paths = dict(zip(first, packed(world, first.values(), rooms.values())))
     world.settle()
-    for gone, added in steps:
-        world.delete_files("s0", [paths[key] for key, _ in gone])
-        for (key, _), path in zip(added, world.add_files("s0", [size for _, size in added])):
-            paths[key] = path
+    for gone, new in steps:
+        world.delete_files("s0", [paths[key] for key in gone])
+        paths.update(zip(new, world.add_files("s0", new.values())))
         world.settle()
 
 
@@ -685,16 +660,11 @@ def death(world):
 def join(world):
     """Too little room, and still; then an empty host comes."""
     sizes = lognormal(world.random, FILES)
-    total = sum(sizes)
-    world.source("s0", "s", 2)
-    for number, share in enumerate((.5, .45, .4, .35)):
-        world.backup("b%d" % number, "h%d" % number, share * total)
-    world.begin()
-    world.add_files("s0", sizes)
+    packed(world, sizes, [share * sum(sizes) for share in (.5, .45, .4, .35)])
     world.settle()
     assert world.used_share() >= 0.97, "%.3f of too little room is in use" % world.used_share()
     world.copied = world.needed = 0
-    world.backup("b4", "h4", .36 * total)
+    world.backup("b4", "h4", .36 * sum(sizes))
     world.begin()
     world.settle()
 
@@ -716,39 +686,28 @@ def shrink(world):
 def identical(world):
     """Three hosts with the same 60 %, and an empty one."""
     sizes = lognormal(world.random, FILES)
-    world.source("s0", "s", 3)
-    for number in range(4):
-        world.backup("b%d" % number, "h%d" % number, sum(sizes) * 3 / 4 * 1.03)
-    world.begin()
-    paths, _ = share_of(world, "s0", sizes, 0.6)
+    paths, _ = share_of(0.6, sizes, packed(world, sizes, [sum(sizes) * 3 / 4 * 1.03] * 4, replicas=3))
     for number in range(3):
         world.plant("b%d" % number, "s0", paths)
     world.settle()
 
 
-def share_of(world, source, sizes, share):
-    """Adds the files; returns paths of at most `share` of their bytes, and those of the others."""
+def share_of(share, sizes, paths):
+    """Paths of at most this share of the bytes, and those of the others."""
     chosen, rest, total = [], [], 0
-    for path, size in zip(world.add_files(source, sizes), sizes):
-        if total + size <= share * sum(sizes):
-            chosen.append(path)
-            total += size
-        else:
-            rest.append(path)
+    for path, size in zip(paths, sizes):
+        fits = total + size <= share * sum(sizes)
+        total += size * fits
+        (chosen if fits else rest).append(path)
     return chosen, rest
 
 
 def identical2(world):
     """Two hosts full of the same files, a third with the rest and room: it must take from them."""
     sizes = lognormal(world.random, FILES)
-    world.source("s0", "s", 2)
-    for number in range(3):
-        world.backup("b%d" % number, "h%d" % number, sum(sizes) * .695)
-    world.begin()
-    paths, rest = share_of(world, "s0", sizes, 0.69)
-    world.plant("b0", "s0", paths)
-    world.plant("b1", "s0", paths)
-    world.plant("b2", "s0", rest)
+    paths, rest = share_of(0.69, sizes, packed(world, sizes, [sum(sizes) * .695] * 3))
+    for name, planted in (("b0", paths), ("b1", paths), ("b2", rest)):
+        world.plant(name, "s0", planted)
     world.settle()
 
 
@@ -770,15 +729,6 @@ def nup(world):
         world.settle()
 
 
-def infeasible(weights, share, *replicas, files=FILES):
-    """Room for `share` of what is needed."""
-    def scenario(world):
-        placed = [("s" if len(replicas) == 1 else "h%d" % n, count) for n, count in enumerate(replicas)]
-        make(world, hosts(*weights), share - 1, *placed, files=files // len(replicas))
-        world.settle()
-    return scenario
-
-
 def overfull(world):
     """Full, then 10 % more files."""
     make(world, hosts(1, 1, .8, .6, .5), 0.0, ("s", 2))
@@ -789,21 +739,22 @@ def overfull(world):
 
 SCENARIOS = {
     "seed": seed, "trap": trap,
-    "unequal_exact": one_source((1, .5, .5), 2, 0, 100, equal=True),
-    "unequal_ln1": one_source((1, .5, .5), 2, .01),
-    "n3_exact": one_source((1, 1, .5, .5), 3, 0, 100, equal=True),
-    "n4_exact": one_source((1, 1, 1, 1, 1, 1), 4, 0, 120, equal=True),
-    "n3_ln3": one_source((1, .9, .6, .3, .2), 3, .03),
-    "skew_ln3": one_source((.9, .5, .25, .15, .1, .05, .05), 2, .03),
+    "unequal_exact": spread((1, .5, .5), 0, 2, files=50, equal=True),
+    "unequal_ln1": spread((1, .5, .5), .01, 2),
+    "n3_exact": spread((1, 1, .5, .5), 0, 3, files=50, equal=True),
+    "n4_exact": spread((1, 1, 1, 1, 1, 1), 0, 4, files=60, equal=True),
+    "n3_ln3": spread((1, .9, .6, .3, .2), .03, 3),
+    "skew_ln3": spread((.9, .5, .25, .15, .1, .05, .05), .03, 2),
     "frag": frag, "frag2": frag2(0.1), "frag2_half": frag2(0.5), "bigfiles": bigfiles(0), "bigfiles3": bigfiles(.03),
     "twoloc": twoloc,
-    "multi3": several((1, 1, 1, 1, 1), .03, 2, 1, 3),
-    "multi_uneq3": several((1, 2, .5, .5, 3, 1), .03, 2, 2, 2, 3),
-    "multi4": several((1, 1, 2, 1, 1, .5, .7), .05, 4, 2, 1),
+    "multi3": spread((1, 1, 1, 1, 1), .03, 2, 1, 3),
+    "multi_uneq3": spread((1, 2, .5, .5, 3, 1), .03, 2, 2, 2, 3),
+    "multi4": spread((1, 1, 2, 1, 1, .5, .7), .05, 4, 2, 1),
     "pair": pair, "growth": growth, "death": death, "join": join, "shrink": shrink,
     "identical": identical, "identical2": identical2, "sleepers": sleepers, "nup": nup,
-    "infeasible90": infeasible((1, .9, .6, .3, .2), .9, 2), "infeasible50": infeasible((1, .9, .6, .3, .2), .5, 2),
-    "several90": infeasible((1, 2, 1, 1, 1), .9, 2, 1, 3), "several60": infeasible((1, 2, 1, 1, 1), .6, 2, 1, 3),
+    "infeasible90": spread((1, .9, .6, .3, .2), -.1, 2), "infeasible50": spread((1, .9, .6, .3, .2), -.5, 2),
+    "several90": spread((1, 2, 1, 1, 1), -.1, 2, 1, 3, files=FILES // 3),
+    "several60": spread((1, 2, 1, 1, 1), -.4, 2, 1, 3, files=FILES // 3),
     "overfull": overfull,
 }
 
@@ -813,21 +764,14 @@ IMPOSSIBLE = {"pair", "infeasible90", "infeasible50", "several90", "several60", 
 
 def run(name, number, further=10):
     """One scenario with one seed; returns its Outcome."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    base = tempfile.mkdtemp(prefix="cbackup-placement-", dir=place)
-    before = cbackup.clock, cbackup.in_parallel, cbackup.room_limit
-    world = TrialWorld("%s %d" % (name, number), base)
-    cbackup.clock = world.clock
-    cbackup.in_parallel = lambda function, items: [function(item) for item in items]
-    cbackup.room_limit = lambda spec, settled: spec.size  # whatever is free where this runs
-    try:
-        world.clock.time += world.random.random()
-        SCENARIOS[name](world)
-        return Outcome(world, further)
-    finally:
-        world.close()
-        cbackup.clock, cbackup.in_parallel, cbackup.room_limit = before
-        shutil.rmtree(base, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="cbackup-placement-", dir=IN_MEMORY) as base:
+        world = TrialWorld("%s %d" % (name, number), base)
+        with contextlib.closing(world), mock.patch.multiple(
+                cbackup, clock=world.clock, in_parallel=lambda function, items: [function(item) for item in items],
+                room_limit=lambda spec, settled: spec.size):    # whatever is free where this runs
+            world.clock.time += world.random.random()
+            SCENARIOS[name](world)
+            return Outcome(world, further)
 
 
 HEADER = "%-14s %6s %7s  %7s  %15s  %6s  %6s  %8s  %6s" % (

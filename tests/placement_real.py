@@ -179,9 +179,6 @@ class RealWorld(placement.World):
         for name in self.vaults:
             assert self.vaults[name].free() >= 0 or name in self.over, "%s keeps more than its size: %s" % (name, result)
 
-    def settle(self, limit=20, quiet=2, count=True):
-        return super().settle(limit, quiet, count)
-
     # -- what came of it
 
     def holders(self, source):
@@ -197,10 +194,6 @@ class RealWorld(placement.World):
             size, files = sums.get(key, (0, 0))
             sums[key] = size + scaled_up(self.files[source][path]), files + 1
         return [Group(size, sorted(hosts), files) for hosts, (size, files) in sorted(sums.items(), key=lambda i: sorted(i[0]))]
-
-    def missing(self):
-        return sum(max(0, spec.replicas - len(group.copy_hosts)) * group.bytes
-                   for name, spec in self.sources.items() for group in self.groups(name))
 
     def spare(self):
         spare = dict.fromkeys(self.backups, 0)

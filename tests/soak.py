@@ -272,6 +272,12 @@ class History:
     def pick(self):
         return self.dice.choice(list(self.c.sources.values()))
 
+    def some(self, most, kinds=(stat.S_ISREG,)):
+        """(source, names of at most so many of its files)"""
+        source = self.pick()
+        names = self.files_of(source, kinds)
+        return source, self.dice.sample(names, min(most, len(names)))
+
     def new_name(self):
         self.count += 1
         return self.dice.choice(["", "d%d/" % self.dice.randrange(6), "deep/er/"]) + "n%d" % self.count
@@ -296,33 +302,28 @@ class History:
                 self.note("write %s/%s" % (source.name, name))
 
     def append(self):
-        source = self.pick()
-        for name in self.dice.sample(self.files_of(source), min(2, len(self.files_of(source)))):
+        source, names = self.some(2)
+        for name in names:
             with open(os.path.join(source.path, name), "ab") as file:
                 file.write(b"more %d" % self.count)
             self.note("append %s/%s" % (source.name, name))
 
     def delete(self):
-        source = self.pick()
-        names = self.files_of(source, (stat.S_ISREG, stat.S_ISLNK, stat.S_ISDIR))
-        if not names:
-            return
-        name = self.dice.choice(names)
-        path = os.path.join(source.path, name)
-        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-        self.note("delete %s/%s" % (source.name, name))
+        source, names = self.some(1, (stat.S_ISREG, stat.S_ISLNK, stat.S_ISDIR))
+        for name in names:
+            path = os.path.join(source.path, name)
+            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+            self.note("delete %s/%s" % (source.name, name))
+            return source.name, name, path
+        return None
 
     def edit_in_secret(self):
         """New bytes of the same size in the same inode, with the old time; and perhaps another name, mode or link."""
-        source = self.pick()
-        names = [name for name in self.files_of(source) if os.path.getsize(os.path.join(source.path, name))]
-        for name in self.dice.sample(names, min(2, len(names))):
+        source, names = self.some(2)
+        for name in names:
             path = os.path.join(source.path, name)
-            info, data = os.stat(path), bytearray(read_file(path))
-            data[self.dice.randrange(len(data))] ^= self.dice.randrange(1, 256)
-            with open(path, "r+b") as file:
-                file.write(data)
-            os.utime(path, ns=(info.st_mtime_ns, info.st_mtime_ns))
+            info = os.stat(path)
+            self.flip(path)
             self.secret.add(source.name)
             also = self.dice.choice(["", "", "renamed", "chmod", "linked"])
             if also == "renamed":
@@ -336,9 +337,7 @@ class History:
 
     def install_again(self):
         """Files are removed and laid down anew, in another order, with the times that they had: the same or the next release."""
-        source = self.pick()
-        names = self.files_of(source)
-        names = self.dice.sample(names, min(len(names) // 4, 6))
+        source, names = self.some(6)
         release, kept = self.dice.random() < 0.5, {}
         for name in names:
             path = os.path.join(source.path, name)
@@ -377,8 +376,7 @@ class History:
         if read_file(os.path.join(kept, ".cbackup", "identity")) == self.identity_in(path):
             shutil.rmtree(path)
             os.rename(kept, path)
-            self.rotten.add(name)
-            self.troubled = True
+            self.spoiled(name)
             self.added = {one: data for one, data in self.added.items() if not one.startswith(name + "/")
                           or os.path.isfile(os.path.join(path, one[len(name) + 1:]))}
             self.note("the directory of %s is put back as it was" % name)
@@ -393,45 +391,38 @@ class History:
             return None
 
     def rename(self):
-        source = self.pick()
-        names = self.files_of(source, (stat.S_ISREG, stat.S_ISDIR))
-        if not names:
-            return
-        old = self.dice.choice(names)
-        onto = self.files_of(source)
-        new = self.dice.choice(onto) if onto and self.dice.random() < 0.3 else self.new_name()
-        path = self.place(source, new)
-        if path and not (new + "/").startswith(old + "/"):
-            with contextlib.suppress(OSError):
-                os.rename(os.path.join(source.path, old), path)
-                self.note("rename %s: %s -> %s" % (source.name, old, new))
+        source, names = self.some(1, (stat.S_ISREG, stat.S_ISDIR))
+        for old in names:
+            onto = self.files_of(source)
+            new = self.dice.choice(onto) if onto and self.dice.random() < 0.3 else self.new_name()
+            path = self.place(source, new)
+            if path and not (new + "/").startswith(old + "/"):
+                with contextlib.suppress(OSError):
+                    os.rename(os.path.join(source.path, old), path)
+                    self.note("rename %s: %s -> %s" % (source.name, old, new))
 
     def swap(self):
-        source = self.pick()
-        names = self.files_of(source)
+        source, names = self.some(2)
         if len(names) > 1:
-            one, two = (os.path.join(source.path, name) for name in self.dice.sample(names, 2))
+            one, two = (os.path.join(source.path, name) for name in names)
             os.rename(one, one + ".t")
             os.rename(two, one)
             os.rename(one + ".t", two)
-            self.note("swap %s: %s" % (source.name, " <-> ".join(os.path.relpath(path, source.path) for path in (one, two))))
+            self.note("swap %s: %s" % (source.name, " <-> ".join(names)))
 
     def mode(self):
-        source = self.pick()
-        for name in self.dice.sample(self.files_of(source, (stat.S_ISREG, stat.S_ISDIR)), 1) if self.files_of(source) else ():
+        source, names = self.some(1, (stat.S_ISREG, stat.S_ISDIR))
+        for name in names:
             path = os.path.join(source.path, name)
             os.chmod(path, self.dice.choice([0o700, 0o755, 0o711] if os.path.isdir(path) else [0o600, 0o644, 0o755]))
             self.note("chmod %s/%s" % (source.name, name))
 
     def kind(self):
         """A path becomes something else."""
-        source = self.pick()
-        names = self.files_of(source, (stat.S_ISREG, stat.S_ISLNK, stat.S_ISDIR))
-        if not names:
+        deleted = self.delete()
+        if not deleted:
             return
-        name = self.dice.choice(names)
-        path = os.path.join(source.path, name)
-        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+        source, name, path = deleted
         self.count += 1
         kind = self.dice.choice(["file", "link", "directory", "tree"])
         if kind == "file":
@@ -443,23 +434,26 @@ class History:
             if kind == "tree":
                 write_file(os.path.join(path, "below"), "below %d" % self.count)
                 os.symlink("below", os.path.join(path, "link"))
-        self.note("%s/%s becomes a %s" % (source.name, name, kind))
+        self.note("%s/%s becomes a %s" % (source, name, kind))
 
     def link(self):
-        source = self.pick()
-        names = self.files_of(source)
+        source, names = self.some(1)
         path = names and self.place(source, self.new_name())
         if path:
             with contextlib.suppress(OSError):
-                os.link(os.path.join(source.path, self.dice.choice(names)), path)
+                os.link(os.path.join(source.path, names[0]), path)
                 self.note("hard link %s" % path)
 
     # -- steps: what machines do --
 
+    def passes(self, count, *hosts):
+        """A pass of each of these hosts, and of so many others or the same."""
+        for host in list(hosts) + self.dice.sample(self.c.hosts, count):
+            self.check_said(self.c.client(host))
+            self.note("client %s" % host)
+
     def client(self):
-        host = self.dice.choice(self.c.hosts)
-        self.check_said(self.c.client(host))
-        self.note("client %s" % host)
+        self.passes(1)
 
     def clients(self):
         hosts = self.dice.sample(self.c.hosts, 2)
@@ -528,25 +522,30 @@ class History:
         self.note("added by hand: %s/%s" % (name, relative))
 
     def rot(self):
-        name = self.dice.choice(list(self.c.backups))
-        root = self.c.backups[name].path
-        found = [relative for source in self.c.sources for relative in
-                 (os.path.join(source, one) for one, info in faults.regular_files(root, source).items() if info.st_size)
-                 if name + "/" + relative not in self.added]
+        name, found = self.copies()
         for relative in self.dice.sample(found, min(2, len(found))):
-            self.flip(os.path.join(root, relative))
-            self.rotten.add(name)
-            self.troubled = True
+            self.flip(os.path.join(self.c.backups[name].path, relative))
+            self.spoiled(name)
             self.note("rot in %s/%s" % (name, relative))
 
+    def copies(self):
+        """(a backup, paths in it of all that it keeps of sources)"""
+        name = self.dice.choice(list(self.c.backups))
+        return name, [os.path.join(source, one) for source in self.c.sources
+                      for one in faults.regular_files(self.c.backups[name].path, source)
+                      if os.path.join(name, source, one) not in self.added]
+
+    def spoiled(self, name):
+        """A backup's copies may not be what they were."""
+        self.rotten.add(name)
+        self.troubled = True
+
     def flip(self, path):
-        """Another byte somewhere in a file, with its times as before."""
-        info = os.stat(path)
-        with contextlib.suppress(OSError), open(path, "r+b") as file:       # the disk may be read-only just now
-            file.seek(self.dice.randrange(info.st_size))
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 255]))
+        """Another byte somewhere in a file, unless it is empty, with its times as before."""
+        info, data = os.stat(path), bytearray(read_file(path))
+        with contextlib.suppress(OSError, ValueError), open(path, "r+b") as file:       # the disk may be read-only just now
+            data[self.dice.randrange(len(data))] ^= self.dice.randrange(1, 256)
+            file.write(data)
             file.flush()
             os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
 
@@ -562,15 +561,12 @@ class History:
             self.note("rot in the attic of %s: %s" % (name, path))
 
     def by_hand(self):
-        name = self.dice.choice(list(self.c.backups))
+        name, found = self.copies()
         root = self.c.backups[name].path
-        found = [os.path.join(source, one) for source in self.c.sources for one in faults.regular_files(root, source)
-                 if os.path.join(name, source, one) not in self.added]
         if found and os.access(root, os.W_OK):
             relative = self.dice.choice(found)
             os.unlink(os.path.join(root, relative))
-            self.rotten.add(name)
-            self.troubled = True
+            self.spoiled(name)
             self.note("deleted by hand: %s/%s" % (name, relative))
 
     def time_goes_by(self):
@@ -702,8 +698,7 @@ class History:
         self.troubled = True
         self.calls.fail(calls, self.dice.choice([errno.EIO, errno.ENOSPC]), where, skip, every)
         try:
-            for host in self.dice.sample(self.c.hosts, 3):
-                self.check_said(self.c.client(host))
+            self.passes(3)
         finally:
             self.calls.heal()
         failed = self.calls.failed()
@@ -719,8 +714,7 @@ class History:
         if not os.access(path, os.W_OK) or subprocess.call(["mount", "-o", "remount,ro", path], stderr=subprocess.DEVNULL):
             return
         self.repairs.append(lambda: subprocess.check_call(["mount", "-o", "remount,rw", path]))
-        for host in self.dice.sample(self.c.hosts, 2) + [self.small_disk]:
-            self.check_said(self.c.client(host))
+        self.passes(2, self.small_disk)
         back = self.dice.random() < 0.5
         if back:
             self.repair()
@@ -733,8 +727,7 @@ class History:
         ballast = os.path.join(self.c.home(self.small_state), "state", "ballast")
         faults.fill(ballast)
         try:
-            for host in self.dice.sample(self.c.hosts, 2) + [self.small_state]:
-                self.check_said(self.c.client(host))
+            self.passes(2, self.small_state)
         finally:
             os.unlink(ballast)
         if self.small_state in self.c.servers and not self.c.servers[self.small_state].running:
@@ -751,8 +744,7 @@ class History:
             return      # when state/ is lost besides, nobody knows a directory without a copy
         os.rename(path, path + ".away")
         os.mkdir(path)
-        for one in [host] + self.dice.sample(self.c.hosts, 2):
-            self.check_said(self.c.client(one))
+        self.passes(2, host)
         found = list(tree(path))
         shutil.rmtree(path)
         os.rename(path + ".away", path)
@@ -765,8 +757,7 @@ class History:
         source = self.pick()
         if not self.files_of(source):
             return
-        for host in self.c.hosts:       # what was confirmed before may still be put into its place
-            self.check_said(self.c.client(host))
+        self.passes(len(self.c.hosts))      # what was confirmed before may still be put into its place
         path, kind = source.path, self.dice.choice(["gone", "empty", "empty", "unmounted"])
         if kind == "unmounted" and (os.geteuid() or self.mount_over(path)):
             kind = "empty"
@@ -778,8 +769,7 @@ class History:
         lost = self.dice.random() < 0.3
         if lost:
             faults.lose_state(self.c, source.host)
-        for host in self.dice.sample(self.c.hosts, 3):
-            self.check_said(self.c.client(host))
+        self.passes(3)
         after = self.copies_of(source)
         if kind == "unmounted":
             faults.unmount(path)
