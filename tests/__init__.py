@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import marshal
 import os
+import py_compile
 import shutil
 import sys
 import tempfile
@@ -25,22 +26,20 @@ def load_tests(loader, tests, pattern):
 
 
 def load_program():
-    """Imports the module `cbackup` from a compiled form that all processes of a run share. To compile it takes as long as ten
+    """Imports the module `cbackup` from a compiled form that all processes of a run share; returns its path. To compile it takes as long as ten
     passes, and a process that did it has so much memory in use that each of its forks takes five times as long."""
     if not os.environ.get("CBACKUP_TEST_CODE"):
         os.environ["CBACKUP_TEST_CODE"] = tempfile.mkdtemp(prefix="cbackup-test-code-")
         atexit.register(forget_code, os.environ["CBACKUP_TEST_CODE"], os.getpid())
     with open(PROGRAM, "rb") as file:
         source = file.read()
-    name = "%s-%s" % (sys.implementation.cache_tag, hashlib.sha256(PROGRAM.encode() + b"\0" + source).hexdigest())
+    name = "%s-%s.pyc" % (sys.implementation.cache_tag, hashlib.sha256(PROGRAM.encode() + b"\0" + source).hexdigest())
     path = os.path.join(os.environ["CBACKUP_TEST_CODE"], name)
     if not os.path.exists(path):
         pid = os.fork()
         if pid == 0:
             try:
-                with open("%s.%d" % (path, os.getpid()), "wb") as file:
-                    marshal.dump(compile(source, PROGRAM, "exec"), file)
-                os.rename(file.name, path)
+                py_compile.compile(PROGRAM, path)
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)
@@ -48,7 +47,8 @@ def load_program():
         module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("cbackup", PROGRAM))
         sys.modules["cbackup"] = module
         with open(path, "rb") as file:
-            exec(marshal.load(file), module.__dict__)
+            exec(marshal.loads(file.read()[16:]), module.__dict__)      # after the header of such a file
+    return path
 
 
 def forget_code(path, pid):
@@ -57,4 +57,4 @@ def forget_code(path, pid):
 
 
 if "cbackup" not in sys.modules:
-    load_program()
+    COMPILED = load_program()       # a file that can be run, too

@@ -17,7 +17,7 @@ import sys
 import threading
 import unittest
 
-from tests.harness import PROGRAM, TOP, Process, digest_of, free_port, parse_size, read_file, walk
+from tests.harness import PROGRAM, TOP, digest_of, free_port, parse_size, read_file, walk
 
 BOOKKEEPING = re.compile(r"(backup\.db.*|identity.*|lock|config.*|cbackup\.conf.*|catalog(/.*)?)\Z")
 """What lies below .cbackup and is no file of a source, nor part of one: it does not count for a backup's `size`."""
@@ -232,22 +232,16 @@ class Proxy:
                     self._stop.wait()
 
 
-REDIRECT = """import os, socket, sys
-port, other = map(int, os.environ["CBACKUP_TEST_REDIRECT"].split())
+REDIRECT = """import socket
 connect = socket.create_connection
 socket.create_connection = lambda address, *rest, **more: connect(
-    (address[0], other if address[1] == port else address[1]), *rest, **more)
-import cbackup
-sys.exit(cbackup.main())
+    (address[0], {%d: %d}.get(address[1], address[1])), *rest, **more)
 """
 
 
 def redirected(cluster, host, port, other, *arguments, **more):
     """Starts a command on a host for which what listens on `port` is reached at `other`, say a Proxy's. Returns a Process."""
-    cluster.write_config()
-    command = [sys.executable, "-B", "-S", "-c", REDIRECT, "--home", cluster.home(host)] + list(arguments)
-    environment = cluster.environment(host, CBACKUP_TEST_REDIRECT="%d %d" % (port, other), **more)
-    return Process(command, environment, cluster.path(host))
+    return cluster.spawn(host, *arguments, CBACKUP_TEST_BEFORE=REDIRECT % (port, other), **more)
 
 
 # ---- what must hold ---------------------------------------------------------------------------------------------

@@ -237,8 +237,9 @@ def program(*arguments, file=PROGRAM):
 
 
 def quick_program(*arguments):
-    """The same, but what a Process makes of it starts quickly, see Starter. PYTHONPATH has to be in the environment, see
-    plain_environment(), for those who run it in another way."""
+    """The same, but what a Process makes of it starts quickly, see Starter, and CBACKUP_TEST_BEFORE in its environment is code
+    that is run first, on the module `cbackup`. PYTHONPATH has to be there, see plain_environment(), for those who run it in
+    another way."""
     return QUICK + [os.fspath(argument) for argument in arguments]
 
 

@@ -90,6 +90,7 @@ def become(request, descriptors):
         open(number, mode, buffering, encoding="utf-8", errors=errors, closefd=False) for number, mode, buffering, errors in
         ((0, "r", -1, "surrogateescape"), (1, "w", -1, "surrogateescape"), (2, "w", 1, "backslashreplace")))
     sys.modules["__main__"], sys.modules["starter"] = cbackup, sys.modules["__main__"]
+    exec(os.environ.pop("CBACKUP_TEST_BEFORE", ""), {"cbackup": cbackup})
     sys.exit(cbackup.main())
 
 

@@ -11,13 +11,12 @@ import os
 import select
 import socket
 import ssl
-import sys
 import threading
 import time
 import unittest
 import warnings
 
-from tests.harness import PATIENCE, Case, Cluster, Process, listening, new_cluster_pem, write_file
+from tests.harness import PATIENCE, Case, Cluster, listening, new_cluster_pem, write_file
 
 CUT_OFF = 45        # seconds after which a peer that is not served must have been cut off
 AT_ONCE = 10        # seconds in which an honest peer must be served, whatever others do
@@ -162,12 +161,7 @@ class ChannelCase(Case):
         self.assertNotIn("Traceback", server.stderr)
 
 
-WAITS = """import sys
-import tests
-import cbackup
-cbackup.HANDSHAKE_TIMEOUT = min(cbackup.HANDSHAKE_TIMEOUT, float(sys.argv.pop(1)))
-sys.exit(cbackup.main())
-"""
+WAITS = "cbackup.HANDSHAKE_TIMEOUT = min(cbackup.HANDSHAKE_TIMEOUT, %g)" % (5 * PATIENCE)
 
 
 class SilenceTest(ChannelCase):
@@ -192,10 +186,7 @@ class SilenceTest(ChannelCase):
         other.ports["silent"], _ = cls.stack.enter_context(listening())
         other.ports["babbler"], listener = cls.stack.enter_context(listening())
         threading.Thread(target=cls.babble, args=(listener,), daemon=True).start()
-        other.write_config()
-        words = [str(5 * PATIENCE), "--home", other.home("a"), "client", "--json"]     # it waits twice
-        cls.other, cls.client = other, Process([sys.executable, "-B", "-c", WAITS] + words, other.environment("a"),
-                                               other.path("a"))
+        cls.other, cls.client = other, other.spawn("a", "client", "--json", CBACKUP_TEST_BEFORE=WAITS)      # it waits twice
 
     @staticmethod
     def babble(listener):

@@ -5,6 +5,7 @@ import signal
 import unittest
 
 import cbackup
+from tests import COMPILED
 from tests.faults import processes_with
 from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree,
                            wait_for)
@@ -43,7 +44,7 @@ class DemoTest(Case):
         make_tree(self.files, {"link": Link("d1/f1"), "void": DIRECTORY, "empty": b""})
 
     def start(self, *arguments):
-        return Process(program("demo", *arguments), plain_environment(self.user, TMPDIR=self.tmp), self.user)
+        return Process(program("demo", *arguments, file=COMPILED), plain_environment(self.user, TMPDIR=self.tmp), self.user)
 
     def assertNothingLeft(self):
         self.assertEqual([], os.listdir(self.tmp))

@@ -95,32 +95,28 @@ class MistakeTest(Case):
 
     def start(self, mistake):
         """A server and a backup whose program has one line more."""
-        with open(os.path.join(TOP, "cbackup.py")) as file:
-            text = file.read()
         c = self.cluster("s", "a")
-        c.file = c.path("cbackup.py")
-        end = text.rindex("if __name__ ==")
-        write_file(c.file, text[:end] + mistake + "\n\n\n" + text[end:])
+        c.variables["CBACKUP_TEST_BEFORE"] = mistake
         c.source("src", "s", {"file": b"x"})
         c.backup("ba", "a", "8M")
         return c
 
     def test_in_a_server_s_handler(self):
-        c = self.start("OPERATIONS['begin'].handler = lambda *_: 1 // 0")
+        c = self.start("cbackup.OPERATIONS['begin'].handler = lambda *_: 1 // 0")
         c.start()
         c.client("a")
         with self.assertRaisesRegex(AssertionError, "a request failed|Traceback"):
             c.stop("s")
 
     def test_in_a_server_s_thread(self):
-        c = self.start("def run_scan(*_): 1 // 0")
+        c = self.start("cbackup.run_scan = lambda *_: 1 // 0")
         server = c.spawn("s", "server")
         wait_for(lambda: "ZeroDivisionError" in server.stderr, 20, lambda: server.stderr)
         with self.assertRaisesRegex(AssertionError, "Traceback"):
             server.kill()
 
     def test_in_a_command(self):
-        c = self.start("Client.run = lambda *_: 1 // 0")
+        c = self.start("cbackup.Client.run = lambda *_: 1 // 0")
         with self.assertRaisesRegex(AssertionError, "Traceback"):
             c.client("a")
         with self.assertRaisesRegex(AssertionError, "a mistake in cbackup itself"):

@@ -7,14 +7,13 @@ import contextlib
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 import time
 import unittest
 from unittest import mock
 
 import cbackup
-from tests.harness import Cluster, Process, copy_wrong_bytes, read_file, some_bytes, wait_for, write_file
+from tests.harness import Cluster, copy_wrong_bytes, read_file, some_bytes, wait_for, write_file
 
 LARGE = 3 << 20         # large enough that copies are confirmed by samples only
 TIME = 1600000000 * 10 ** 9 + 123456789
@@ -215,17 +214,14 @@ class Lies(ProofTest):
         self.assertTrue(os.path.exists(staged))
         hide_a_change(staged)
         # the digest is that of the damaged file, as after a bad memory: what is fetched again is compared by rsync only
-        code = ("import sys, tests, cbackup\n"
-                "cbackup.Rsync.fetch = lambda *a, **k: cbackup.Pull()\n"
-                "sys.exit(cbackup.main(sys.argv[1:]))\n")
+        code = "cbackup.Rsync.fetch = lambda *a, **k: cbackup.Pull()"
         for _ in range(20):     # a sample may meet the byte: the copy is refused then for a day, as it should be
             if not os.path.exists(staged):
                 c.advance(25 * 3600)
                 os.makedirs(os.path.dirname(staged), exist_ok=True)     # a refused copy goes with its directory
                 shutil.copy2(os.path.join(self.source, "large"), staged)
                 hide_a_change(staged)
-            result = Process([sys.executable, "-B", "-c", code, "--home", c.home(host), "client", "--json"],
-                             c.environment(host), c.path(host)).wait()
+            result = c.client(host, CBACKUP_TEST_BEFORE=code)
             if os.path.exists(os.path.join(backup, "docs", "large")):
                 return
         self.fail("the damaged copy was never taken: %s" % result)

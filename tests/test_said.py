@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import unittest
 
 import cbackup
 from tests.faults import tmpfs_or_skip
-from tests.harness import TOP, Case, Process, make_tree, program, wait_for, write_file
+from tests.harness import Case, make_tree, quick_program, wait_for, write_file
 
 HOUR, DAY = 3600, 86400
 
@@ -148,8 +147,7 @@ class ScanTest(Case):
         c.start()
         c.settle()
         c.stop("s")
-        command = [sys.executable, "-c", FAILING_SCAN, c.path("break"), "--home", c.home("s"), "server"]
-        c.servers["s"] = Process(command, c.environment("s"), c.path("s"))
+        c.servers["s"] = c.spawn("s", "server", CBACKUP_TEST_BEFORE=FAILING_SCAN % c.path("break"))
         c._wait_ready("s")
         self.assertRc(0, c.client("a"))
         write_file(c.path("break"), "")
@@ -205,18 +203,14 @@ class ScanTest(Case):
 
 
 FAILING_SCAN = """
-import os, sqlite3, sys
-sys.path.insert(0, %r)
-import tests
-import cbackup
+import os, sqlite3
 whole = cbackup.run_scan
 def run_scan(*words):
-    if os.path.exists(sys.argv[1]):
+    if os.path.exists(%r):
         raise sqlite3.OperationalError("database or disk is full")
     return whole(*words)
 cbackup.run_scan = run_scan
-sys.exit(cbackup.main(sys.argv[2:]))
-""" % TOP
+"""
 
 
 class ProofTest(unittest.TestCase):
@@ -477,7 +471,7 @@ class HeldListTest(Case):
             master, slave = os.openpty()
             try:
                 os.write(master, answer)
-                done = subprocess.run(program("--home", c.home("a"), "accept", "docs"), stdin=slave, env=c.environment("a"),
+                done = subprocess.run(quick_program("--home", c.home("a"), "accept", "docs"), stdin=slave, env=c.environment("a"),
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
             finally:
                 os.close(master)
