@@ -55,7 +55,7 @@ def confine(umask=None, user=None, memory=None):
 
 def rehearse(program):
     """What each process would do again, and what stays the same, is done here: expressions are compiled, the parsers of the
-    usual commands are made, the libraries for TLS and databases are set up."""
+    usual commands are made, the libraries for TLS and databases are set up, rsync is asked for its version."""
     for name in IMPORTED:
         importlib.import_module(name)
     program.parse_config(CONFIGURATION, "cbackup.conf")
@@ -67,6 +67,8 @@ def rehearse(program):
     for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
         ssl.SSLContext(protocol)
     sqlite3.connect(":memory:").close()
+    with contextlib.suppress(program.UsageError):
+        program.find_rsync()        # of each path it is asked once
     gc.collect()
     gc.freeze()
 
