@@ -21,6 +21,7 @@ import json
 import multiprocessing.util
 import os
 import random
+import select
 import shlex
 import shutil
 import signal
@@ -186,6 +187,10 @@ class Process:
 
     def ends_within(self, seconds):
         """Waits for its end, at most that long; whether it has come."""
+        with contextlib.suppress(AttributeError, OSError):      # Python 3.9 on Linux
+            handle = os.pidfd_open(self.pid)
+            select.select([handle], [], [], seconds)
+            os.close(handle)
         deadline, pause = time.monotonic() + seconds, 0.0005
         while self.running and time.monotonic() < deadline:
             time.sleep(pause)
