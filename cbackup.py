@@ -5964,15 +5964,17 @@ def find_rsync() -> str:
             raise UsageError("%s is version %s, cbackup needs 2.6.9 or newer: %s"
                              % (path, ".".join(match.groups()), install_hint("rsync")))
         is_open = "openrsync" in text
-        newer = tuple(int(n) for n in match.groups()) >= (3, 1, 0)
-        _RSYNC_CHECKED[path] = RsyncKind(is_open, not newer)
+        version = tuple(int(n) for n in match.groups())
+        _RSYNC_CHECKED[path] = RsyncKind(is_open, version < (3, 1, 0),
+                                         not is_open and version >= (3, 2, 5))
     return path
 
 
-RsyncKind = namedtuple("RsyncKind", "is_open is_old")
+RsyncKind = namedtuple("RsyncKind", "is_open is_old can_trust")
 """is_open: it is openrsync, as macOS 15 has it: by its source, a client may take back what its
 configuration rules out. is_old: before 3.1, which looks for the rules of `./path` where the root is
-asked for as `.`."""
+asked for as `.`. can_trust: from 3.2.5 on, which looks for each name that comes in the whole list
+of those that were asked for, unless it is told to trust the sender."""
 
 _RSYNC_CHECKED: "Dict[str, RsyncKind]" = {}
 """Path of an rsync that will do -> of what kind it is."""
@@ -6169,14 +6171,16 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
          bwlimit: "Optional[int]" = None,
          always: bool = False, on_bytes: "Callable[[int], None]" = lambda count: None,
          most: "Optional[int]" = None,
-         plain: bool = False, whole: bool = False) -> Pull:
+         plain: bool = False, whole: bool = False, trusted: bool = False) -> Pull:
     """Fetch files over a connection from `Link.stream` into the directory `destination`.
 
     paths: relative, any order.  bwlimit: bytes a second.  always: compare contents even where size
     and mtime are the same.  most: a file of more bytes is left out.  plain: they are small, and
     nothing of them is there: written straight under their names, as a whole, which costs half; not
     where there may be a file, which would be written into. whole: nothing is made of the parts of
-    files that are there. Whatever happens, look at the destination afterwards: rsync's exit status
+    files that are there.  trusted: what comes under a name that was not asked for does no harm in
+    the destination, and is not looked for, which would be half of the work of small files; it leads
+    out of it in no case.  Whatever happens, look at the destination afterwards: rsync's exit status
     says little (a file that changed while it was sent arrives torn, with status 0).  Raises
     OwnFailure when no rsync can be started here.
     """
@@ -6194,7 +6198,10 @@ def pull(connection: socket.socket, paths: "Iterable[bytes]", destination: bytes
     paths = list(paths)
     with contextlib.closing(connection):
         try:
-            odd = _RSYNC_CHECKED[find_rsync()].is_open and any(path[:1] in b"#;" for path in paths)
+            kind = _RSYNC_CHECKED[find_rsync()]
+            odd = kind.is_open and any(path[:1] in b"#;" for path in paths)
+            if trusted and kind.can_trust:
+                options.append("--trust-sender")
             with plain_directory() as scratch:
                 options += odd and filters_for(paths) or [
                     "--files-from=" + os.path.join(scratch, "list"), "--from0"]
@@ -9747,7 +9754,8 @@ class Rsync:
         # out: it is another version.
         return pull(connection, (f.path for f in files),
                     vault.path + b"/" + vault.incoming(standing.name),
-                    limit, always, on_bytes, most=max(1, *(f.size for f in files)), plain=plain)
+                    limit, always, on_bytes, most=max(1, *(f.size for f in files)), plain=plain,
+                    trusted=True)
 
 
 class Session:

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import socket
+import tempfile
 import unittest
 
 import cbackup
@@ -91,6 +92,71 @@ class OpenRsyncTest(RsyncCase):
             self.assertEqual(b"", stranger.recv(1))
             with self.assertRaises(OSError):
                 socket.create_connection(address, 10)
+
+
+MEDDLER = """\
+#!/usr/bin/env python3
+# A server's rsync that sends a file under another name than the one that it was asked for.
+import os, socket, subprocess, sys, threading
+REAL, OLD, NEW, SEEN = %r
+if "--daemon" not in sys.argv:
+    os.execv(REAL, [REAL] + sys.argv[1:])
+ours, theirs = socket.socketpair()
+process = subprocess.Popen([REAL] + sys.argv[1:], stdin=theirs, stdout=theirs)
+theirs.close()
+peer = socket.socket(fileno=os.dup(0))
+
+def copy(source, target, old, new):
+    for data in iter(lambda: source.recv(65536), b""):
+        if old and old in data:
+            open(SEEN, "w").close()
+        target.sendall(data.replace(old, new) if old else data)
+    target.shutdown(socket.SHUT_WR)
+threading.Thread(target=copy, args=(peer, ours, b"", b""), daemon=True).start()
+copy(ours, peer, OLD, NEW)
+process.wait()
+"""
+
+
+class MeddlingServerTest(RsyncCase):
+    """What a server's rsync sends under names that were not asked for comes to no place in a backup, nor anywhere else."""
+
+    def sent_as(self, name):
+        """A pass whose server sends the file of a directory as one of the directory `name`; then one with a server that does
+        not."""
+        cluster, asked = self.cluster("s", "a", replicas=1), b"a" * len(name)
+        cluster.source("docs", "s", {os.fsdecode(asked) + "/file": b"asked for", "plain": b"1"})
+        backup, seen = cluster.backup("b1", "a", "10M"), cluster.path("seen")
+        path = self.own_rsync(MEDDLER.replace("%r", repr((shutil.which("rsync"), asked, name, seen)))).replace("%", "%%")
+        cluster.prefix["s"] = ["env", "PATH=" + path]
+        cluster.start()
+        cluster.client("a")
+        self.assertTrue(os.path.exists(seen))
+        self.assertLessEqual(self.files_in(backup), {"docs/plain"})
+        cluster.stop("s")
+        del cluster.prefix["s"]
+        cluster.start("s")
+        cluster.settle()
+        self.assertCopies(cluster, "docs", 1)
+        self.assertEqual({"docs/plain", "docs/%s/file" % os.fsdecode(asked)}, self.files_in(backup))
+
+    @staticmethod
+    def files_in(backup):
+        """The files in a backup's directory, without those that are no copies, and with those that are on their way."""
+        found = {os.path.relpath(os.path.join(folder, name), backup) for folder, _, names in os.walk(backup) for name in names}
+        return {name for name in found if not name.startswith(".cbackup/") or "/incoming/" in name}
+
+    def test_another_name(self):
+        self.sent_as(b"eeeeeeee")
+
+    def test_upwards(self):
+        self.sent_as(b"../../..")
+
+    def test_from_the_root(self):
+        outside = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, outside)
+        self.sent_as(os.fsencode(outside))
+        self.assertEqual([], os.listdir(outside))
 
 
 class OwnFailureTest(RsyncCase):
