@@ -3222,15 +3222,18 @@ class Placement(Proof):
             files, size = sum(group.files for group in groups), sum(group.bytes for group in groups)
             sample = max(CANDIDATES,
                          CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
-            drawn: "Dict[int, int]" = {}
-            for group in self.random.choices(groups, weights=[group.files for group in groups],
-                                             k=min(sample, 2 * files)):
-                drawn[group.id] = drawn.get(group.id, 0) + 1
+            sample, drawn = min(sample, 2 * files), {}
+            if len(groups) == 1:
+                drawn[groups[0].id] = sample
+            else:
+                for group in self.random.choices(groups, weights=[group.files for group in groups],
+                                                 k=sample):
+                    drawn[group.id] = drawn.get(group.id, 0) + 1
             scores = sorted((-sum(room.get(host, 0) for host in group.hosts), self.random.random(),
                              group.id)
                             for group in groups if group.id in drawn)
             for _, _, number in scores:
-                for row in self._sample(number, backup, free, drawn[number]):
+                for row in self._sample(number, backup, free, min(drawn[number], batch[0])):
                     none = False
                     yield row
             if none:
@@ -6690,7 +6693,9 @@ class BackupDirectory(Store):
         rows = list(rows)
         with self.write() as db:
             db.executemany("DELETE FROM held WHERE source=? AND path=?",
-                           [(source, row[0]) for row in rows])
+                           [(source, path) for (path,) in self.rows_among(
+                               "SELECT path FROM held WHERE source=? AND path AMONG",
+                               [row[0] for row in rows], source)])
             db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
                            [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest),
                              checked)
@@ -7048,7 +7053,9 @@ class Journal(Attic):
         """Write down claims before anything is copied."""
         with self.write() as db:
             db.executemany("DELETE FROM coming WHERE source=? AND path=?",
-                           [(source, f.path) for f in files])
+                           [(source, path) for (path,) in self.rows_among(
+                               "SELECT path FROM coming WHERE source=? AND path AMONG",
+                               [f.path for f in files], source)])
             db.executemany("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, "
                            "books) VALUES(?,?,?,?,?,?,?,?,?)",
                            [(source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version,
@@ -7172,9 +7179,12 @@ class Journal(Attic):
             self.hold_all(source, [row + (now,) for row in self.rows_among(
                 "SELECT path, size, mtime, digest FROM coming WHERE source=? AND path AMONG", paths,
                 source)])
-            keys = [(source, path) for path in paths]
-            db.executemany("DELETE FROM coming WHERE source=? AND path=?", keys)
-            db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0", keys)
+            db.executemany("DELETE FROM coming WHERE source=? AND path=?",
+                           [(source, path) for path in paths])
+            db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0",
+                           [(source, path) for (path,) in self.rows_among(
+                               "SELECT path FROM attic WHERE done=0 AND source=? AND path AMONG",
+                               paths, source)])
 
     # -- renames --
 
