@@ -489,17 +489,19 @@ def in_pages(rows: "Iterable[Any]") -> "Iterator[List[Any]]":
 
 def _that_have_room(page: "List[Any]") -> int:
     """How many rows, or names, of a page have room in a message: one at least."""
-    names = isinstance(page[0], (str, bytes))
-    cells = page if names else itertools.chain.from_iterable(page)
-    if sum([len(cell) for cell in cells if type(cell) is str or type(cell) is bytes]) <= PAGE_TEXT:
-        return len(page)
+    rows = [[row] for row in page] if isinstance(page[0], (str, bytes)) else page
     size = 0
-    for count, row in enumerate(page):
-        size += len(row) if names else sum(
-            [len(cell) for cell in row if isinstance(cell, (str, bytes))])
+    for column in itertools.zip_longest(*rows):
+        if not set(map(type, column)).isdisjoint((str, bytes)):
+            size += sum([len(cell) for cell in column if isinstance(cell, (str, bytes))])
+    if size <= PAGE_TEXT:
+        return len(rows)
+    size = 0
+    for count, row in enumerate(rows):
+        size += sum([len(cell) for cell in row if isinstance(cell, (str, bytes))])
         if count and size > PAGE_TEXT:
             return count
-    return len(page)
+    return len(rows)
 
 
 def first_page(rows: "Iterable[Any]") -> "List[Any]":
