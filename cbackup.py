@@ -2299,9 +2299,9 @@ CREATE TRIGGER entries_change AFTER UPDATE OF size ON entries
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
 
-APPLY_CHUNK, SLICE = 1000, 250
-"""New rows of a scan, and others, that are entered in one transaction: clients wait for their
-answers meanwhile."""
+APPLY_CHUNK, SLICE = 500, 250
+"""Rows of a scan, of a claim, of a confirmation that are entered in one transaction, and rows of
+which each costs more: others wait for their answers meanwhile."""
 
 AMONG = 1, 20, 500
 """How many items one query of Store.rows_among asks for: an old SQLite takes 999."""
@@ -3108,7 +3108,12 @@ class Proof(News):
 
     def prove_all(self, source: "Dict[str, Any]",
                   read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
-        """The same for many files at once: (facts, digest, sure)."""
+        """The same for many files: (facts, digest, sure), in slices."""
+        return [verdict for some in in_batches(read, APPLY_CHUNK)
+                for verdict in self._prove_some(source, some)]
+
+    def _prove_some(self, source: "Dict[str, Any]",
+                    read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
                 "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE "
@@ -3201,9 +3206,9 @@ class Placement(Proof):
 
     def candidates(self, backup: int, source: int, replicas: int, free: int,
                    batch: "Tuple[int, int]",
-                   ) -> "Iterator[Tuple[int, int]]":
-        """(file id, size) to claim for `backup`, best first: a random sample of the lowest level
-        that has any; large enough for a choice when `batch` (files, bytes) is wanted.
+                   ) -> "Iterator[Tuple[int, int, int]]":
+        """(file id, size, group) to claim for `backup`, best first: a random sample of the lowest
+        level that has any; large enough for a choice when `batch` (files, bytes) is wanted.
 
         On that level, files whose present holders have the most free room together come first: a
         host with room can never take the same file twice, so its files must go to others.  Last of
@@ -3261,34 +3266,34 @@ class Placement(Proof):
     ACCEPT = "AND size<=? AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id " \
         "AND d.backup=? AND d.until>?)"
 
-    def _sample(self, group: int, backup: int, free: int, count: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of up to `count` random files of a group that fit into `free` and were
-        not declined."""
+    def _sample(self, group: int, backup: int, free: int,
+                count: int) -> "List[Tuple[int, int, int]]":
+        """(file id, size, group) of up to `count` random files of a group that fit into `free` and
+        were not declined."""
         start, found = self.random.getrandbits(40), []
         for side in (">=", "<"):
             found += self.rows(
-                "SELECT id, size FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER "
-                "BY rnd LIMIT ?) x WHERE 1 %s LIMIT "
-                "?" % (side, self.ACCEPT), group, start, max(200, 2 * count), free,
-                backup, self.up(),
+                "SELECT id, size, grp FROM (SELECT id, size, grp FROM entries "
+                "WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT ?) x WHERE 1 %s LIMIT ?"
+                % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
                 count - len(found))
             if len(found) >= count:
                 break
         return found
 
     def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int,
-                  free: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of the largest files of `groups` that fit, where a random sample had
-        none."""
+                  free: int) -> "List[Tuple[int, int, int]]":
+        """(file id, size, group) of the largest files of `groups` that fit, where a random sample
+        had none."""
         some = {row[0] for row in self.rows(
             "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM "
             "entries WHERE grp=g.id AND size<=?)", source, level, free)}
-        found: "List[Tuple[int, int]]" = []
+        found: "List[Tuple[int, int, int]]" = []
         for group in groups:
             if group.id in some and len(found) < CANDIDATES:
-                found += self.rows("SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size "
-                                   "DESC LIMIT ?" % self.ACCEPT,
-                                   group.id, free, backup, self.up(), CANDIDATES)
+                found += self.rows(
+                    "SELECT id, size, grp FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?"
+                    % self.ACCEPT, group.id, free, backup, self.up(), CANDIDATES)
         return found
 
     def smallest_underserved(self, backup: int, source: "Dict[str, Any]", above: int, most: int,
@@ -3680,30 +3685,54 @@ class Ledger(Placement):
     def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int,
               max_bytes: int,
               ) -> "List[Tuple[Any, ...]]":
-        """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path."""
+        """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path.  In
+        slices, between which others are served: who is cut off has what is claimed so far, see
+        own_claims."""
         taken, size = [], 0
+        while len(taken) < max_files and size < max_bytes:
+            chosen = self._choose(backup, source, free - size, (max_files - len(taken),
+                                                                max_bytes - size), not taken)
+            before = len(taken)
+            for some in in_batches(chosen, APPLY_CHUNK):
+                for number, each in self._take(some, backup, source["id"]):
+                    taken.append(number)
+                    size += each
+            if len(taken) == before or size + 1 > max_bytes:
+                break
+        wanted = self._wanted(taken)
+        rows = first_page(wanted)
         with self.write() as db:
-            while len(taken) < max_files and size < max_bytes:
-                some: "List[int]" = []
-                for number, each in self.candidates(backup, source["id"], source["replicas"],
-                                                    free - size,
-                                                    (max_files - len(taken), max_bytes - size)):
-                    if len(taken) + len(some) >= max_files \
-                            or (taken or some) and size + each > max_bytes:
-                        break
-                    if each <= free - size:
-                        some.append(number)
-                        size += each
-                self._insert_claims(some, backup, source["id"])
-                taken += some
-                if not some or size + 1 > max_bytes:
-                    break
-            wanted = self._wanted(taken)
-            rows = first_page(wanted)
             self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
             db.execute("UPDATE backups SET free=free-? WHERE id=?",
                        (sum(row[2] for row in rows), backup))
-            return [row[1:] for row in rows]
+        return [row[1:] for row in rows]
+
+    def _choose(self, backup: int, source: "Dict[str, Any]", free: int, batch: "Tuple[int, int]",
+                any_size: bool) -> "List[Tuple[int, int, int]]":
+        """The best of `candidates` that fit into `free`, as many as `batch` (files, bytes) asks
+        for.  any_size: the first of them may be larger than that."""
+        chosen: "List[Tuple[int, int, int]]" = []
+        size = 0
+        for one in self.candidates(backup, source["id"], source["replicas"], free, batch):
+            if len(chosen) >= batch[0] \
+                    or (chosen or not any_size) and size + one[1] > batch[1]:
+                break
+            if one[1] <= free - size:
+                chosen.append(one)
+                size += one[1]
+        return chosen
+
+    def _take(self, chosen: "List[Tuple[int, int, int]]", backup: int,
+              source: int) -> "List[Tuple[int, int]]":
+        """Claim those of (file id, size, group) that are in the same group still: (file id,
+        size)."""
+        with self.write():
+            groups = dict(self.rows_among("SELECT id, grp FROM entries WHERE id AMONG",
+                                          [number for number, _, _ in chosen]))
+            taken = [(number, size) for number, size, group in chosen
+                     if groups.get(number) == group]
+            self._insert_claims([number for number, _ in taken], backup, source)
+        return taken
 
     def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
         until = self.up() + CLAIM_LEASE
@@ -3799,7 +3828,12 @@ class Ledger(Placement):
                      results: "List[Tuple[int, int, bytes]]") -> "List[int]":
         """Note that `backup` has the right contents of (file id, version, digest), as far as
         samples tell; the first digest of a version is presumed until our own file was read.
-        Returns the ids for which the version is still the same."""
+        Returns the ids for which the version is still the same.  In slices."""
+        return [number for some in in_batches(results, APPLY_CHUNK)
+                for number in self._note_checks(backup, source, some)]
+
+    def _note_checks(self, backup: int, source: "Dict[str, Any]",
+                     results: "List[Tuple[int, int, bytes]]") -> "List[int]":
         with self.write() as db:
             numbers = [number for number, _, _ in results]
             known = {row[0]: row[1:] for row in self.rows_among(
@@ -3830,7 +3864,12 @@ class Ledger(Placement):
                      rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         """The second step of a confirmation: (path, version, tag) are durable at their place in
         `backup`. Returns the paths that count from now on; the others are of a version that is no
-        longer known."""
+        longer known.  In slices, each durable before the next."""
+        return [path for some in in_batches(rows, APPLY_CHUNK)
+                for path in self._count_some(backup, source, some)]
+
+    def _count_some(self, backup: int, source: int,
+                    rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
                 "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime FROM entries e CROSS "
@@ -8608,15 +8647,13 @@ class Confirmations(Standings):
                 if own is not None:
                     proofs.append((len(words), (facts, own, word == "ok")))
                 words.append((word, facts))
-        with self.books.write():
-            row = self.books.source_row(source["name"])
-            for (at, (facts, _, _)), verdict in zip(proofs,
-                                                    self.books.prove_all(
-                row, [one for _, one in proofs])):
-                self.say_of_proof(source["name"], facts["path"], verdict)
-                if verdict in ("changed", "rotten"):
-                    words[at] = verdict, facts
-            self.books.settle_others(row, 0)
+        row = self.books.source_row(source["name"])
+        verdicts = self.books.prove_all(row, [one for _, one in proofs])
+        for (at, (facts, _, _)), verdict in zip(proofs, verdicts):
+            self.say_of_proof(source["name"], facts["path"], verdict)
+            if verdict in ("changed", "rotten"):
+                words[at] = verdict, facts
+        self.books.settle_others(row, 0)
         return words
 
     def _decide(self, file: int, given: "Dict[str, Any]") -> str:

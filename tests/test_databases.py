@@ -224,18 +224,23 @@ class LargeTablesTest(Case):
         self.assertLess(len(commits), 15)
 
 
-class SumsTest(Case):
-    """Placing looks at how many files and bytes each group has: that is what its files are, whatever happens to them."""
+class BatchesTest(Case):
+    """What is done for many files at once is what would have been done for each."""
 
-    def test_groups_have_the_files_and_bytes_that_are_in_them(self):
+    def books_of(self, files, *backups, replicas=2):
+        """(directory, its Source, books that know it and these backups)."""
         base = self.directory()
         docs = os.path.join(base, "docs")
-        make_tree(docs, {"d%d/f%d" % (n % 7, n): 10 + n for n in range(700)})
-        source = cbackup.Source("docs", "s", docs, 2)
+        make_tree(docs, files)
+        source = cbackup.Source("docs", "s", docs, replicas)
         books = cbackup.Books(os.path.join(base, "books.db"), "s")
         self.addCleanup(books.close)
         books.configure(cbackup.Config(text="", sources={"docs": source}, backups={
-            name: cbackup.Backup(name, "h" + name, "/" + name, size=1 << 30) for name in ("b1", "b2", "b3")}))
+            name: cbackup.Backup(name, "h" + name, "/" + name, size=1 << 30) for name in backups}))
+        return docs, source, books
+
+    def test_groups_have_the_files_and_bytes_that_are_in_them(self):
+        docs, source, books = self.books_of({"d%d/f%d" % (n % 7, n): 10 + n for n in range(700)}, "b1", "b2", "b3")
         cbackup.run_scan(books, source)
         row, backups, wanted = books.source_row("docs"), [books.hear(name, {"free": 1 << 30}) for name in ("b1", "b2")], []
         for backup in backups:
@@ -255,6 +260,42 @@ class SumsTest(Case):
             books.expire(1e12)
         self.added_up(books)
         self.assertEqual(0, books.one("SELECT COUNT(*) FROM copies WHERE state='c'")[0])
+
+    def test_others_are_served_in_between(self):
+        docs, source, books = self.books_of({"f%d" % n: 1 for n in range(1200)}, "b1", replicas=1)
+        written = [set()]   # the rows of each transaction; what triggers do has the text of what fired them
+        books.db.set_trace_callback(lambda text: written.append(set()) if text == "COMMIT" else written[-1].add(text)
+                                    if text.startswith(("INSERT", "UPDATE entries", "UPDATE copies")) else None)
+        cbackup.run_scan(books, source)
+        row, backup = books.source_row("docs"), books.hear("b1", {"free": 1 << 30})
+        facts = books.versions_of(row["id"], [each[0] for each in books.claim(backup, row, 1 << 30, 2000, 1 << 30)])
+        books.prove_all(row, [(one, b"d" * 32, False) for one in facts.values()])
+        books.record_check(backup, row, [(one["id"], one["version"], b"d" * 32) for one in facts.values()])
+        counted = books.count_copies(backup, row["id"], [(name, one["version"], 1) for name, one in facts.items()])
+        self.assertEqual((1200, 1200), (len(facts), len(counted)))
+        kinds = ("INSERT INTO entries", "INSERT INTO copies", "UPDATE entries SET digest", "UPDATE copies SET checked",
+                 "UPDATE copies SET state='k'")
+        for kind in kinds:
+            with self.subTest(kind):
+                rows = [sum(text.startswith(kind) for text in texts) for texts in written]
+                self.assertGreaterEqual(sum(rows), 1200)
+                self.assertLessEqual(max(rows), 550)
+
+    def test_what_another_has_claimed_meanwhile_is_left_to_it(self):
+        _, source, books = self.books_of({"f%d" % n: 1 for n in range(30)}, "b1", "b2", replicas=1)
+        cbackup.run_scan(books, source)
+        row, choose = books.source_row("docs"), books._choose
+        slow, quick = [books.hear(name, {"free": 1 << 30}) for name in ("b1", "b2")]
+
+        def chosen_slowly(backup, *rest):
+            chosen = choose(backup, *rest)
+            if backup == slow:
+                books.claim(quick, row, 1 << 30, 20, 1 << 30)
+            return chosen
+        with unittest.mock.patch.object(books, "_choose", chosen_slowly):
+            taken = books.claim(slow, row, 1 << 30, 20, 1 << 30)
+        self.added_up(books, {"c": 30})
+        self.assertLessEqual(len(taken), 10)
 
     def added_up(self, books, copies=None):
         """What the groups have is what is in them; and so many copies are of a state."""
