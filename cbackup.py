@@ -7660,9 +7660,10 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
         """Check a row from a peer or a disk; `more`: what stood before it.  Raises ProtocolError
         for anything that is not of the form."""
         if not cls.are_well([row]):
-            raise ProtocolError("a catalog row with wrong values%s" % (
-                " for %s" % shown(row[0][:200]) if isinstance(row, list) and row
-                and isinstance(row[0], str) else ""))
+            if not isinstance(row, list) or not row or not isinstance(row[0], str):
+                raise ProtocolError("a catalog row that is not of the form")
+            check_relative(as_raw(row[0]))
+            raise ProtocolError("a catalog row with wrong values for %s" % shown(row[0]))
         return cls.of_checked(row, more)
 
     @classmethod
@@ -11564,7 +11565,7 @@ class RemoteHolder:
         return pull_apart(paths, lambda path: path, lambda some: pull(
             self.link.again().stream(of=of, name=self.backup, source=source), some, into,
             self.limit, on_bytes=counted, most=most,
-            plain=most is not None and most <= PLAIN_BELOW, whole=whole))
+            plain=most is not None and most <= PLAIN_BELOW, whole=whole, trusted=True))
 
 
 class DirectoryHolder:
@@ -12267,13 +12268,15 @@ class Work:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
-    # -- where files arrive: below the target, in a directory for each holder, by its key: the next
-    # run may have others --
+    # -- where files arrive: below the target, in two directories for each holder, by its key: the
+    # next run may have others --
 
     @staticmethod
-    def staging(holder: Any, path: bytes = b"") -> bytes:
-        """Relative to the target."""
-        return RESTORE_DIR + b"/files-" + os.fsencode(holder.key) + (b"/" + path if path else b"")
+    def staging(holder: Any, side: int, path: bytes = b"") -> bytes:
+        """Relative to the target.  side: 0 and 1 in turn, so that nothing can be written any more
+        to what is checked, whatever the holder sends meanwhile."""
+        return RESTORE_DIR + b"/files-%s-%d" % (os.fsencode(holder.key), side) \
+            + (b"/" + path if path else b"")
 
     @staticmethod
     def all_staging(tree: Tree) -> "List[bytes]":
@@ -12649,6 +12652,7 @@ class Flight:
         self.rate: "Optional[float]" = None  # bytes a second
         self.turn: "Tuple[int, bytes]" = (0, b"")  # everything before it is in hand
         self.arrived = 0  # files of the batch that was checked last
+        self.side = 0  # of Work.staging, where the batch arrives
 
 
 class Schedule:
@@ -12707,7 +12711,9 @@ class Schedule:
             checker.drain()
             with self._changed:
                 flight.checking, flight.fetching = flight.fetching, {}
-            checker.submit(functools.partial(self._take, flight, batch, outcome))
+            checker.submit(functools.partial(
+                self._take, flight, batch, outcome,
+                Work.staging(self.holders.each[flight.number], flight.side)))
             if not failed:
                 failures = 0
                 continue
@@ -12741,7 +12747,7 @@ class Schedule:
     def _into(self, flight: Flight) -> bytes:
         """Where the files of a holder arrive, the whole path."""
         return os.path.join(os.fsencode(self._target.path),
-                            Work.staging(self.holders.each[flight.number]))
+                            Work.staging(self.holders.each[flight.number], flight.side))
 
     def _fetch(self, flight: Flight, batch: "List[Item]") -> Pull:
         holder = self.holders.each[flight.number]
@@ -12805,6 +12811,7 @@ class Schedule:
             return []
 
     def _begun(self, flight: Flight, batch: "List[Item]") -> "List[Item]":
+        flight.side = 1 - flight.side
         flight.parts = sum(self._inherit(flight, item) for item in batch
                            if item.size >= INHERIT_FROM)
         flight.fetching = {item.path: item for item in batch}
@@ -12867,9 +12874,9 @@ class Schedule:
         Returns how many bytes of it are there."""
         tree, each = self._target.tree, self.holders.each
         part = part_of(item.path)
-        own = Work.staging(each[flight.number], part)
+        own = Work.staging(each[flight.number], flight.side, part)
         if tree.lstat(own) is None:
-            at_work = {Work.staging(each[f.number]): f.fetching for f in self.flights}
+            at_work = {Work.staging(each[f.number], f.side): f.fetching for f in self.flights}
             for top in Work.all_staging(tree):
                 if item.path not in at_work.get(top, ()) \
                         and tree.lstat(top + b"/" + part) is not None:
@@ -12890,17 +12897,17 @@ class Schedule:
 
     # -- what arrived --
 
-    def _take(self, flight: Flight, batch: "List[Item]", outcome: Pull) -> None:
-        """Check and put into place what arrived of a batch; the rest is open again."""
+    def _take(self, flight: Flight, batch: "List[Item]", outcome: Pull, top: bytes) -> None:
+        """Check and put into place what arrived of a batch in `top`; the rest is open again."""
         holder = self.holders.each[flight.number]
-        top = Work.staging(holder) + b"/"
+        into = os.path.join(os.fsencode(self._target.path), top)
         again: "List[bytes]" = []
         without: "List[Tuple[bytes, bytes]]" = []
         placed: "List[Tuple[bytes, os.stat_result, Optional[bytes]]]" = []
         for item in batch:
             if item.path not in flight.checking:
                 continue  # another holder was faster
-            staged = top + item.path
+            staged = top + b"/" + item.path
             try:
                 right, info = self._target.check(staged, item)
                 if right:
@@ -12912,7 +12919,7 @@ class Schedule:
             except OSError as error:
                 self._refuse(flight, item, error.errno, reason_of(error))
                 continue
-            why = outcome.not_written(self._into(flight), item.path) if outcome.errors else ""
+            why = outcome.not_written(into, item.path) if outcome.errors else ""
             if why:
                 self._refuse(flight, item, None, why)
                 continue

@@ -309,7 +309,7 @@ class LyingHolderTest(Case):
         plan.settle([b"f"])     # as the other one does
         del flight.checking[b"f"]
         with self.assertLogs("cbackup", "WARNING") as said:
-            schedule._take(flight, batch, cbackup.Pull())
+            schedule._take(flight, batch, cbackup.Pull(), cbackup.RESTORE_DIR + b"/files-x")
         self.assertEqual([1, 0], [state for _, _, state, _ in plan.each("files and their states")])
         self.assertEqual(1, len(said.output), said.output)
         self.assertIn("the copy of g is damaged", said.output[0])

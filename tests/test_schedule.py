@@ -92,6 +92,25 @@ class ScheduleTest(Case):
         self.assertThere(files)
         self.assertEqual((3, 27 << 20), (self.schedule.files, self.schedule.bytes))
 
+    def test_what_is_checked_cannot_be_written_to_by_the_next_batch(self):
+        files = {b"large %d" % number: b"%d" % number * (9 << 20) for number in range(3)}
+        meddled, place = threading.Event(), self.target.place
+
+        def placed_late(*rest):
+            self.assertTrue(meddled.wait(30))
+            return place(*rest)
+        self.target.place = placed_late
+
+        def meddle(paths, deliver, _):
+            for path in holder.batches[0]:
+                deliver(path, b"e" * (9 << 20))
+            meddled.set()
+            return [deliver(path) for path in paths] and None
+        holder = MadeUpHolder("b", files, lambda paths, deliver, _: [deliver(path) for path in paths] and None, meddle)
+        self.want(files, holder)
+        self.fetch()
+        self.assertThere(files)
+
     def test_a_small_file_that_lies_torn_because_the_line_was_cut_is_not_called_damaged(self):
         files = {b"a": b"a" * 5000, b"b": b"b" * 5000}
 
