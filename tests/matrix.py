@@ -37,16 +37,16 @@ def version_of_python(path):
 
 
 def found_pythons():
-    """{version: path}, one of each minor version."""
+    """Paths, one of each minor version, the oldest first."""
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep) + glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin"))
     found = {}
     for folder in folders:
         for path in glob.glob(os.path.join(folder, "python3.[0-9]*")):
             match = re.search(r"python3\.(\d+)t?\Z", path)
-            if match and int(match.group(1)) >= 8 and subprocess.call(
+            if match and int(match.group(1)) >= 8 and int(match.group(1)) not in found and subprocess.call(
                     [path, "-c", "import sqlite3, ssl"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0:
-                found.setdefault(os.path.basename(path), path)
-    return sorted(found.values(), key=lambda path: [int(number) for number in re.findall(r"\d+", version_of_python(path))])
+                found.setdefault(int(match.group(1)), path)
+    return [found[minor] for minor in sorted(found)]
 
 
 class MixedCluster(Cluster):

@@ -150,7 +150,7 @@ MUTANTS = [
      "test_schedule.ScheduleTest.test_a_part_is_gone_on_with_where_the_line_is_slower_than_comparing"),
     ("restore-unchecked", "right = info.st_size == item.size and item.digest in (\n"
      "                None, digest_descriptor(descriptor, size=item.size)[0])", "right = True",
-     "restore checks every byte", "test_restore.BadCopiesTest"),
+     "restore checks every byte", "test_restore.RestoreTest"),
     ("token-twice", '            found["tries"] = 0\n', "            pass\n", "a token works once", "test_joining.JoinTest"),
     ("any-token", "right = secrets.compare_digest(given, found[\"secret\"])", "right = True",
      "a wrong token lets nobody in", "test_joining.JoinTest"),
@@ -378,7 +378,7 @@ MUTANTS = [
      "a client that could not do everything exits 1", "test_looking_back.LogTest.test_a_host_that_is_down_is_in_the_log"),
     ("restore-exits-0", "return EXIT_DONE if complete else EXIT_INCOMPLETE", "return EXIT_DONE",
      "an incomplete restore exits 1",
-     "test_restore.PathsTest.test_a_path_that_is_not_in_the_source_is_named_and_the_others_are_restored"),
+     "test_restore.RestoreTest.test_a_path_that_is_not_in_the_source_is_named_and_the_others_are_restored"),
     ("crowd-without-end", "if not strangers or len(strangers) < most:", "if True:", "strangers have so much room and no more",
      "test_door.CrowdTest.test_when_the_room_is_full_the_oldest_goes_at_once"),
     ("ls-counts-any-version", "for r in held if (r[2], r[3]) == (size, mtime)}", "for r in held}",

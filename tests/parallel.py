@@ -17,6 +17,7 @@ import sys
 import time
 import unittest
 import unittest.suite
+import warnings
 
 LONGEST = """Silence AllHoldersAtOnce Interrupted Killed Inferred HostileRsync AsOrdinaryUser OneText DiskErrors OwnFailure KillPoints Real
 LongerThanALease Power Demo Matrix Members Seed""".split()
@@ -164,6 +165,7 @@ class Recorder(unittest.TestResult):
 def work(connection, parent):
     """Runs the tests of each list of names, those of one class."""
     os.dup2(2, 1)
+    warnings.simplefilter("ignore")
     recorder = Recorder(connection, parent)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         for names in iter(connection.recv, None):

@@ -533,9 +533,9 @@ class CalmTest(WorstDayCase):
     @classmethod
     def setUpClass(cls):
         cls.c = cls.share_cluster("s", "a", "b", replicas=1)
-        cls.source = cls.c.source("docs", "s", {"f%02d" % n: 300000 for n in range(40)})
+        cls.source = cls.c.source("docs", "s", {"f%02d" % n: 30000 for n in range(40)})
         for host in "ab":
-            cls.c.backup("b" + host, host, "7M")
+            cls.c.backup("b" + host, host, "700K")
         cls.c.start()
         cls.c.settle()
         cls.c.kill("s")
@@ -574,7 +574,7 @@ class CalmTest(WorstDayCase):
         figures = json.loads(result.stdout)
         self.assertLessEqual({"files", "bytes", "restored_files", "restored_bytes", "kept_files", "complete", "missing_files",
                               "refused_files", "catalog_time", "missing"}, set(figures))
-        self.assertEqual((40, 12000000, 40, 12000000, 0, True, 0, 0, []), tuple(figures[key] for key in (
+        self.assertEqual((40, 1200000, 40, 1200000, 0, True, 0, 0, []), tuple(figures[key] for key in (
             "files", "bytes", "restored_files", "restored_bytes", "kept_files", "complete", "missing_files", "refused_files",
             "missing")))
         self.assertLess(abs(time.time() + self.c.now - figures["catalog_time"]), 3600)
@@ -602,7 +602,7 @@ class CalmTest(WorstDayCase):
         for word in ("40 files", "ba on a", "bb on b"):
             self.assertIn(word, result.stdout)
         figures = self.c.restore(machine, "docs", to=to, options=["--dry-run", "--json"]).json
-        self.assertEqual((40, 12000000, 0), (figures["files"], figures["bytes"], figures["missing_files"]))
+        self.assertEqual((40, 1200000, 0), (figures["files"], figures["bytes"], figures["missing_files"]))
         self.assertEqual({"ba on a", "bb on b"}, set(figures["holders"]))
         self.assertEqual(40, sum(share["files"] for share in figures["holders"].values()))
         self.down("b")
@@ -621,7 +621,7 @@ class CalmTest(WorstDayCase):
 
     def test_on_a_terminal_it_says_how_far_it_is(self):
         machine = self.machine()
-        self.limit(machine, {"ba": "1500K", "bb": "1500K"})
+        self.limit(machine, {"ba": "150K", "bb": "150K"})
         ours, theirs = pty.openpty()
         command = quick_program("--home", self.c.home(machine), "restore", "docs", "--to", self.c.path(machine, "to"))
         env = plain_environment(self.c.base, CBACKUP_TEST_CLOCK=self.c.path("clock"), COLUMNS="200")
