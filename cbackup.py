@@ -827,10 +827,10 @@ class Pace:
                 time.sleep(self._due - now)
 
 
-def new_digest() -> Any:
+def new_digest(data: bytes = b"") -> Any:
     """BLAKE2b-256: in every Python since 3.6, and the fastest good digest on processors without SHA
     instructions (a Raspberry Pi)."""
-    return hashlib.blake2b(digest_size=32)
+    return hashlib.blake2b(data, digest_size=32)
 
 
 def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None,
@@ -838,6 +838,12 @@ def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None,
     """(digest, bytes read) of an open file from its start.  With `size`, what its stat says, its
     end is not looked for: the caller compares the stat once more, or cares for the first `size`
     bytes only."""
+    if 0 <= size <= READ_BLOCK:
+        block = os.pread(descriptor, size, 0)
+        if len(block) == size:
+            if pace:
+                pace.spent(size)
+            return new_digest(block).digest(), size
     digest, total = new_digest(), 0
     while total != size:
         block = os.pread(descriptor, READ_BLOCK if size < 0 else min(READ_BLOCK, size - total),
@@ -1035,8 +1041,11 @@ class Tree:
     def rename_new(self, old: bytes, new: bytes) -> None:
         """The same where nothing is at `new`; else FileExistsError."""
         new_dir, new_name = self._parent(new, make=True)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.stat(new_name, dir_fd=new_dir, follow_symlinks=False)
+        except FileNotFoundError:
+            pass
+        else:
             raise FileExistsError(errno.EEXIST, "something else is there")
         old_dir, old_name = self._parent(old)
         os.rename(old_name, new_name, src_dir_fd=old_dir, dst_dir_fd=new_dir)
@@ -11408,8 +11417,8 @@ time."""
 LEAST_SECONDS = 1.0
 """But not less than it delivers in this time: each batch is two processes and a connection."""
 
-FILES_AT_ONCE = 4000
-"""Most files of one batch."""
+FILES_AT_ONCE, FIRST_FILES = 4000, 1000
+"""Most files of one batch, and of the first one."""
 
 FEW_FILES = 50000
 """Of so many files that are asked for, and the rest not, what they look like is kept in memory."""
@@ -12130,6 +12139,7 @@ class Metadata:
     def __init__(self) -> None:
         self.notes: "Dict[str, int]" = {}  # what could not be set -> how often
         self._names = Names()
+        self._owners: "Dict[Tuple[Any, ...], Tuple[int, int]]" = {}
         self._lock = threading.Lock()
         self._root = os.geteuid() == 0
 
@@ -12139,13 +12149,17 @@ class Metadata:
 
     def owner(self, uid: int, gid: int, user: str, group: str) -> "Tuple[int, int]":
         """By name, when this machine knows it, else by number."""
-        return self._names.uid(user, uid), self._names.gid(group, gid)
+        known = self._owners.get((uid, gid, user, group))
+        if known is None:
+            known = self._names.uid(user, uid), self._names.gid(group, gid)
+            self._owners[uid, gid, user, group] = known
+        return known
 
     def is_right(self, info: os.stat_result, look: "Tuple[Any, ...]") -> bool:
         """Whether nothing is left to be set.  look: see METADATA."""
-        mode, *owner, mtime, xattrs = look
-        return xattrs is None and info.st_mtime_ns == mtime and stat.S_IMODE(info.st_mode) == mode \
-            and (not self._root or (info.st_uid, info.st_gid) == self.owner(*owner))
+        mode, uid, gid, user, group, mtime, xattrs = look
+        return xattrs is None and info.st_mtime_ns == mtime and info.st_mode & 0o7777 == mode and (
+            not self._root or (info.st_uid, info.st_gid) == self.owner(uid, gid, user, group))
 
     def set(self, tree: Tree, rel: bytes, look: "Tuple[Any, ...]") -> None:
         """Of a file or a directory, where they are others: what is right already is not touched."""
@@ -12648,6 +12662,7 @@ class Flight:
         self.since = self.heard = 0.0  # when the batch was begun, and when a byte came last
         self.asked = self.came = 0  # bytes of it
         self.parts = 0  # bytes of it that are there already
+        self.most = FIRST_FILES  # files that are looked at for the next batch
         self.vain = 0  # bytes that came since a file arrived, by batches that failed
         self.rate: "Optional[float]" = None  # bytes a second
         self.turn: "Tuple[int, bytes]" = (0, b"")  # everything before it is in hand
@@ -12796,6 +12811,7 @@ class Schedule:
                 items = self._open_files(flight)
                 if items:
                     batch = self._first_of(items, flight)
+                    flight.most = min(FILES_AT_ONCE, max(FIRST_FILES, 2 * len(batch)))
                     self.plan.take(flight.turn[0], [item.path for item in batch])
                     flight.turn = flight.turn[0], batch[-1].path
                     self._left -= sum(item.size for item in batch)
@@ -12824,7 +12840,7 @@ class Schedule:
         have, by path, and of these the large ones.  From where its turn is."""
         turn, after = flight.turn
         while turn <= 2 * len(self.flights) + 1:
-            items = self.plan.page(flight.number, turn, after, FILES_AT_ONCE)
+            items = self.plan.page(flight.number, turn, after, flight.most)
             flight.turn = turn, after
             if items:
                 return items
