@@ -19,8 +19,9 @@ import unittest
 import unittest.suite
 import warnings
 
-LONGEST = """Silence AllHoldersAtOnce Interrupted Killed Inferred HostileRsync AsOrdinaryUser OneText DiskErrors OwnFailure KillPoints Real
-LongerThanALease Power Demo Matrix Members Seed""".split()
+LONGEST = """Inferred AllHoldersAtOnce Silence Killed HostileRsync Interrupted Restore Browser MassChange DiskErrors OwnFailure
+LongerThanALease AsOrdinaryUser Lies Ls SourcesAndLines Power DuringATransfer Seed Changes Calm Real OneText Twice Demo Crowd
+HostileDisk KillPoints Declined Attributes OddServer Verify Matrix CompleteOrTold Soak Members""".split()
 """Classes, without the "Test" at their end, with which to begin: so that no one runs alone at the end."""
 
 JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) + 2))     # some of them wait

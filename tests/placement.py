@@ -493,9 +493,9 @@ def hosts(*weights):
     return {"h%d" % number: weight for number, weight in enumerate(weights)}
 
 
-def make(world, weights, slack, *sources, files=FILES):
+def make(world, weights, slack, *sources, files=None):
     """Backups with `weights` and `slack`, and sources (host, replicas[, sizes]); settles nothing yet."""
-    facts = [(host, replicas, *(sizes or [lognormal(world.random, files)])) for host, replicas, *sizes in sources]
+    facts = [(host, replicas, *(sizes or [lognormal(world.random, files or FILES)])) for host, replicas, *sizes in sources]
     for number, (host, replicas, _) in enumerate(facts):
         world.source("s%d" % number, host, replicas)
     rooms = scaled([(host, replicas, sum(sizes)) for host, replicas, sizes in facts], weights, slack)
@@ -507,11 +507,12 @@ def make(world, weights, slack, *sources, files=FILES):
     return facts
 
 
-def spread(weights, slack, *replicas, files=FILES // 2, equal=False):
+def spread(weights, slack, *replicas, files=None, equal=False):
     """Sources with so many replicas: one on a host of its own, several on the first hosts, which have backups too. Negative
     `slack`: there is less room than needed."""
     def scenario(world):
-        owners, count = (["s"], 2 * files) if len(replicas) == 1 else (sorted(hosts(*weights)), files)
+        owners = ["s"] if len(replicas) == 1 else sorted(hosts(*weights))
+        count = files or FILES // min(2, len(replicas))
         sizes = [[GB] * count if equal else lognormal(world.random, count) for _ in replicas]
         make(world, hosts(*weights), slack, *zip(owners, replicas, sizes))
         world.settle()
@@ -739,10 +740,10 @@ def overfull(world):
 
 SCENARIOS = {
     "seed": seed, "trap": trap,
-    "unequal_exact": spread((1, .5, .5), 0, 2, files=50, equal=True),
+    "unequal_exact": spread((1, .5, .5), 0, 2, files=100, equal=True),
     "unequal_ln1": spread((1, .5, .5), .01, 2),
-    "n3_exact": spread((1, 1, .5, .5), 0, 3, files=50, equal=True),
-    "n4_exact": spread((1, 1, 1, 1, 1, 1), 0, 4, files=60, equal=True),
+    "n3_exact": spread((1, 1, .5, .5), 0, 3, files=100, equal=True),
+    "n4_exact": spread((1, 1, 1, 1, 1, 1), 0, 4, files=120, equal=True),
     "n3_ln3": spread((1, .9, .6, .3, .2), .03, 3),
     "skew_ln3": spread((.9, .5, .25, .15, .1, .05, .05), .03, 2),
     "frag": frag, "frag2": frag2(0.1), "frag2_half": frag2(0.5), "bigfiles": bigfiles(0), "bigfiles3": bigfiles(.03),

@@ -7,6 +7,7 @@ The seeds are printed when a test fails; CBACKUP_TEST_SEED=N tries the same orde
 import os
 import random
 import unittest
+from unittest import mock
 
 from tests import placement, placement_real
 from tests.harness import Case, one_in
@@ -14,7 +15,7 @@ from tests.harness import Case, one_in
 SEED = int(os.environ.get("CBACKUP_TEST_SEED") or random.SystemRandom().randrange(10 ** 6))
 
 
-@one_in(3)
+@one_in(5)
 class RealTest(unittest.TestCase):
     """Scenarios with real clients and servers in random orders, all with one outcome: every copy is made, with little
     waste, or else the room is used; no backup is ever over its size, and then nothing moves any more."""
@@ -83,6 +84,7 @@ class LostHostTest(Case):
         self.assertEqual((len(had), 0), (docs["overserved_files"], docs["underserved_files"]))
 
 
+@mock.patch.object(placement, "FILES", 120)
 class SimulatedTest(Case):
     """The same decisions of server and client, with hundreds of files, in simulated time."""
 

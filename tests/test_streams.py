@@ -5,6 +5,7 @@ import os
 import subprocess
 import unittest
 
+from tests import COMPILED
 from tests.harness import Case, plain_environment, program, quick_program
 
 
@@ -18,11 +19,11 @@ class StreamsTest(Case):
         cls.c.backup("ba", "a", "10M")
         cls.c.start()
 
-    def shell(self, words, redirections, start=quick_program, **more):
-        """Runs the program by a shell; returns its exit status."""
+    def shell(self, words, redirections, **more):
+        """Runs the program by a shell, as a file; returns its exit status."""
         env = plain_environment(self.c.path("a"), CBACKUP_TEST_CLOCK=self.c.path("clock"), **more)
         return subprocess.run(
-            ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + start("--home", self.c.home("a"), *words),
+            ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + program("--home", self.c.home("a"), *words, file=COMPILED),
             env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
 
     def new_file(self, name):
@@ -35,7 +36,7 @@ class StreamsTest(Case):
     def test_a_pass_with_all_streams_closed(self):
         self.c.write_config()
         self.new_file("closed")
-        self.assertEqual(0, self.shell(["client"], "<&- >&- 2>&-", start=program).returncode)
+        self.assertEqual(0, self.shell(["client"], "<&- >&- 2>&-").returncode)
         self.assertBackedUp("closed")
 
     def test_each_closed_by_itself(self):
@@ -60,7 +61,7 @@ class StreamsTest(Case):
 
     def test_temporary_directories_with_odd_names(self):
         self.c.write_config()
-        for number, name in enumerate(("it's", 'a "b"', "new\nline", " blanks ", "#x", "not there")):
+        for number, name in self.todays(enumerate(("it's", 'a "b"', "new\nline", " blanks ", "#x", "not there")), 2):
             with self.subTest(name=name):
                 directory = os.path.join(self.directory(), name)
                 if name != "not there":
