@@ -17,7 +17,8 @@ import sys
 import threading
 import unittest
 
-from tests.harness import PROGRAM, TOP, digest_of, free_port, parse_size, read_file, walk
+import cbackup
+from tests.harness import PROGRAM, TOP, digest_of, free_port, read_file, walk
 
 BOOKKEEPING = re.compile(r"(backup\.db.*|identity.*|lock|config.*|cbackup\.conf.*|catalog(/.*)?)\Z")
 """What lies below .cbackup and is no file of a source, nor part of one: it does not count for a backup's `size`."""
@@ -282,7 +283,7 @@ def violations(cluster, settled=True, added=(), sizes=True):
         root = backup.path
         others = [os.path.join(root, name.split("/", 1)[1]) for name in added if name.startswith(backup.name + "/")]
         taken = room_taken(cluster, backup.name) - sum(os.path.getsize(path) for path in others if os.path.exists(path))
-        if sizes and "size" in backup.options and taken > parse_size(backup.options["size"]):
+        if sizes and "size" in backup.options and taken > cbackup.parse_size(str(backup.options["size"])):
             lines.append("%s keeps %d bytes, more than its size %s" % (backup.name, taken, backup.options["size"]))
         for kind in ("incoming", "moving") if settled else ():
             for name in regular_files(root, ".cbackup/" + kind):

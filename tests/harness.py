@@ -35,6 +35,7 @@ import time
 import unittest
 from multiprocessing.reduction import send_handle
 
+import cbackup
 from tests import PROGRAM, TOP
 from tests.starter import QUICK
 
@@ -843,14 +844,8 @@ class Case(unittest.TestCase):
     def assertWithinSize(self, cluster, *backups):
         """No backup keeps more than its `size`."""
         for name in backups or cluster.backups:
-            size = parse_size(cluster.backups[name].options["size"])
+            size = cbackup.parse_size(str(cluster.backups[name].options["size"]))
             self.assertLessEqual(cluster.kept_bytes(name), size, "backup %s keeps more than its size" % name)
-
-
-def parse_size(text):
-    """Bytes of a size as the configuration has it, for whole numbers."""
-    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(str(text)[-1])
-    return int(str(text)[:-1]) * factor if factor else int(text)
 
 
 @contextlib.contextmanager

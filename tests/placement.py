@@ -197,15 +197,14 @@ class World:
 
     Sizes are those of the simulation, however large the files really are. `TrialWorld` is a cluster in this process,
     `tests.placement_real.RealWorld` one of real clients and servers. Theirs are begin, add_files, delete_files, plant,
-    round, groups and spare.
+    room and used (bytes of a backup), wait (seconds), round, groups and spare.
     """
 
-    clock = None        # by what the cluster's time is set
     settled = False     # whether all clients of the last round said that nothing is left to do
 
     def __init__(self, seed):
         self.random = random.Random(seed)
-        self.sources, self.backups, self.services, self.vaults = {}, {}, {}, {}
+        self.sources, self.backups = {}, {}
         self.config, self.down, self.rare = cbackup.Config(text=""), set(), {}
         self.copied = self.dropped = self.needed = self.rounds = self.useless = 0
         self.serial = itertools.count()
@@ -219,10 +218,14 @@ class World:
     def rooms(self):
         """host -> bytes that its backups offer, of the backups that are up."""
         rooms = {}
-        for name, vault in self.vaults.items():
+        for name, spec in self.backups.items():
             if name not in self.down:
-                rooms[vault.spec.host] = rooms.get(vault.spec.host, 0) + vault.capacity()
+                rooms[spec.host] = rooms.get(spec.host, 0) + self.room(name)
         return rooms
+
+    def free(self):
+        """backup -> bytes, negative where it is over its size."""
+        return {name: self.room(name) - self.used(name) for name in self.backups}
 
     def slack(self):
         """By which share the room is above the least that is feasible for the files there are; negative: it is below."""
@@ -255,8 +258,7 @@ class World:
 
     def used_share(self):
         """The share of the room in use, of hosts that could use it."""
-        capacity = sum(vault.capacity() for vault in self.vaults.values())
-        return sum(vault.used() for vault in self.vaults.values()) / capacity
+        return sum(map(self.used, self.backups)) / sum(map(self.room, self.backups))
 
     def missing(self):
         """Bytes of copies that are missing."""
@@ -276,6 +278,7 @@ class TrialWorld(World):
     def __init__(self, seed, directory):
         super().__init__(seed)
         self.base, self.clock, self.rates = directory, TrialClock(), {}
+        self.services, self.vaults = {}, {}
 
     # -- the cluster
 
@@ -307,6 +310,12 @@ class TrialWorld(World):
             service.books.close()
         for vault in self.vaults.values():
             vault.close()
+
+    def room(self, backup):
+        return self.vaults[backup].capacity()
+
+    def used(self, backup):
+        return self.vaults[backup].used()
 
     def books_of(self, source):
         books = self.services[self.sources[source].host].books
@@ -354,6 +363,11 @@ class TrialWorld(World):
             vault.arrived(source, paths)
 
     # -- time goes by
+
+    def wait(self, seconds):
+        self.clock.time += seconds
+        for service in self.services.values():
+            service.books.expire(self.config.lost_after)
 
     def round(self):
         """One pass of every backup that is up, overlapping. Returns whether anything was copied or dropped."""
@@ -571,7 +585,7 @@ def frag2(share):
         make(world, hosts(1, 1, 1, 1, 1, 1), 0.03, ("s", 2))
         world.settle()
         world.copied = world.dropped = world.needed = 0
-        free = {name: vault.free() for name, vault in world.vaults.items()}
+        free = world.free()
         size = int(share * sum(free.values()) / 2)
         spare = world.spare()
         world.add_files("s0", [size])
@@ -644,11 +658,9 @@ def death(world):
     world.begin()
     world.settle()
     world.down.add("b5")
-    world.clock.time += world.config.lost_after / 2
+    world.wait(world.config.lost_after / 2)
     world.round()
-    world.clock.time += world.config.lost_after / 2 + HOUR
-    for service in world.services.values():
-        service.books.expire(world.config.lost_after)
+    world.wait(world.config.lost_after / 2 + HOUR)
     world.settle()
     world.down.clear()
     world.settle()

@@ -10,7 +10,7 @@ import shutil
 import time
 
 from tests import placement
-from tests.harness import Cluster, parse_size, some_bytes, write_file
+from tests.harness import Cluster, some_bytes, write_file
 
 BYTES = 4096
 """Bytes on the disk for a gigabyte of the simulation."""
@@ -26,48 +26,12 @@ def scaled_up(size):
     return size * placement.GB // BYTES
 
 
-class RealClock:
-    """Time is that of the machine; a scenario may set the clocks of the cluster forward."""
-
-    def __init__(self, cluster):
-        self.cluster = cluster
-
-    @property
-    def time(self):
-        return float(self.cluster.now)
-
-    @time.setter
-    def time(self, value):
-        self.cluster.advance(int(value - self.cluster.now))
-
-
-class RealVault:
-    """What a scenario asks of a backup, answered from its directory."""
-
-    def __init__(self, world, name):
-        self.world, self.name = world, name
-
-    @property
-    def spec(self):
-        return self.world.backups[self.name]
-
-    def capacity(self):
-        return scaled_up(parse_size(self.world.cluster.backups[self.name].options["size"]))
-
-    def used(self):
-        return scaled_up(self.world.cluster.kept_bytes(self.name))
-
-    def free(self):
-        return self.capacity() - self.used()
-
-
 class RealWorld(placement.World):
     """A cluster of real processes, in which a round is one pass of each client, one after the other in random order."""
 
     def __init__(self, seed):
         super().__init__(seed)
         self.cluster = Cluster()
-        self.clock = RealClock(self.cluster)
         self.passes = 0
         self.edits = 0          # when the configuration was written last
         self.over = set()       # backups that had less room than they held when the round began
@@ -95,7 +59,6 @@ class RealWorld(placement.World):
         for name, spec in self.backups.items():
             if name not in cluster.backups:
                 cluster.backup(name, spec.host, 0, path=spec.path)
-                self.vaults[name] = RealVault(self, name)
             cluster.backups[name] = cluster.backups[name]._replace(options={"size": str(scaled_down(spec.size))})
         self.edited()
         new = {thing.host for thing in list(self.sources.values()) + list(self.backups.values())} - set(cluster.servers)
@@ -134,7 +97,16 @@ class RealWorld(placement.World):
         for path in paths:
             shutil.copy2(os.path.join(self.cluster.sources[source].path, path.decode()), folder)
 
+    def room(self, backup):
+        return scaled_up(int(self.cluster.backups[backup].options["size"]))
+
+    def used(self, backup):
+        return scaled_up(self.cluster.kept_bytes(backup))
+
     # -- time goes by
+
+    def wait(self, seconds):
+        self.cluster.advance(int(seconds))
 
     def find_planted(self):
         """The first passes, for which there is no room beyond what lies there already: they can copy nothing yet."""
@@ -157,11 +129,11 @@ class RealWorld(placement.World):
         hosts = sorted({spec.host for name, spec in self.backups.items()
                         if name not in self.down and self.random.random() < self.rare.get(name, 1.0)})
         self.random.shuffle(hosts)
-        self.over = {name for name, vault in self.vaults.items() if vault.free() < 0}
+        self.over = {name for name, free in self.free().items() if free < 0}
         self.settled = bool(hosts)
         for host in hosts:
             self.one_pass(host)
-        if any(vault.free() < 0 for vault in self.vaults.values()):
+        if min(self.free().values()) < 0:
             self.settled = False    # it counts copies only, and somebody has still too many
         return (self.copied, self.dropped) != (copied, dropped)
 
@@ -176,8 +148,8 @@ class RealWorld(placement.World):
         self.copied += scaled_up(figures["copied_bytes"])
         self.dropped += scaled_up(figures["dropped_bytes"])
         self.settled = self.settled and figures["settled"]
-        for name in self.vaults:
-            assert self.vaults[name].free() >= 0 or name in self.over, "%s keeps more than its size: %s" % (name, result)
+        for name, free in self.free().items():
+            assert free >= 0 or name in self.over, "%s keeps more than its size: %s" % (name, result)
 
     # -- what came of it
 
@@ -216,7 +188,7 @@ class RealWorld(placement.World):
     def useless_of(self, host, before):
         """Bytes of second copies that a pass of this host made in place of a file of the source that has none."""
         after, useless = self.lying(), 0
-        room = max(scaled_down(vault.free()) for vault in self.vaults.values() if vault.spec.host == host)
+        room = max(scaled_down(free) for name, free in self.free().items() if self.backups[name].host == host)
         for source, sizes in self.files.items():
             bare = min((sizes[path] for path in sizes if not after[source, path]), default=None)
             if bare is not None and self.sources[source].host != host:
