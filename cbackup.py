@@ -3102,22 +3102,16 @@ class Proof(News):
         return self.one("SELECT COUNT(*), MIN(doubt) FROM entries WHERE source=? AND doubt IS NOT "
                         "NULL", source)
 
-    def prove(self, source: "Dict[str, Any]", facts: "Dict[str, Any]", own: bytes,
-              sure: bool = False) -> str:
-        """The server has read a file in full; `facts`: what it was before and after; `own`: its
-        digest.
-
-        Returns "proven"; "changed" (the books know another version by now); "rotten" (it was proven
-        before, and nothing but the content changed); "copies" (its copies were not of this content:
-        they are out of date now); or "other": it is not what its copies have, and whether that is a
-        change or a mass change is for `settle_others` to say.  `sure`: some copy has this content,
-        so it is no mass change.
-        """
-        return self.prove_all(source, [(facts, own, sure)])[0]
-
     def prove_all(self, source: "Dict[str, Any]",
                   read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
-        """The same for many files: (facts, digest, sure), in slices."""
+        """The server has read files in full: (facts, digest, sure).  facts: what a file was before
+        and after; sure: some copy has this content, so it is no mass change.  In slices.
+
+        Returns for each "proven"; "changed" (the books know another version by now); "rotten" (it
+        was proven before, and nothing but the content changed); "copies" (its copies were not of
+        this content: they are out of date now); or "other": it is not what its copies have, and
+        whether that is a change or a mass change is for `settle_others` to say.
+        """
         return [verdict for some in in_batches(read, APPLY_CHUNK)
                 for verdict in self._prove_some(source, some)]
 
@@ -3150,7 +3144,7 @@ class Proof(News):
     def _disprove(self, source: "Dict[str, Any]", number: int, own: bytes, doubt: "Optional[float]",
                   basis: "Optional[str]",
                   sure: bool) -> str:
-        """A file has another content than its digest says: what that means, see `prove`."""
+        """A file has another content than its digest says: what that means, see `prove_all`."""
         if doubt is None:
             self.db.execute("UPDATE entries SET blocked=? WHERE id=?", (ROTTEN, number))
             self.regroup([number])

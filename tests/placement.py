@@ -345,8 +345,7 @@ class TrialWorld(World):
         facts = books.versions_of(row["id"], [f.path for f in files])
         books.record_check(books.backup_id(vault.spec.name), row, [
             (facts[f.path]["id"], f.version, digest_for(f)) for f in files])
-        for f in files:
-            books.prove(row, facts[f.path], digest_for(f))
+        books.prove_all(row, [(facts[f.path], digest_for(f), False) for f in files])
         vault.plan_places(source, [(f.path, digest_for(f)) for f in files])
         return [(f.path, f.version, cbackup.tag_of(f.path, f.size, f.mtime, digest_for(f))) for f in files]
 

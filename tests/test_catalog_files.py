@@ -152,7 +152,7 @@ class GenerationTest(Case):
         row = self.books.source_row("docs")         # as a request has it, while another one closes the catalog
         upto, _ = self.news(0)
         facts = self.books.version_of(row["id"], b"f")
-        self.books.prove(row, facts, hashlib.sha256(b"1").digest())
+        self.books.prove_all(row, [(facts, hashlib.sha256(b"1").digest(), False)])
         self.assertEqual((upto + 1, {b"f"}), self.news(upto))
 
 

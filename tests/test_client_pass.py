@@ -6,9 +6,12 @@ import shutil
 import signal
 import stat
 import unittest
+import unittest.mock
 
+import cbackup
 from tests.harness import (CLIENT_KEYS, DIRECTORY, Case, Link, inodes, make_tree, read_file, some_bytes, wait_for,
                            write_file)
+from tests.members import one_pass
 
 
 class FiguresTest(Case):
@@ -301,6 +304,13 @@ class IdleTest(Case):
         self.assertEqual(before, [cluster.kept_inodes("b1"), cluster.kept_inodes("b2"), inodes(source)])
         after = cluster.status()["sources"]["docs"]
         self.assertEqual(dict(status, last_scan=0), dict(after, last_scan=0))
+        asked, call = [], cbackup.Link.call
+        with unittest.mock.patch.object(cbackup.Link, "call", lambda link, operation, **fields: (
+                asked.append((link.host, operation)), call(link, operation, **fields))[1]):
+            one_pass(cluster, "a", cluster.config())
+        for host in ("s", "a", "b"):        # each question is a journey, and many machines may be asked
+            self.assertLessEqual(sum(where == host for where, _ in asked), 5, asked)
+        self.assertIn(("s", "begin"), asked)
 
     def test_restarted_servers_are_no_reason_to_copy_again(self):
         cluster = self.cluster("s", "a", replicas=1)

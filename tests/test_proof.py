@@ -443,7 +443,7 @@ class Grants(unittest.TestCase):
             with cbackup.Tree(path) as tree:
                 wait_for(lambda: cbackup.read_own(tree, facts, cbackup.Pace(None))[0] == "read", 5, "always fresh")
                 own = cbackup.read_own(tree, facts, cbackup.Pace(None))[1]
-            self.assertEqual(books.prove(row, facts, own), "proven")
+            self.assertEqual(books.prove_all(row, [(facts, own, False)]), ["proven"])
             self.assertEqual(books.grant_drop(books.backup_id("ba"), row, [b"large"]), [b"large"])
             self.assertEqual(books.grant_drop(books.backup_id("bb"), row, [b"large"]), [])
             books.close()
