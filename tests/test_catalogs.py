@@ -190,7 +190,7 @@ class CatalogsEndTest(Case):
         for day in range(5):
             write_file(os.path.join(source, "f0"), "day %d" % day)
             if day == 2:    # so much news that a new whole catalog is worth it
-                make_tree(source, {"l%d" % number: Link("%01000x" % generator.getrandbits(4000)) for number in range(2400)})
+                make_tree(source, {"l%d" % number: Link("%04000x" % generator.getrandbits(16000)) for number in range(640)})
             cluster.settle()
             trees.append(tree(source))
             cluster.advance(DAY)

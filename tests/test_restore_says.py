@@ -187,7 +187,7 @@ class FindTest(Case):
         text = c.run("s", "find", "note").stdout
         whens = [line.partition("; --at ")[2].strip("'") for line in text.splitlines() if "; --at " in line]
         self.assertEqual(8, len(whens), text)
-        for number, when in enumerate(whens):
+        for number, when in self.todays(enumerate(whens), 4):
             to = c.path("to%d" % number)
             self.assertRc(0, c.restore("s", "docs", "note", to=to, options=["--at", when]))
             self.assertEqual(b"day %d" % (3 - number // 2), read_file(os.path.join(to, "note")))
@@ -204,10 +204,10 @@ class PartTest(Case):
         c.backup("ba", "a", "10M")
         c.start()
         c.settle()
-        for number, (paths, names) in enumerate(((["x"], 21), (["x/"], 21), (["x*/?"], 12), (["x/deep", "xx"], 2), (["z[[]1]"], 1),
-                                                 (["z[1]"], 1), (["*"], 24), (["x/1*", "x y"], 12), (["*/b", "*x"], 2))):
+        for paths, names in self.todays(((["x"], 21), (["x/"], 21), (["x*/?"], 12), (["x/deep", "xx"], 2), (["z[[]1]"], 1),
+                                         (["z[1]"], 1), (["*"], 24), (["x/1*", "x y"], 12), (["*/b", "*x"], 2)), 4):
             with self.subTest(paths=paths):
-                to = c.path("to%d" % number)
+                to = os.path.join(self.directory(), "to")
                 self.assertRc(0, c.restore("s", "docs", *paths, to=to))
                 self.assertEqual(names, sum(len(files) for _, _, files in os.walk(to)), paths)
         os.rename(os.path.join(source, "x/deep"), os.path.join(source, "moved"))

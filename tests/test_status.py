@@ -15,20 +15,20 @@ BACKUP_KEYS = {"host", "path", "capacity", "used", "files", "last_seen", "state"
 
 
 class StatusCase(Case):
-    """A source of 10 files on s (2 copies wanted), and three backups; none of them was used before the test."""
+    """A source of 10 files on s (2 copies wanted), and backups; none of them was used before the test."""
 
     SIZES = [1000 + number for number in range(10)]
 
     @classmethod
     def begin(cls, cluster):
         cluster.source("docs", "s", {"f%d" % number: size for number, size in enumerate(cls.SIZES)})
-        for host in "abc":
+        for host in cluster.hosts[1:]:
             cluster.backup("b" + host, host, "7M")
         cluster.start()
         return cluster
 
     def setUp(self):
-        self.c = self.begin(self.cluster("s", "a", "b", "c", name="casa"))
+        self.c = self.begin(self.cluster("s", "a", "b", name="casa"))
 
     @property
     def source(self):
@@ -128,12 +128,12 @@ class StagesTest(StatusCase):
         self.c.stop()
         self.c.keys["replicas"] = 1
         self.c.start()
-        self.c.passes("abc")
+        self.c.passes("ab")
         docs = self.docs()
         self.assertEqual((1, 10, 0), (docs["replicas"], docs["overserved_files"], docs["underserved_files"]))
 
     def test_a_source_whose_host_is_down_is_unreachable_and_the_others_are_not(self):
-        self.c.source("mine", "a", {"f": b"1"})
+        self.c.source("mine", "a", {"f": b"1"}, replicas=1)
         self.c.stop()
         self.c.start()
         self.c.settle()
@@ -191,7 +191,7 @@ class ForPeopleTest(StatusCase):
         self.c.settle()
         result = self.c.run("a", "status")
         self.assertRc(0, result)
-        for word in ("docs", "ba", "bb", "bc"):
+        for word in ["docs"] + list(self.c.backups):
             self.assertIn(word, result.stdout)
 
     def test_what_is_not_safe_is_said(self):
