@@ -5846,6 +5846,52 @@ class Rounds:
         self.last = cursor
 
 
+class _Flow:
+    """One direction of a relay: a buffer that is made once, and what fills and empties it."""
+
+    SIZE = 1 << 18
+
+    def __init__(self, read: "Callable[[Any], int]", write: "Callable[[Any], int]") -> None:
+        """read, write: a part of the buffer; how many bytes, at the end 0.  They raise what says
+        that it is to be waited, or OSError when the other side is gone."""
+        self._read, self._write = read, write
+        self._waits = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self._view = memoryview(bytearray(self.SIZE))
+        self._begin = self._end = 0  # what is between has come and has not gone
+        self.over = self.broken = False  # nothing comes any more; nothing is taken any more
+
+    def holds(self) -> bool:
+        return self._begin < self._end
+
+    def wants(self) -> bool:
+        return not self.over and self._end < self.SIZE
+
+    def move(self) -> "Tuple[int, bool]":
+        """As far as it goes without waiting: (bytes that came, whether anything moved)."""
+        begin, end = self._begin, self._end
+        try:
+            while self.wants():
+                count = self._read(self._view[self._end:])
+                self._end += count
+                self.over = not count
+        except self._waits:
+            pass
+        except OSError:
+            self.over = True
+        came = self._end - end
+        try:
+            while self._begin < self._end:
+                self._begin += self._write(self._view[self._begin:self._end])
+        except self._waits:
+            pass
+        except OSError:
+            self.broken = True
+        moved = came > 0 or self._begin > begin
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        return came, moved
+
+
 def relay(tls: socket.socket, reader: int, writer: int, idle: float,
           on_bytes: "Callable[[int], None]") -> str:
     """Carry bytes between a TLS socket and a local pair of descriptors until one side ends.
@@ -5855,73 +5901,36 @@ def relay(tls: socket.socket, reader: int, writer: int, idle: float,
     rsync would deadlock.  `on_bytes` is called with what came from the peer, and with 0 now and
     then; what it raises ends the transfer.
     """
-    limit = 1 << 18
     tls.setblocking(False)
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
-    outward, inward = bytearray(), bytearray()
-    local_end = peer_end = False
+    inward = _Flow(tls.recv_into, lambda data: os.write(writer, data))
+    outward = _Flow(lambda room: os.readv(reader, [room]), tls.send)
     last = opened = time.monotonic()
     carried = 0  # since `opened`, in both directions
-    waits = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
     while True:
-        moved = False
-        with contextlib.suppress(*waits):
-            while not peer_end and len(inward) < limit:
-                data = _receive(tls, limit)
-                peer_end = not data
-                inward += data
-                carried += len(data)
-                on_bytes(len(data))
-                moved = True
-        with contextlib.suppress(*waits):
-            while inward:
-                sent = _write(writer, inward)
-                if sent is None:
-                    return "done"
-                del inward[:sent]
-                moved = True
-        with contextlib.suppress(*waits):
-            while not local_end and len(outward) < limit:
-                data = _read(reader, limit)
-                local_end = not data
-                outward += data
-                carried += len(data)
-                moved = True
-        with contextlib.suppress(*waits):
-            while outward:
-                try:
-                    del outward[:tls.send(outward[:limit])]
-                except waits:
-                    raise
-                except OSError:
-                    return "cut"
-                moved = True
-        if local_end and not outward:
+        came, moved = inward.move()
+        if came:
+            on_bytes(came)
+        went, also_moved = outward.move()
+        carried += came + went
+        if inward.broken or outward.over and not outward.holds():
             return "done"
-        if peer_end and not inward:
+        if outward.broken or inward.over and not inward.holds():
             return "cut"
         now = time.monotonic()
         if now - opened > RATE_WINDOW:
             if carried < LEAST_RATE * RATE_WINDOW:
                 return "stalled"
             opened, carried = now, 0
-        if moved:
+        if moved or also_moved:
             last = now
             continue
         if now - last > idle:
             return "stalled"
         on_bytes(0)
-        read, write = [], []
-        if not peer_end and len(inward) < limit:
-            read.append(tls)
-        if not local_end and len(outward) < limit:
-            read.append(reader)
-        if outward:
-            write.append(tls)
-        if inward:
-            write.append(writer)
-        _wait(read, write, 1.0)
+        _wait([end for end, flow in ((tls, inward), (reader, outward)) if flow.wants()],
+              [end for end, flow in ((writer, inward), (tls, outward)) if flow.holds()], 1.0)
 
 
 def _wait(read: "List[Any]", write: "List[Any]", seconds: float) -> None:
@@ -5934,34 +5943,6 @@ def _wait(read: "List[Any]", write: "List[Any]", seconds: float) -> None:
     for number, event in events.items():
         poller.register(number, event)
     poller.poll(seconds * 1000)
-
-
-def _receive(tls: socket.socket, count: int) -> bytes:
-    try:
-        return tls.recv(count)
-    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-        raise
-    except OSError:
-        return b""
-
-
-def _read(descriptor: int, count: int) -> bytes:
-    try:
-        return os.read(descriptor, count)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return b""
-
-
-def _write(descriptor: int, data: bytearray) -> "Optional[int]":
-    """Bytes written; None when the reader has gone away."""
-    try:
-        return os.write(descriptor, data)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return None
 
 
 # ==== 10. rsync ===================================================================================
