@@ -5235,8 +5235,10 @@ def _all_fit(values: "Sequence[Any]", of: Any) -> bool:
         return False
     if isinstance(of, Whole):
         return of.all_of(values)
-    if of is _is_path or of is _is_hex:
-        return _are_paths(values) if of is _is_path else _are_hex(values)
+    if of is _is_hex:
+        return _are_hex(values)
+    if of is _is_path and _are_paths(values):
+        return True
     if callable(of):
         return all(map(of, values))
     if isinstance(of, Maybe):
