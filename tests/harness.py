@@ -76,11 +76,8 @@ def wait_for(predicate, timeout, message):
 
 # ---- processes --------------------------------------------------------------------------------------------------
 
-class Result:
-    """What a finished command left: rc, stdout, stderr, seconds, and the JSON object on its last line."""
-
-    def __init__(self, command, rc, stdout, stderr, seconds):
-        self.command, self.rc, self.stdout, self.stderr, self.seconds = command, rc, stdout, stderr, seconds
+class Result(collections.namedtuple("Result", "command rc stdout stderr seconds")):
+    """What a finished command left, and the JSON object on its last line."""
 
     def __str__(self):
         return "%s\n  exit code %s after %.1f s\n  stdout: %s\n  stderr: %s" % (
@@ -188,11 +185,12 @@ class Process:
 
     def ends_within(self, seconds):
         """Waits for its end, at most that long; whether it has come."""
-        with contextlib.suppress(AttributeError, OSError):      # Python 3.9 on Linux
-            handle = os.pidfd_open(self.pid)
-            select.select([handle], [], [], seconds)
-            os.close(handle)
         deadline, pause = time.monotonic() + seconds, 0.0005
+        with contextlib.suppress(AttributeError, OSError):      # Python 3.9 on Linux
+            if self.running:
+                handle = os.pidfd_open(self.pid)
+                select.select([handle], [], [], seconds)
+                os.close(handle)
         while self.running and time.monotonic() < deadline:
             time.sleep(pause)
             pause = min(pause * 2, 0.02)

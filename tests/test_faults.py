@@ -112,7 +112,7 @@ class KillPointsTest(FaultCase):
                    for info in regular_files(self.c.backups["b1"].path, name).values())
 
     def test_each_point(self):
-        for point in self.todays(kill_points(), 4):
+        for point in self.todays(kill_points(), 3):
             with self.subTest(point=point):
                 precious = self.history()
                 if self.kill_client(point):
