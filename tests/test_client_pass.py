@@ -144,14 +144,14 @@ class ChangesTest(Case):
         cls.c.backup("b2", "b", "20M")
         cls.c.start()
 
-    def add(self, **files):
+    def add(self, hosts="a", **files):
+        """New files, and a pass of these hosts: where it is looked at one backup, that of the other host is the same."""
         make_tree(self.source, files)
-        self.c.round()
+        self.c.round(hosts=hosts)
         return [os.path.join(self.source, name) for name in files]
 
     def pass_of_a(self):
-        """Where it is looked at one backup: the pass of the other host is the same."""
-        self.c.round(hosts=["a"])
+        self.c.round(hosts="a")
 
     def attic(self):
         return [content for _, content in self.c.attic("b1", "docs")]
@@ -214,14 +214,14 @@ class ChangesTest(Case):
         self.assertEqual(2, sum(content in (b"first gone", b"second gone") for content in self.attic()))
 
     def test_a_file_that_comes_back_is_copied_again(self):
-        path, = self.add(returning=b"I will be back")
+        path, = self.add("ab", returning=b"I will be back")
         os.unlink(path)
         self.c.round()
-        self.add(returning=b"I am back")
+        self.add("ab", returning=b"I am back")
         self.assertEqual(["b1", "b2"], self.c.copies_on_disk("docs")["returning"])
 
     def test_a_renamed_file_is_under_its_new_name_only(self):
-        path, = self.add(before=b"the same bytes")
+        path, = self.add("ab", before=b"the same bytes")
         os.rename(path, os.path.join(self.source, "after"))
         self.c.round()
         self.assertEqual(["b1", "b2"], self.c.copies_on_disk("docs")["after"])
@@ -229,7 +229,7 @@ class ChangesTest(Case):
 
     def test_of_two_that_are_swapped_one_is_missing(self):
         """The other one goes to its new place, counts there, and the missing one is copied again."""
-        one, two = self.add(lost1=b"was one", lost2=b"was two")
+        one, two = self.add("ab", lost1=b"was one", lost2=b"was two")
         os.unlink(self.c.kept_as("b1", "docs", "lost1"))
         for old, new in ((one, one + ".tmp"), (two, one), (one + ".tmp", two)):
             os.rename(old, new)
@@ -260,7 +260,7 @@ class ChangesTest(Case):
         self.assertEqual({"g": ["bb"]}, c.copies_on_disk("docs"))
 
     def test_swapped_files_are_swapped_in_the_backups(self):
-        one, two = self.add(swap1=b"was one", swap2=b"was two")
+        one, two = self.add("ab", swap1=b"was one", swap2=b"was two")
         os.rename(one, one + ".tmp")
         os.rename(two, one)
         os.rename(one + ".tmp", two)
@@ -270,7 +270,7 @@ class ChangesTest(Case):
             self.assertEqual(b"was one", read_file(self.c.kept_as(backup, "docs", "swap2")))
 
     def test_a_copy_that_somebody_removed_by_hand_is_no_reason_to_lose_the_others(self):
-        self.add(removed=b"by mistake")
+        self.add("ab", removed=b"by mistake")
         os.unlink(self.c.kept_as("b1", "docs", "removed"))
         for _ in range(2):
             self.c.passes(["a", "b"])
