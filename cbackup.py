@@ -12521,27 +12521,33 @@ class Target:
 
     def place(self, staged: bytes, item: Item) -> None:
         """Rename a checked file to its place; raises OSError when something is in the way."""
-        path = item.path
         try:
             self._rename(staged, item)
         except FileExistsError:
             if not self.force:
                 raise
-            self._move_aside(path)
+            self._move_aside(item.path)
             self._rename(staged, item)
+
+    def _open_above(self, path: bytes) -> None:
+        """An earlier run may have made directories read-only already: those above a path are
+        opened, and closed again at the end."""
+        for end in (number for number, byte in enumerate(path) if byte == ord("/")):
+            info = self.tree.lstat(path[:end])
+            if info is not None and stat.S_ISDIR(info.st_mode) and info.st_mode & 0o700 != 0o700:
+                self.tree.chmod(path[:end], stat.S_IMODE(info.st_mode) | 0o700)
+
+    def _make(self, make: "Callable[..., None]", *paths: bytes) -> None:
+        """Call one of the tree's methods that makes something at the last of the paths."""
+        try:
+            make(*paths)
         except PermissionError:
-            # An earlier run may have made a directory read-only already: it is opened, and closed
-            # again at the end.
-            above = path.rpartition(b"/")[0]
-            info = self.tree.lstat(above) if above else None
-            if info is None or info.st_mode & 0o700 == 0o700:
-                raise
-            self.tree.chmod(above, stat.S_IMODE(info.st_mode) | 0o700)
-            self._rename(staged, item)
+            self._open_above(paths[-1])
+            make(*paths)
 
     def _rename(self, staged: bytes, item: Item) -> None:
         try:
-            self.tree.rename_new(staged, item.path)
+            self._make(self.tree.rename_new, staged, item.path)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -12577,7 +12583,7 @@ class Target:
                 continue
             try:
                 try:
-                    self.tree.link(first, path)
+                    self._make(self.tree.link, first, path)
                 except OSError as error:
                     if error.errno not in NO_LINKS:
                         raise
@@ -12601,7 +12607,7 @@ class Target:
                         continue
                     if info is not None:
                         self._move_aside(path)
-                    self.tree.symlink(target, path)
+                    self._make(self.tree.symlink, target, path)
                     info = None
                 self.metadata.set_owner(self.tree, path, info, *owner)
                 self.metadata.set_xattrs(self.tree, path, xattrs)
@@ -12617,7 +12623,7 @@ class Target:
         first."""
         for path, _ in plan.each("directories to make"):
             try:
-                self.tree.make_directory(path)
+                self._make(self.tree.make_directory, path)
             except OSError as error:
                 plan.set_state(path, 4, reason_of(error))
         for path, asked, *look in plan.each("directories, the deepest first"):

@@ -99,6 +99,25 @@ class FromADiskTest(DiskCase):
         self.assertLess(os.stat(os.path.join(self.to, "m/z")).st_blocks, 1000, "a hole is no hole any more")
         self.restored(disk)     # finds all of it in place
 
+    def test_a_second_run_makes_what_is_missing_in_directories_that_the_first_has_closed(self):
+        rows = [row("d", "d", mode=0o500), row("d/f", content="f"), row("d/link", "l", "target"), row("d/h", content="h", link=3),
+                row("x", content="h", link=3), row("d/sub", "d", mode=0o500), row("d/sub/y", content="y")]
+        first = self.disk(rows, {"d/f": "f"}, "first")
+        second = self.disk(rows, {"x": "h", "d/sub/y": "y"}, "second")
+        if os.geteuid() == 0:
+            for folder, _, _ in os.walk(self.base):
+                os.chmod(folder, 0o777)
+        user = 65534 if os.geteuid() == 0 else None
+        self.restored(first, rc=1, user=user)
+        os.chmod(os.path.join(self.to, "d"), 0o700)
+        os.rmdir(os.path.join(self.to, "d/sub"))
+        os.unlink(os.path.join(self.to, "d/link"))
+        os.chmod(os.path.join(self.to, "d"), 0o500)
+        self.restored(second, user=user)
+        self.assertEqual({"d", "d/f", "d/link", "d/h", "d/sub", "d/sub/y", "x"}, self.back())
+        for name in ("d", "d/sub"):
+            self.assertEqual(0o500, os.stat(os.path.join(self.to, name)).st_mode & 0o777)
+
     def test_where_there_are_no_hard_links_there_are_copies(self):
         disk = self.disk([row(name, content="one", link=7) for name in ("a", "b", "c")], {"a": "one"})
         with mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "Operation not permitted")):
