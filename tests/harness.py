@@ -76,8 +76,12 @@ def wait_for(predicate, timeout, message):
 
 # ---- processes --------------------------------------------------------------------------------------------------
 
-class Result(collections.namedtuple("Result", "command rc stdout stderr seconds")):
-    """What a finished command left, and the JSON object on its last line."""
+class Result:
+    """What a finished command left: rc, stdout, stderr, seconds, and the JSON object on its last line. No tuple: it stands
+    behind `%`."""
+
+    def __init__(self, command, rc, stdout, stderr, seconds):
+        self.command, self.rc, self.stdout, self.stderr, self.seconds = command, rc, stdout, stderr, seconds
 
     def __str__(self):
         return "%s\n  exit code %s after %.1f s\n  stdout: %s\n  stderr: %s" % (
