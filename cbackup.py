@@ -363,8 +363,8 @@ class ConfigError(CBackupError):
     def __init__(self, path: str, problems: "List[Tuple[int, str]]") -> None:
         self.problems = sorted(problems)
         super().__init__("\n".join(
-            "%s: %s" % ("%s line %d" % (path, line) if line else path, what) for line,
-            what in self.problems))
+            "%s: %s" % ("%s line %d" % (path, line) if line else path, what)
+            for line, what in self.problems))
 
 
 class Unreachable(CBackupError):
@@ -1598,8 +1598,8 @@ def parse_config(text: str, path: str = "cbackup.conf") -> Config:
     return Config(
         text=text,
         hosts={name: (address, own or port) for name, (address, own) in parser.hosts.items()},
-        sources={name: Source(name=name, **{"replicas": replicas, **found}) for name,
-                 found in parser.sources.items()},
+        sources={name: Source(name=name, **{"replicas": replicas, **found})
+                 for name, found in parser.sources.items()},
         backups={name: Backup(name=name, **found) for name, found in parser.backups.items()},
         **values)
 
@@ -2848,8 +2848,8 @@ class Inventory(Groups):
               row["nlink"], row["target"])
              + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])], draw(40))
                 if row["kind"] == "f"
-                else (0, row["blocked"], number, None, None)) + (row["xattrs"],) for row,
-             parent in rows])
+                else (0, row["blocked"], number, None, None)) + (row["xattrs"],)
+             for row, parent in rows])
         for path, file in known.items():
             db.execute("DELETE FROM gone WHERE id=?", (file,))
             db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN "
@@ -3883,8 +3883,8 @@ class Ledger(Placement):
                        if path in known and known[path][1] == known[path][2] == version]
             db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, "
                            "path=NULL, expires=NULL, todo=todo&? WHERE file=? AND backup=?",
-                           [(tag, size, mtime, TODO_TOUCH, number, backup) for _, tag, number, _, _,
-                            size, mtime in counted])
+                           [(tag, size, mtime, TODO_TOUCH, number, backup)
+                            for _, tag, number, _, _, size, mtime in counted])
             numbers = [row[2] for row in counted]
             db.executemany("DELETE FROM declines WHERE file=? AND backup=?",
                            [(number, backup) for number in numbers])
@@ -5200,16 +5200,16 @@ def misfit(value: Any, shape: Any) -> str:
     if isinstance(shape, Each):
         if not isinstance(value, dict) or len(value) > shape.most:
             return " is no object, or one that is too large"
-        parts: "Iterable[Tuple[Any, Any, Any]]" = ((key, each, shape.of) for key,
-                                                   each in value.items())
+        parts: "Iterable[Tuple[Any, Any, Any]]" = ((key, each, shape.of)
+                                                   for key, each in value.items())
         if not all(map(_is_name, value)):
             return " has a key that is no name"
     elif isinstance(shape, (list, Every)):
         of, most = (shape.of, shape.most) if isinstance(shape, Every) else (shape[0], LIST_LIMIT)
         if not isinstance(value, (list, tuple)) or len(value) > most:
             return " is no list, or one that is too long"
-        parts = () if _all_fit(value, of) else ((number, each, of) for number, each
-                                                in enumerate(value))
+        parts = () if _all_fit(value, of) else ((number, each, of)
+                                                for number, each in enumerate(value))
     elif isinstance(shape, tuple):
         if not isinstance(value, (list, tuple)) or len(value) != len(shape):
             return " is no list of %d" % len(shape)
@@ -7131,8 +7131,8 @@ class Journal(Attic):
     def empty_incoming(self) -> None:
         """Delete what is only half here, without the database: it may be the disk that is full."""
         with contextlib.suppress(OSError, sqlite3.Error):
-            keep = {self.incoming(s, p) for s,
-                    p in self.rows("SELECT source, path FROM coming WHERE stage=1")}
+            keep = {self.incoming(s, p)
+                    for s, p in self.rows("SELECT source, path FROM coming WHERE stage=1")}
             for rel in list(self.tree.walk_files(META_DIR + b"/incoming")):
                 if rel not in keep:
                     self.delete(rel, None)
@@ -7702,8 +7702,8 @@ def _checked_xattrs(value: Any, path: bytes) -> "Optional[Dict[str, Optional[str
     try:
         if value is None:
             return None
-        size = sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True)) for name,
-                   text in value.items())
+        size = sum(len(as_raw(name)) + len(base64.b64decode(text or "", validate=True))
+                   for name, text in value.items())
         if size <= 2 * XATTRS_LIMIT and all(re.match(r"[^\0]{1,255}\Z", name) for name in value):
             return value
     except (AttributeError, TypeError, ValueError):
@@ -8492,8 +8492,8 @@ class Standings(ServerState):
             "capacity", "free", "want", "used", "files")})
         active = books.active_sources()
         books.renew_updates(number,
-                            [(books.source_row(source)["id"], as_raw(path)) for source,
-                             path in request["rows"]
+                            [(books.source_row(source)["id"], as_raw(path))
+                             for source, path in request["rows"]
                              if source in active])
         return {}
 
@@ -8625,12 +8625,12 @@ class Confirmations(Standings):
             self.reader.first(disputed.values(), LOOK_WAIT)
             for at, file in disputed.items():
                 words[at] = self._decide(file, given[at]), words[at][1]
-        good = [(facts["id"], facts["version"], one["digest"]) for one,
-                (word, facts) in zip(given, words) if word == "ok"]
+        good = [(facts["id"], facts["version"], one["digest"])
+                for one, (word, facts) in zip(given, words) if word == "ok"]
         noted = set(self.books.record_check(number, self.books.source_row(request["source"]), good))
         self.reader.wake()
-        return {"verdicts": [word if word != "ok" or facts["id"] in noted else "changed" for word,
-                             facts in words]}
+        return {"verdicts": [word if word != "ok" or facts["id"] in noted else "changed"
+                             for word, facts in words]}
 
     def _compare_all(self, source: "Dict[str, Any]", given: "List[Dict[str, Any]]",
                      ) -> "List[Tuple[str, Dict[str, Any]]]":
@@ -8872,8 +8872,8 @@ class Service(Confirmations):
         rows, more = with_more(reader.held_page(request["source"], as_raw(after)
                                                 if isinstance(after, str) else b"", prefix))
         return {"more": more,
-                "rows": [[as_text(path), size, mtime, d.hex() if d else None] for path, size, mtime,
-                         d in rows]}
+                "rows": [[as_text(path), size, mtime, d.hex() if d else None]
+                         for path, size, mtime, d in rows]}
 
     @answers("find")
     def op_find(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -8886,8 +8886,8 @@ class Service(Confirmations):
                 rows = reader.find(request["pattern"])
                 page = first_page(rows[:FIND_LIMIT])
                 more = more or len(rows) > len(page)
-                found += [[spec.name, source, as_text(path), size, mtime, since] for source, path,
-                          size, mtime, since in page]
+                found += [[spec.name, source, as_text(path), size, mtime, since]
+                          for source, path, size, mtime, since in page]
                 times += reader.times_of(page)
         return {"rows": found, "at": times, "more": more}
 
@@ -9192,8 +9192,8 @@ class VaultReader:
         with self._tree() as tree:
             rows = (row for row in old_files_here(tree, source) if row[0].startswith(prefix))
             found = enumerate(rows, 1)
-            return [(number,) + row + (None,) for number,
-                    row in itertools.islice(found, after, after + PAGE)]
+            return [(number,) + row + (None,)
+                    for number, row in itertools.islice(found, after, after + PAGE)]
 
 
 INVITATION_SECONDS, INVITATION_TRIES = 3600.0, 5
@@ -10366,12 +10366,12 @@ class CatchUp(Copier):
                 "todo", backup=self.name, source=standing.name, kind=kind, after=after)
             rows = answer["rows"]
             if kind == TODO_MOVE:
-                rows = [row + [digest] for row,
-                        digest in zip(rows, answer.get("digests") or [None] * len(rows))]
+                rows = [row + [digest]
+                        for row, digest in zip(rows, answer.get("digests") or [None] * len(rows))]
             if rows:
                 rounds.page(len(rows), rows[-1][0])
-                if any(row[0] <= before for row,
-                       before in zip(rows, [after] + [row[0] for row in rows])):
+                if any(row[0] <= before
+                       for row, before in zip(rows, [after] + [row[0] for row in rows])):
                     raise ProtocolError("a list that goes round in circles")
                 if kind != TODO_RETIRE and any(row[3] is None for row in rows):
                     raise ProtocolError("a file without its figures")
@@ -10463,8 +10463,8 @@ class CatchUp(Copier):
         serial = link.call("report_start", backup=self.name, source=standing.name)["serial"]
         while True:
             page = vault.held_page(standing.name, after)
-            for part in in_pages([as_text(path), size, mtime, tag] for path, size, mtime, _,
-                                 tag in page):
+            for part in in_pages([as_text(path), size, mtime, tag]
+                                 for path, size, mtime, _, tag in page):
                 link.call("report", backup=self.name, source=standing.name, serial=serial,
                           rows=part)
             if len(page) < PAGE:
@@ -13324,10 +13324,10 @@ def collect_status(home: Home, config: Config, down: "Iterable[str]" = (),
             if host not in answers and not misfit(answer, OPERATIONS["status"].answer)}
     home.note_answers(answers, hosts)
     sources = {name: dict(_source_status(spec, answers.get(spec.host), then.get(spec.host)),
-                          impossible=config.too_few_hosts(spec)) for name,
-               spec in sorted(config.sources.items())}
-    backups = {name: _backup_status(spec, config, answers, then) for name,
-               spec in sorted(config.backups.items())}
+                          impossible=config.too_few_hosts(spec))
+               for name, spec in sorted(config.sources.items())}
+    backups = {name: _backup_status(spec, config, answers, then)
+               for name, spec in sorted(config.backups.items())}
     answered = {host: 0.0 if host in answers else then[host]["age"] if host in then else None
                 for host in hosts}
     heard = {host: [age for age in [answered[host]]
@@ -13395,8 +13395,8 @@ def _aged(answer: "Dict[str, Any]", ago: float) -> "Dict[str, Any]":
     older."""
     def older(facts: "Dict[str, Any]", key: str) -> "Dict[str, Any]":
         return facts if facts.get(key) is None else dict(facts, **{key: facts[key] + ago})
-    sources = {name: older(older(s, "last_scan"), "unproven_since") for name,
-               s in answer["sources"].items()}
+    sources = {name: older(older(s, "last_scan"), "unproven_since")
+               for name, s in answer["sources"].items()}
     return dict(answer, age=ago, sources=sources,
                 backups=[older(words, "age") for words in answer["backups"]])
 
@@ -13719,8 +13719,8 @@ def bytes_that_fit(sources: "Iterable[Tuple[str, int, int]]", rooms: "Dict[str, 
                 steps.append((came[at], at))
                 at = came[at]
             amount = min([need, left[end]] + [
-                _size_of(sources, a) - given[a][b] if isinstance(a, int) else given[b][a] for a,
-                b in steps])
+                _size_of(sources, a) - given[a][b] if isinstance(a, int) else given[b][a]
+                for a, b in steps])
             for a, b in steps:
                 if isinstance(a, int):
                     given[a][b] += amount
@@ -13746,10 +13746,10 @@ def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
     """
     hosts = {s.host for s in config.sources.values()} | {b.host for b in config.backups.values()}
     answers, down = ask_all(Dialer(home), config, sorted(hosts), "plan")
-    backups = {name: _planned_backup(spec, answers) for name,
-               spec in sorted(config.backups.items())}
-    sources = {name: _planned_source(spec, config, answers, backups) for name,
-               spec in sorted(config.sources.items())}
+    backups = {name: _planned_backup(spec, answers)
+               for name, spec in sorted(config.backups.items())}
+    sources = {name: _planned_source(spec, config, answers, backups)
+               for name, spec in sorted(config.sources.items())}
     known = {name: s for name, s in sources.items() if s["bytes"] is not None}
     rooms, sure = _rooms(backups.values()), _rooms(b for b in backups.values()
                                                    if b["state"] == "ok")
@@ -14312,8 +14312,8 @@ class Watch:
         text."""
         found = read_json(self.home.state("watch.json"))
         wrong, over = found.get("wrong"), found.get("over")
-        self.wrong = {key: facts for key,
-                      facts in (wrong.items() if isinstance(wrong, dict) else ())
+        self.wrong = {key: facts
+                      for key, facts in (wrong.items() if isinstance(wrong, dict) else ())
                       if isinstance(facts, dict) and isinstance(facts.get("line"), str)
                       and isinstance(facts.get("since"), (int, float)) and all(
                           isinstance(facts.get(key), (int, float, type(None)))
@@ -14497,8 +14497,8 @@ def make_table(caption: str, heads: "List[str]", rows: "List[List[str]]",
     kinds = [' class="n"' if head.startswith("#") else "" for head in heads]
     out = ["<table%s><caption class=hidden>%s</caption><thead><tr>"
            % (' class="stack"' if stack else "", esc(caption))]
-    out += ['<th scope="col"%s>%s</th>' % (kind, esc(head.lstrip("#"))) for kind,
-            head in zip(kinds, heads)]
+    out += ['<th scope="col"%s>%s</th>' % (kind, esc(head.lstrip("#")))
+            for kind, head in zip(kinds, heads)]
     out.append("</tr></thead><tbody>")
     for row in rows:
         out.append('<tr><th scope="row">%s</th>%s</tr>' % (row[0], "".join(
@@ -14608,8 +14608,8 @@ def page_sources(facts: "Dict[str, Any]") -> str:
         counts = sorted((int(k), n) for k, n in s["copies"].items() if n)
         text = ", ".join("%s with %d %s" % (count_of(n, "file"), k, "copy" if k == 1 else "copies")
                          for k, n in counts)
-        parts = [("well" if k >= s["replicas"] else "wait" if k else "wrong", float(n)) for k,
-                 n in counts]
+        parts = [("well" if k >= s["replicas"] else "wait" if k else "wrong", float(n))
+                 for k, n in counts]
         waits = mark("well", "all have their copies") if not s["underserved_files"] else mark(
             "wait", "%s (%s) still %s copies"
             % (count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
@@ -15512,8 +15512,8 @@ PLAN_SOURCE_KEYS = ("host", "path", "replicas", "files", "bytes", "needed_bytes"
 
 def status_json(status: "Dict[str, Any]") -> str:
     """The one line of `status --json`."""
-    return json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]} for name,
-                             facts in value.items()}
+    return json.dumps({key: {name: {k: facts[k] for k in facts if k in STATUS_KEYS[key]}
+                             for name, facts in value.items()}
                        if key in STATUS_KEYS else value for key, value in status.items()
                        if key in ("cluster", "config_version", "sources", "backups")})
 
@@ -15734,8 +15734,8 @@ def add_plan_parser(commands: Any) -> None:
 def cmd_plan(args: argparse.Namespace, home: Home) -> int:
     plan = collect_plan(home, home.config())
     if args.json:
-        sources = {name: {key: s[key] for key in PLAN_SOURCE_KEYS} for name,
-                   s in plan["sources"].items()}
+        sources = {name: {key: s[key] for key in PLAN_SOURCE_KEYS}
+                   for name, s in plan["sources"].items()}
         print(json.dumps(dict(plan, sources=sources)))
     else:
         print_plan(plan)
@@ -15966,8 +15966,8 @@ def cmd_find(args: argparse.Namespace, home: Home) -> int:
     files = found_versions(answers, config)
     if args.json:
         print(json.dumps({"unreachable": sorted(down), "files": [
-            {"source": source, "path": path, "versions": versions} for (source, path),
-            versions in sorted(files.items())]}))
+            {"source": source, "path": path, "versions": versions}
+            for (source, path), versions in sorted(files.items())]}))
     else:
         for (source, path), versions in sorted(files.items()):
             print("%s/%s%s" % (source, shown(as_raw(path)), "" if source in config.sources else
@@ -16323,8 +16323,8 @@ def bash_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
 
 def zsh_completion(parser: argparse.ArgumentParser) -> "Iterator[str]":
     def described(pairs: "Iterable[Tuple[str, str]]") -> str:
-        return " ".join(shlex.quote("%s:%s" % (name.replace(":", "\\:"), text)) for name,
-                        text in pairs)
+        return " ".join(shlex.quote("%s:%s" % (name.replace(":", "\\:"), text))
+                        for name, text in pairs)
     commands = commands_of(parser)
     yield "#compdef cbackup.pyz cbackup"
     yield "# made by `cbackup.pyz completion zsh`"
