@@ -1737,10 +1737,10 @@ class Home:
                 stamp = int(os.fstat(stream.fileno()).st_mtime)
         except OSError as error:
             kept = os.path.join(self.state_path, "config-history")
-            raise UsageError("%s: %s; %s"
-                             % (self.config_path, reason_of(error), "the last one is in %s" % kept
-                                if os.path.isdir(
-                kept) else "`cbackup.pyz init` makes one on the first machine"))
+            raise UsageError("%s: %s; %s" % (
+                self.config_path, reason_of(error),
+                "the last one is in %s" % kept if os.path.isdir(kept)
+                else "`cbackup.pyz init` makes one on the first machine"))
         # what a full disk leaves of an edit must not become everybody's configuration
         if not data.strip():
             raise ConfigError(self.config_path, [(0, "is empty; the last right one is in %s"
@@ -1867,8 +1867,7 @@ class Home:
         ours = self.config_state().get("version")
         if offer["version"] > (VERSION_FIRST if ours is None else ours + VERSION_JUMP):
             raise ProtocolError("a configuration that claims to be version %d, where %s is known"
-                                % (
-                offer["version"], "none" if ours is None else ours))
+                                % (offer["version"], "none" if ours is None else ours))
         with contextlib.suppress(CBackupError):
             self.config()  # an edit that nothing has read yet is a version like any other
         with self.lock("config.lock"):
@@ -2664,9 +2663,10 @@ class Groups(Store):
         change: "Dict[int, List[int]]" = {}
         for some in in_batches(files):
             rows = self.rows_among("SELECT e.id, e.source, e.grp, e.size, e.blocked, c.backup, "
-                                   "c.state FROM entries e LEFT JOIN copies c ON c.file=e.id AND "
-                                   "c.state IN ('k', 'c', 's') WHERE e.kind='f' AND e.id AMONG "
-                                   "ORDER BY e.id, c.backup", some)
+                                   "c.state "
+                                   "FROM entries e LEFT JOIN copies c ON c.file=e.id "
+                                   "AND c.state IN ('k', 'c', 's') "
+                                   "WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
             for (number, source, grp, size, blocked), copies in itertools.groupby(
                     rows, key=lambda row: row[:5]):
                 group = self._group_id(source, ("!" if blocked else "") + ",".join(
@@ -2697,8 +2697,8 @@ class Groups(Store):
         while True:
             with self.write():
                 after = self.meta("regroup")
-                files = [row[0] for row in self.rows("SELECT id FROM entries WHERE id>? AND "
-                                                     "kind='f' ORDER BY id LIMIT ?",
+                files = [row[0] for row in self.rows("SELECT id FROM entries "
+                                                     "WHERE id>? AND kind='f' ORDER BY id LIMIT ?",
                                                      after, APPLY_CHUNK)]
                 self.regroup(files)
                 if not files:
@@ -2714,8 +2714,8 @@ class Groups(Store):
         with self.lock:
             if len(self._shapes) > SHAPES:
                 self._shapes.clear()
-            for row in self.db.execute("SELECT id, key, n, k, files, bytes FROM groups WHERE "
-                                       "source=? AND files>0 AND "
+            for row in self.db.execute("SELECT id, key, n, k, files, bytes FROM groups "
+                                       "WHERE source=? AND files>0 AND "
                                        + which, (source,) + values):
                 shape = self._shapes.get(row[0])
                 if shape is None:
@@ -2752,8 +2752,8 @@ class Inventory(Groups):
 
     def versions_of(self, source: int, paths: "Iterable[bytes]") -> "Dict[bytes, Dict[str, Any]]":
         """The same of many files, by their paths."""
-        rows = self.rows_among("SELECT path, %s FROM entries WHERE source=? AND kind='f' AND path "
-                               "AMONG"
+        rows = self.rows_among("SELECT path, %s FROM entries "
+                               "WHERE source=? AND kind='f' AND path AMONG"
                                % ", ".join(self.FACTS), paths, source)
         return {row[0]: dict(zip(self.FACTS, row[1:])) for row in rows}
 
@@ -2804,8 +2804,8 @@ class Inventory(Groups):
         """Entries that belong into the next generation: the catalog has their facts, and names
         their holders."""
         self.db.executemany(
-            "UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) WHERE id=? "
-            "AND gen<>(SELECT gen FROM sources WHERE id=entries.source)",
+            "UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) "
+            "WHERE id=? AND gen<>(SELECT gen FROM sources WHERE id=entries.source)",
             [(number,) for number in numbers])
 
     def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
@@ -2820,8 +2820,9 @@ class Inventory(Groups):
         self._grave(source, path)
         if kind == "f":
             db.execute("DELETE FROM copies WHERE file=? AND state='c'", (number,))
-            if db.execute("UPDATE copies SET state='r', todo=?, expires=NULL, path=COALESCE(path, "
-                          "?) WHERE file=?",
+            if db.execute("UPDATE copies SET state='r', todo=?, expires=NULL, "
+                          "path=COALESCE(path, ?) "
+                          "WHERE file=?",
                           (TODO_RETIRE, path, number)).rowcount:
                 db.execute("INSERT INTO gone VALUES(?,?,?)", (number, source["id"], path))
 
@@ -2840,7 +2841,8 @@ class Inventory(Groups):
         versions, draw = itertools.count(self._next_version(len(rows))), self.random.getrandbits
         db.executemany(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, "
-            "ctime, nlink, target, version, blocked, gen, grp, rnd, xattrs) VALUES(%s)"
+            "ctime, nlink, target, version, blocked, gen, grp, rnd, xattrs) "
+            "VALUES(%s)"
             % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 3),
             [(known.get(row["path"]) if row["kind"] == "f" else None, number, parent, row["path"],
               row["kind"], row["size"],
@@ -2852,9 +2854,9 @@ class Inventory(Groups):
              for row, parent in rows])
         for path, file in known.items():
             db.execute("DELETE FROM gone WHERE id=?", (file,))
-            db.execute("UPDATE copies SET state='s', todo=?, expires=?, path=CASE WHEN path=? THEN "
-                       "NULL ELSE path END WHERE "
-                       "file=?", (TODO_UPDATE, self.up() + STALE_LEASE, path, file))
+            db.execute("UPDATE copies SET state='s', todo=?, expires=?, "
+                       "path=CASE WHEN path=? THEN NULL ELSE path END "
+                       "WHERE file=?", (TODO_UPDATE, self.up() + STALE_LEASE, path, file))
         self.regroup(known.values())
 
     def change_entry(self, source: "Dict[str, Any]", number: int, row: "Dict[str, Any]",
@@ -2864,7 +2866,8 @@ class Inventory(Groups):
         hear). row["doubt"]: the content is presumed to be the same, and is to be read."""
         db = self.db
         db.execute("UPDATE entries SET size=?, mtime=?, mode=?, uid=?, gid=?, ino=?, ctime=?, "
-                   "nlink=?, target=?, blocked=?, xattrs=? WHERE id=?", (
+                   "nlink=?, target=?, blocked=?, xattrs=? "
+                   "WHERE id=?", (
                        row["size"], row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"],
                        row["ctime"], row["nlink"], row["target"], row["blocked"], row["xattrs"],
                        number))
@@ -2881,7 +2884,8 @@ class Inventory(Groups):
             db.execute("UPDATE copies SET todo=todo|? WHERE file=?", (TODO_TOUCH, number))
         else:
             db.execute("UPDATE entries SET version=?, digest=NULL, doubt=NULL, basis=NULL, "
-                       "other=NULL WHERE id=?",
+                       "other=NULL "
+                       "WHERE id=?",
                        (self._next_version(), number))
             self._copies_are_old(number)
         self.regroup([number])
@@ -2890,22 +2894,24 @@ class Inventory(Groups):
         """What the backups have is not the file's present content; the caller regroups."""
         self.db.execute(
             "UPDATE copies SET checked=NULL, state=CASE state WHEN 'k' THEN 's' ELSE state END, "
-            "expires=CASE state WHEN 'k' THEN ? ELSE expires END, todo=CASE WHEN state IN ('c', "
-            "'r') THEN todo ELSE todo|? END WHERE file=?",
+            "expires=CASE state WHEN 'k' THEN ? ELSE expires END, "
+            "todo=CASE WHEN state IN ('c', 'r') THEN todo ELSE todo|? END "
+            "WHERE file=?",
             (self.up() + STALE_LEASE, TODO_UPDATE, number))
 
     def _doubt(self, source: "Dict[str, Any]", number: int) -> None:
         """From now on a digest is only presumed: the file is not, to the inode and ctime, the one
         that was read."""
-        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=%s WHERE "
-                        "id=? AND digest IS NOT NULL"
+        self.db.execute("UPDATE entries SET doubt=COALESCE(doubt, ?), other=NULL, gen=%s "
+                        "WHERE id=? AND digest IS NOT NULL"
                         % self.OPEN_GEN, (clock.now(), source["id"], number))
 
     def lift(self, number: int) -> None:
         """First half of a move: free the entry's path, so that swaps and chains do not collide."""
         path = self.db.execute("SELECT path FROM entries WHERE id=?", (number,)).fetchone()[0]
-        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), todo=todo|CASE state WHEN 'r' "
-                        "THEN 0 ELSE ? END WHERE file=? AND state!='c'",
+        self.db.execute("UPDATE copies SET path=COALESCE(path, ?), "
+                        "todo=todo|CASE state WHEN 'r' THEN 0 ELSE ? END "
+                        "WHERE file=? AND state!='c'",
                         (path, TODO_MOVE, number))  # what is retired is not moved before
         self.db.execute("UPDATE entries SET path=? WHERE id=?", (b"\0%d" % number, number))
 
@@ -2928,7 +2934,8 @@ class Inventory(Groups):
             db.execute("UPDATE copies SET todo=todo|? WHERE file=? AND state!='c'",
                        (TODO_TOUCH, number))
         db.execute("UPDATE entries SET path=?, parent=?, mode=?, uid=?, gid=?, ctime=?, nlink=?, "
-                   "blocked=?, gen=%s, xattrs=? WHERE id=?" % self.OPEN_GEN, (
+                   "blocked=?, gen=%s, xattrs=? "
+                   "WHERE id=?" % self.OPEN_GEN, (
                        row["path"], parent, row["mode"], row["uid"], row["gid"], row["ctime"],
                        row["nlink"], row["blocked"], source["id"], row["xattrs"], number))
         # Claims on the old path are void: rsync would not find it.
@@ -2949,8 +2956,8 @@ class Inventory(Groups):
 
     def held_page(self, source: int, after: bytes, limit: int) -> "List[Tuple[bytes, str]]":
         """(path, "gone" or "changed") of files for which a source is held, by path."""
-        return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? ORDER BY "
-                         "path LIMIT ?",
+        return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? "
+                         "ORDER BY path LIMIT ?",
                          source, after, limit)
 
     def list_held(self, source: int, cause: "Optional[str]") -> None:
@@ -2960,14 +2967,16 @@ class Inventory(Groups):
             db.execute("DELETE FROM held_files WHERE source=?", (source,))
             if cause == "bytes":
                 db.execute("INSERT INTO held_files SELECT source, path, 'changed' FROM entries "
-                           "WHERE source=? AND other IS NOT NULL ORDER BY path LIMIT "
-                           "?", (source, HELD_FILES))
+                           "WHERE source=? AND other IS NOT NULL ORDER BY path LIMIT ?",
+                           (source, HELD_FILES))
             elif cause == "report":
-                db.execute("INSERT OR IGNORE INTO held_files SELECT c.source, COALESCE(e.path, "
-                           "c.path), CASE WHEN e.id IS NULL THEN 'gone' ELSE 'changed' END FROM "
-                           "copies c LEFT JOIN entries e ON e.id=c.file WHERE c.source=? AND c.tag "
-                           "IS NOT NULL AND %s AND COALESCE(e.path, c.path) IS NOT NULL LIMIT "
-                           "?" % self.NOT_LIKE_THAT,
+                db.execute("INSERT OR IGNORE INTO held_files SELECT c.source, "
+                           "COALESCE(e.path, c.path), "
+                           "CASE WHEN e.id IS NULL THEN 'gone' ELSE 'changed' END "
+                           "FROM copies c LEFT JOIN entries e ON e.id=c.file "
+                           "WHERE c.source=? AND c.tag IS NOT NULL AND %s "
+                           "AND COALESCE(e.path, c.path) IS NOT NULL "
+                           "LIMIT ?" % self.NOT_LIKE_THAT,
                            (source, HELD_FILES))
 
     NOT_LIKE_THAT = "(e.id IS NULL OR e.size IS NOT c.held_size " \
@@ -2977,8 +2986,9 @@ class Inventory(Groups):
         """(copies that backups hold of something that the source does not have like that, all
         copies).  A disk may have kept its time in steps of 2 s."""
         bad, total = self.one(
-            "SELECT COALESCE(SUM(%s), 0), COUNT(*) FROM copies c LEFT JOIN entries e ON "
-            "e.id=c.file WHERE c.source=? AND c.tag IS NOT NULL" % self.NOT_LIKE_THAT, source)
+            "SELECT COALESCE(SUM(%s), 0), COUNT(*) "
+            "FROM copies c LEFT JOIN entries e ON e.id=c.file "
+            "WHERE c.source=? AND c.tag IS NOT NULL" % self.NOT_LIKE_THAT, source)
         return bad, total
 
 
@@ -3031,8 +3041,9 @@ class News(Inventory):
             return
         with self.write() as db:
             if known is not None and newest < known:
-                db.execute("UPDATE copies SET todo=todo|? WHERE backup=? AND state<>'c' AND file "
-                           "IN (SELECT id FROM entries WHERE source=? AND gen>=?)",
+                db.execute("UPDATE copies SET todo=todo|? "
+                           "WHERE backup=? AND state<>'c' "
+                           "AND file IN (SELECT id FROM entries WHERE source=? AND gen>=?)",
                            (TODO_TOUCH, backup, source, newest))
             self.set_meta(mark, newest)
 
@@ -3043,8 +3054,8 @@ class News(Inventory):
     def generations(self, source: int) -> "List[Tuple[int, float, int]]":
         """(generation, time, whether something of the source changed) of the newest catalogs, the
         newest first; time 0 of one of which it is not known, as in `generation_time`."""
-        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? ORDER BY gen "
-                         "DESC LIMIT ?", source, PAGE)
+        rows = self.rows("SELECT gen, time, changed FROM generations WHERE source=? "
+                         "ORDER BY gen DESC LIMIT ?", source, PAGE)
         gen, = self.one("SELECT gen FROM sources WHERE id=?", source)
         unknown = gen > 1 and (not rows or rows[0][0] < gen - 1)
         return [(gen - 1, 0.0, 1)] + rows if unknown else rows
@@ -3058,13 +3069,16 @@ class News(Inventory):
         """A page of live entries of generations in (since, upto], after the cursor (gen, id);
         whether there may be more.  It is short where names or extended attributes are long."""
         rows = self.rows(
-            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, CASE WHEN nlink>1 AND "
-            "kind='f' THEN ino END, target, digest, (SELECT group_concat(b.name) FROM copies c "
-            "JOIN backups b ON b.id=c.backup WHERE c.file=entries.id AND c.state='k'), kind<>'f' "
+            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, "
+            "CASE WHEN nlink>1 AND kind='f' THEN ino END, target, digest, "
+            "(SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE "
+            "c.file=entries.id AND c.state='k'), "
+            "kind<>'f' "
             "OR digest IS NOT NULL AND doubt IS NULL, blocked IS NOT 'unreadable', LENGTH(xattrs) "
-            "FROM entries WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) AND "
-            "NOT (kind='l' AND target=x'') ORDER BY gen, id LIMIT "
-            "?", source, since, upto, after[0], after[0], after[1], PAGE)
+            "FROM entries "
+            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) "
+            "AND NOT (kind='l' AND target=x'') "
+            "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
         page: "List[Tuple[Any, ...]]" = []
         size = 0
         for row in first_page(rows):
@@ -3092,15 +3106,16 @@ class Proof(News):
         """Facts (see version_of) of files whose digest is presumed, those of which it was presumed
         last first; behind `before`, the (doubt, id) of the last one."""
         return [dict(zip(self.FACTS, row)) for row in self.rows(
-            "SELECT %s FROM entries WHERE source=? AND doubt IS NOT NULL AND doubt<=? AND (doubt<? "
-            "OR id<?) AND other IS NULL ORDER BY doubt DESC, id DESC LIMIT "
-            "?" % ", ".join(self.FACTS),
+            "SELECT %s FROM entries "
+            "WHERE source=? AND doubt IS NOT NULL AND doubt<=? AND (doubt<? OR id<?) "
+            "AND other IS NULL "
+            "ORDER BY doubt DESC, id DESC LIMIT ?" % ", ".join(self.FACTS),
             source, before[0], before[0], before[1], limit)]
 
     def unread_count(self, source: int) -> "Tuple[int, Optional[float]]":
         """(files whose digest is presumed, since when the first of them is)."""
-        return self.one("SELECT COUNT(*), MIN(doubt) FROM entries WHERE source=? AND doubt IS NOT "
-                        "NULL", source)
+        return self.one("SELECT COUNT(*), MIN(doubt) FROM entries "
+                        "WHERE source=? AND doubt IS NOT NULL", source)
 
     def prove_all(self, source: "Dict[str, Any]",
                   read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
@@ -3119,8 +3134,8 @@ class Proof(News):
                     read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries WHERE "
-                "kind='f' AND id AMONG",
+                "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries "
+                "WHERE kind='f' AND id AMONG",
                 [facts["id"] for facts, _, _ in read])}
             verdicts, news = [], []
             for facts, own, sure in read:
@@ -3159,8 +3174,8 @@ class Proof(News):
         """What was read is a file's content from now on.  Where another content had been read
         before it is a new version; else only its copies were wrong."""
         self.db.execute("UPDATE entries SET version=CASE basis WHEN 'p' THEN ? ELSE version END, "
-                        "digest=other, doubt=NULL, basis='p', other=NULL, gen=%s WHERE "
-                        "id=?" % self.OPEN_GEN,
+                        "digest=other, doubt=NULL, basis='p', other=NULL, gen=%s "
+                        "WHERE id=?" % self.OPEN_GEN,
                         (self._next_version(), source["id"], number))
         self.db.execute("DELETE FROM declines WHERE file=?", (number,))
         self._copies_are_old(number)
@@ -3219,8 +3234,8 @@ class Placement(Proof):
         every copy that is missing.
         """
         room: "Dict[str, int]" = {}
-        for other_host, other_free in self.rows("SELECT host, free FROM backups WHERE configured=1 "
-                                                "AND lost=0 AND leaving=0"):
+        for other_host, other_free in self.rows("SELECT host, free FROM backups "
+                                                "WHERE configured=1 AND lost=0 AND leaving=0"):
             room[other_host] = room.get(other_host, 0) + max(0, other_free or 0)
         levels: "Dict[Tuple[bool, int], List[Group]]" = {}
         short = self._short_of_files(source, replicas, room) - {self.host_of(backup)}
@@ -3276,8 +3291,10 @@ class Placement(Proof):
         start, found = self.random.getrandbits(40), []
         for side in (">=", "<"):
             found += self.rows(
-                "SELECT id, size, grp FROM (SELECT id, size, grp FROM entries "
-                "WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT ?) x WHERE 1 %s LIMIT ?"
+                "SELECT id, size, grp "
+                "FROM (SELECT id, size, grp FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT "
+                "?) x "
+                "WHERE 1 %s LIMIT ?"
                 % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
                 count - len(found))
             if len(found) >= count:
@@ -3289,8 +3306,9 @@ class Placement(Proof):
         """(file id, size, group) of the largest files of `groups` that fit, where a random sample
         had none."""
         some = {row[0] for row in self.rows(
-            "SELECT id FROM groups g WHERE source=? AND files>0 AND n=? AND EXISTS(SELECT 1 FROM "
-            "entries WHERE grp=g.id AND size<=?)", source, level, free)}
+            "SELECT id FROM groups g "
+            "WHERE source=? AND files>0 AND n=? "
+            "AND EXISTS(SELECT 1 FROM entries WHERE grp=g.id AND size<=?)", source, level, free)}
         found: "List[Tuple[int, int, int]]" = []
         for group in groups:
             if group.id in some and len(found) < CANDIDATES:
@@ -3308,8 +3326,10 @@ class Placement(Proof):
             levels.setdefault(group.n, []).append(group.id)
         for level in sorted(levels):
             found = [row for row in (self.one(
-                "SELECT size, path FROM entries x WHERE grp=? AND size>? AND size<=? AND NOT "
-                "EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND d.until>?) "
+                "SELECT size, path FROM entries x "
+                "WHERE grp=? AND size>? AND size<=? "
+                "AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND "
+                "d.until>?) "
                 "ORDER BY size LIMIT 1",
                 number, above, most, backup, self.up()) for number in levels[level]) if row]
             if found:
@@ -3340,9 +3360,9 @@ class Placement(Proof):
         free_of_declines = "NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id " \
             "AND d.backup=%d AND d.until>%f)" % (backup, self.up())
         for number in groups:
-            above += self.rows("SELECT size, path FROM entries x WHERE grp=? AND size>=? AND "
-                               "size<=? AND %s ORDER BY size LIMIT "
-                               "1" % free_of_declines, number, need, most)
+            above += self.rows("SELECT size, path FROM entries x "
+                               "WHERE grp=? AND size>=? AND size<=? AND %s ORDER BY size LIMIT 1"
+                               % free_of_declines, number, need, most)
             total, limit = 0, min(need - 1, most)
             while limit >= 0:
                 page = self.rows("SELECT size, path FROM entries x WHERE grp=? AND size<=? AND %s "
@@ -3391,9 +3411,9 @@ class Placement(Proof):
                 group.id, most)
             size, files = size + group.bytes - large[0], files + group.files - large[1]
         declined = self.one(
-            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) FROM declines d CROSS JOIN entries e ON "
-            "e.id=d.file JOIN groups g ON g.id=e.grp WHERE d.backup=? AND d.until>? AND e.source=? "
-            "AND g.n<? AND e.size<=?",
+            "SELECT COALESCE(SUM(e.size), 0), COUNT(*) "
+            "FROM declines d CROSS JOIN entries e ON e.id=d.file JOIN groups g ON g.id=e.grp "
+            "WHERE d.backup=? AND d.until>? AND e.source=? AND g.n<? AND e.size<=?",
             backup, self.up(), source["id"], source["replicas"], most)
         return max(0, size - declined[0]), max(0, files - declined[1])
 
@@ -3401,9 +3421,9 @@ class Placement(Proof):
         """backup -> free bytes, as far as it is to be expected that they are offered to our files
         in its next pass."""
         return {number: free for number, free in self.rows(
-            "SELECT id, free FROM backups WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? "
-            "AND host<>? AND free>0 AND heard>=?-3*COALESCE(period, "
-            "3600)", backup, self.host, self.up())}
+            "SELECT id, free FROM backups "
+            "WHERE configured=1 AND lost=0 AND leaving=0 AND id<>? AND host<>? AND free>0 "
+            "AND heard>=?-3*COALESCE(period, 3600)", backup, self.host, self.up())}
 
     def beyond_room(self, source: "Dict[str, Any]", room: "Dict[int, int]") -> int:
         """Bytes of missing copies for which there is no place in `room` (backup -> bytes); what has
@@ -3422,8 +3442,9 @@ class Placement(Proof):
                 if host in group.hosts:
                     continue
                 fits = group.bytes if room[backup] >= group.bytes and not declined else self.one(
-                    "SELECT COALESCE(SUM(size), 0) FROM entries x WHERE grp=? AND size<=? AND NOT "
-                    "EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND "
+                    "SELECT COALESCE(SUM(size), 0) FROM entries x "
+                    "WHERE grp=? AND size<=? "
+                    "AND NOT EXISTS(SELECT 1 FROM declines d WHERE d.file=x.id AND d.backup=? AND "
                     "d.until>?)", group.id,
                     room[backup], backup, self.up())[0]
                 able = min(fits, room[backup], left, group.bytes - taken.get(host, 0))
@@ -3438,8 +3459,8 @@ class Placement(Proof):
         sources, now or when what is claimed has arrived: or several would relieve it of the same
         bytes at once."""
         spare: "Dict[int, int]" = {}
-        for source, replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1 AND "
-                                          "state='ok'"):
+        for source, replicas in self.rows("SELECT id, replicas FROM sources "
+                                          "WHERE active=1 AND state='ok'"):
             for group in self.groups(source, "n>?", replicas):
                 for backup, copy in group.members.items():
                     if copy and len({self.host_of(b) for b in group.members if b != backup
@@ -3455,29 +3476,31 @@ class Placement(Proof):
                 for number, name, host, capacity, free, want, used, files, heard, date, period,
                 lost in self.rows(
                     "SELECT id, name, host, capacity, free, want, used, files, heard, heard_date, "
-                    "period, lost FROM backups WHERE configured=1 ORDER BY name")]
+                    "period, lost "
+                    "FROM backups WHERE configured=1 ORDER BY name")]
 
     # -- figures --
 
     def unclaimed_bytes(self, source: "Dict[str, Any]") -> int:
         """Bytes of copies that nobody has or has claimed: the source's demand (`missing` in the
         rules)."""
-        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups WHERE source=? AND "
-                        "files>0 AND n<? AND key NOT LIKE '!%'", source["replicas"], source["id"],
+        return self.one("SELECT COALESCE(SUM((? - n) * bytes), 0) FROM groups "
+                        "WHERE source=? AND files>0 AND n<? AND key NOT LIKE '!%'",
+                        source["replicas"], source["id"],
                         source["replicas"])[0]
 
     def short_count(self, source: "Dict[str, Any]") -> int:
         """How many files have fewer than N confirmed copies."""
-        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups WHERE source=? AND files>0 AND "
-                        "k<?",
+        return self.one("SELECT COALESCE(SUM(files), 0) FROM groups "
+                        "WHERE source=? AND files>0 AND k<?",
                         source["id"], source["replicas"])[0]
 
     def duties(self) -> "Dict[str, int]":
         """For each backup that is leaving: how many copies in it have not been made elsewhere
         yet."""
         out = {}
-        for number, name in self.rows("SELECT id, name FROM backups WHERE leaving=1 AND "
-                                      "configured=1"):
+        for number, name in self.rows("SELECT id, name FROM backups "
+                                      "WHERE leaving=1 AND configured=1"):
             out[name] = sum(group.files for source,
                             replicas in self.rows("SELECT id, replicas FROM sources WHERE active=1")
                             for group in self.groups(source, "key GLOB ?", "*%d+*" % number)
@@ -3501,8 +3524,8 @@ class Placement(Proof):
             for host in staying if len(staying) <= source["replicas"] else ():
                 files, size = out["without"].get(host, (0, 0))
                 out["without"][host] = [files + group.files, size + group.bytes]
-        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' ORDER BY "
-                           "size DESC LIMIT 1",
+        largest = self.one("SELECT size, path FROM entries WHERE source=? AND kind='f' "
+                           "ORDER BY size DESC LIMIT 1",
                            source["id"])
         out["largest"] = [largest[0], as_text(largest[1])] if largest else [0, ""]
         return out
@@ -3515,8 +3538,8 @@ class Placement(Proof):
                "overserved_files": 0,
                "missing_bytes": 0, "claimed_files": 0, "blocked_files": 0}
         for k, n, blocked, files, size in self.rows(
-                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups WHERE source=? AND "
-                "files>0 GROUP BY 1, 2, 3",
+                "SELECT k, n, key LIKE '!%', SUM(files), SUM(bytes) FROM groups "
+                "WHERE source=? AND files>0 GROUP BY 1, 2, 3",
                 source["id"]):
             out["files"] += files
             out["bytes"] += size
@@ -3539,8 +3562,8 @@ class Placement(Proof):
     def short_since(self, source: int, replicas: int) -> "Optional[float]":
         """For how many seconds at most, by their ctime, files have been as they are and short of
         copies; None: there is none."""
-        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id WHERE "
-                          "g.source=? AND g.k<? AND g.files>0", source, replicas)[0]
+        oldest = self.one("SELECT MIN(e.ctime) FROM groups g JOIN entries e ON e.grp=g.id "
+                          "WHERE g.source=? AND g.k<? AND g.files>0", source, replicas)[0]
         return None if oldest is None else max(0.0, clock.now() - oldest / 1e9)
 
     def stuck_files(self, source: int, replicas: int,
@@ -3549,30 +3572,33 @@ class Placement(Proof):
         not take them, or because their contents cannot be trusted; without those that cannot be
         read, which the scan names, and those that were being written to."""
         rows = self.rows(
-            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id WHERE "
-            "g.source=?1 AND g.k<?2 AND g.files>0 AND g.key GLOB '!*' AND e.blocked<>'unreadable' "
-            "UNION SELECT e.path, MIN(d.reason) FROM declines d CROSS JOIN entries e ON "
-            "e.id=d.file CROSS JOIN groups g ON g.id=e.grp WHERE g.source=?1 AND g.k<?2 AND "
-            "d.version=e.version AND d.reason NOT IN ('no room', 'changed') GROUP "
-            "BY e.id ORDER BY 1", source, replicas)
+            "SELECT e.path, e.blocked FROM groups g CROSS JOIN entries e ON e.grp=g.id "
+            "WHERE g.source=?1 AND g.k<?2 AND g.files>0 AND g.key GLOB '!*' "
+            "AND e.blocked<>'unreadable' "
+            "UNION SELECT e.path, MIN(d.reason) "
+            "FROM declines d CROSS JOIN entries e ON e.id=d.file CROSS JOIN groups g ON g.id=e.grp "
+            "WHERE g.source=?1 AND g.k<?2 AND d.version=e.version "
+            "AND d.reason NOT IN ('no room', 'changed') "
+            "GROUP BY e.id ORDER BY 1", source, replicas)
         return len(rows), rows[:limit]
 
     def short_files(self, source: int, replicas: int, limit: int) -> "List[Tuple[bytes, int, str]]":
         """(path, size, why) of files that are short of copies, the largest first: what fits nowhere
         is among them."""
         largest: "Dict[str, int]" = {}
-        for host, capacity in self.rows("SELECT host, capacity FROM backups WHERE configured=1 AND "
-                                        "lost=0 AND leaving=0 AND host<>? AND capacity IS NOT "
-                                        "NULL", self.host):
+        for host, capacity in self.rows("SELECT host, capacity FROM backups "
+                                        "WHERE configured=1 AND lost=0 AND leaving=0 AND host<>? "
+                                        "AND capacity IS NOT NULL", self.host):
             largest[host] = max(capacity, largest.get(host, 0))
         found, short = [], []
         for (group,) in self.rows("SELECT id FROM groups WHERE source=? AND files>0 AND k<?",
                                   source, replicas):
             # Group by group, which is by index: a pass asks for this, also when a million are short.
             short += self.rows(
-                "SELECT path, size, COALESCE(blocked, (SELECT d.reason FROM declines d WHERE "
-                "d.file=e.id LIMIT 1), '') FROM entries e WHERE grp=? ORDER BY size DESC LIMIT "
-                "?", group, limit)
+                "SELECT path, size, "
+                "COALESCE(blocked, (SELECT d.reason FROM declines d WHERE d.file=e.id LIMIT 1), "
+                "'') "
+                "FROM entries e WHERE grp=? ORDER BY size DESC LIMIT ?", group, limit)
         for path, size, why in sorted(short, key=lambda row: -row[1])[:limit]:
             able = sum(capacity >= size for capacity in largest.values())
             if not why and largest and able < replicas:
@@ -3634,8 +3660,9 @@ class Ledger(Placement):
         """`backup` is at work on these (source, path) of which it has an older version: others are
         to wait for longer."""
         with self.write() as db:
-            db.executemany("UPDATE copies SET expires=? WHERE backup=? AND state='s' AND "
-                           "file=(SELECT id FROM entries WHERE source=? AND path=?)",
+            db.executemany("UPDATE copies SET expires=? "
+                           "WHERE backup=? AND state='s' "
+                           "AND file=(SELECT id FROM entries WHERE source=? AND path=?)",
                            [(self.up() + STALE_LEASE, backup) + each for each in files])
 
     def expire(self, lost_after: float) -> None:
@@ -3643,11 +3670,11 @@ class Ledger(Placement):
         `lost_after`."""
         now = self.up()
         with self.lock:
-            due = self.rows("SELECT file, backup, state FROM copies WHERE backup IN (SELECT id "
-                            "FROM backups) AND expires<=?",
+            due = self.rows("SELECT file, backup, state FROM copies "
+                            "WHERE backup IN (SELECT id FROM backups) AND expires<=?",
                             now)
-            lost = self.rows("SELECT id, name FROM backups WHERE lost=0 AND configured=1 AND "
-                             "heard<?", now - lost_after)
+            lost = self.rows("SELECT id, name FROM backups "
+                             "WHERE lost=0 AND configured=1 AND heard<?", now - lost_after)
             if not due and not lost:
                 return
             with self.write() as db:
@@ -3655,8 +3682,8 @@ class Ledger(Placement):
                     if state == "c":
                         db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     else:
-                        db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND "
-                                   "backup=?",
+                        db.execute("UPDATE copies SET state='o', expires=NULL "
+                                   "WHERE file=? AND backup=?",
                                    (number, backup))
                 self.regroup(row[0] for row in due)
                 for number, _, _ in due:
@@ -3674,16 +3701,16 @@ class Ledger(Placement):
 
     def own_claims(self, backup: int, source: int, limit: int) -> "List[Tuple[Any, ...]]":
         """Claims that this backup already has, for a client that comes back after it was killed."""
-        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file WHERE "
-                         "c.backup=? AND c.source=? AND c.state='c' ORDER BY e.path LIMIT "
-                         "?" % self.WANTED, backup, source,
+        return self.rows("SELECT e.id, %s FROM copies c JOIN entries e ON e.id=c.file "
+                         "WHERE c.backup=? AND c.source=? AND c.state='c' ORDER BY e.path LIMIT ?"
+                         % self.WANTED, backup, source,
                          limit)
 
     def on_their_way(self, source: int, most: int) -> "List[bytes]":
         """Paths of files that some backup has claimed, or has an older version of."""
         return [row[0] for row in self.rows(
-            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file WHERE c.source=? "
-            "AND c.state IN ('c', 's', 'o') AND e.kind='f' LIMIT ?", source, most)]
+            "SELECT DISTINCT e.path FROM copies c JOIN entries e ON e.id=c.file "
+            "WHERE c.source=? AND c.state IN ('c', 's', 'o') AND e.kind='f' LIMIT ?", source, most)]
 
     def claim(self, backup: int, source: "Dict[str, Any]", free: int, max_files: int,
               max_bytes: int,
@@ -3740,8 +3767,9 @@ class Ledger(Placement):
     def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
         until = self.up() + CLAIM_LEASE
         self.db.executemany("INSERT INTO copies(file, backup, source, state, expires) "
-                            "VALUES(?,?,?,'c',?) ON CONFLICT(file, backup) DO UPDATE SET "
-                            "state='s', expires=excluded.expires",
+                            "VALUES(?,?,?,'c',?) "
+                            "ON CONFLICT(file, backup) DO UPDATE SET state='s', "
+                            "expires=excluded.expires",
                             [(number, backup, source, until) for number in numbers])
         self.regroup(numbers)
 
@@ -3758,9 +3786,9 @@ class Ledger(Placement):
         host, taken = self.host_of(backup), []
         with self.write():
             for path in paths:
-                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries "
-                               "e JOIN groups g ON g.id=e.grp WHERE e.source=? AND "
-                               "e.path=?", source["id"], path)
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes "
+                               "FROM entries e JOIN groups g ON g.id=e.grp "
+                               "WHERE e.source=? AND e.path=?", source["id"], path)
                 if not row:
                     continue
                 group = Group(row[1:], self.facts_of_backup)
@@ -3785,9 +3813,9 @@ class Ledger(Placement):
                     source)]
             else:
                 files = [row[0] for row in (self.one(
-                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id WHERE e.source=? "
-                    "AND e.path=? AND c.backup=? AND "
-                    "c.state='c'", source, path, backup) for path in paths)
+                    "SELECT c.file FROM entries e JOIN copies c ON c.file=e.id "
+                    "WHERE e.source=? AND e.path=? AND c.backup=? AND c.state='c'",
+                    source, path, backup) for path in paths)
                          if row]
             self._end_claims(backup, files)
 
@@ -3801,14 +3829,14 @@ class Ledger(Placement):
         asked again."""
         with self.write() as db:
             for path, version, reason in rows:
-                row = self.one("SELECT id, version FROM entries WHERE source=? AND path=? AND "
-                               "kind='f'", source, path)
+                row = self.one("SELECT id, version FROM entries "
+                               "WHERE source=? AND path=? AND kind='f'", source, path)
                 if not row:
                     continue
                 db.execute("DELETE FROM copies WHERE file=? AND backup=? AND state='c'",
                            (row[0], backup))
-                db.execute("UPDATE copies SET state='o', expires=NULL WHERE file=? AND backup=? "
-                           "AND state='s'",
+                db.execute("UPDATE copies SET state='o', expires=NULL "
+                           "WHERE file=? AND backup=? AND state='s'",
                            (row[0], backup))
                 if row[1] == version:
                     db.execute("INSERT OR REPLACE INTO declines VALUES(?,?,?,?,?)",
@@ -3820,8 +3848,9 @@ class Ledger(Placement):
         """Older versions for which nobody waits any more go to the attic when enough other hosts
         have the present one: their backups had no room for it, or were away for long."""
         if self.one("SELECT 1 FROM copies WHERE file=? AND state='o'", number) and self.one(
-                "SELECT 1 FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON "
-                "s.id=e.source WHERE e.id=? AND g.k>=s.replicas", number):
+                "SELECT 1 "
+                "FROM entries e JOIN groups g ON g.id=e.grp JOIN sources s ON s.id=e.source "
+                "WHERE e.id=? AND g.k>=s.replicas", number):
             self.db.execute("UPDATE copies SET state='r', todo=? WHERE file=? AND state='o'",
                             (TODO_RETIRE, number))
 
@@ -3847,8 +3876,8 @@ class Ledger(Placement):
                      if number in known and known[number][0] == version
                      and known[number][1] in (None, digest)]
             db.executemany(
-                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s WHERE id=? AND "
-                "digest IS NULL"
+                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s "
+                "WHERE id=? AND digest IS NULL"
                 % self.OPEN_GEN,
                 [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"],
                   number)
@@ -3875,14 +3904,15 @@ class Ledger(Placement):
                     rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime FROM entries e CROSS "
-                "JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.source=? AND e.kind='f' AND "
-                "e.path AMONG",
+                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime "
+                "FROM entries e CROSS JOIN copies c ON c.file=e.id AND c.backup=? "
+                "WHERE e.source=? AND e.kind='f' AND e.path AMONG",
                 [row[0] for row in rows], backup, source)}
             counted = [(path, tag) + known[path] for path, version, tag in rows
                        if path in known and known[path][1] == known[path][2] == version]
             db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, "
-                           "path=NULL, expires=NULL, todo=todo&? WHERE file=? AND backup=?",
+                           "path=NULL, expires=NULL, todo=todo&? "
+                           "WHERE file=? AND backup=?",
                            [(tag, size, mtime, TODO_TOUCH, number, backup)
                             for _, tag, number, _, _, size, mtime in counted])
             numbers = [row[2] for row in counted]
@@ -3890,8 +3920,8 @@ class Ledger(Placement):
                            [(number, backup) for number in numbers])
             self._are_news(numbers)
             self.regroup(numbers)
-            for (number,) in self.rows_among("SELECT DISTINCT file FROM copies WHERE state='o' AND "
-                                             "file AMONG", numbers):
+            for (number,) in self.rows_among("SELECT DISTINCT file FROM copies "
+                                             "WHERE state='o' AND file AMONG", numbers):
                 self._retire_outdated(number)
             if counted:
                 db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
@@ -3910,9 +3940,10 @@ class Ledger(Placement):
         granted = []
         with self.write() as db:
             for path in paths:
-                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes FROM entries "
-                               "e JOIN groups g ON g.id=e.grp WHERE e.source=? AND e.path=? AND "
-                               "e.doubt IS NULL AND e.digest IS NOT NULL",
+                row = self.one("SELECT e.id, g.id, g.key, g.n, g.k, g.files, g.bytes "
+                               "FROM entries e JOIN groups g ON g.id=e.grp "
+                               "WHERE e.source=? AND e.path=? AND e.doubt IS NULL "
+                               "AND e.digest IS NOT NULL",
                                source["id"], path)
                 if not row:
                     continue
@@ -3952,8 +3983,7 @@ class Books(Ledger):
                 db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
                 db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
                            (source.path, source.replicas, source.name))
-            before = dict((row[0], row[1:])
-                          for row in db.execute(
+            before = dict((row[0], row[1:]) for row in db.execute(
                 "SELECT id, host, configured, leaving FROM backups"))
             # one that comes back counts when it was heard
             db.execute("UPDATE backups SET lost=1 WHERE configured=0")
@@ -3990,11 +4020,11 @@ class Books(Ledger):
         """A page of rows (cursor, path as the backup has it, tag, digest that a counted copy has,
         WANTED columns or Nones when retired)."""
         return self.rows(
-            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, CASE c.state WHEN 'k' THEN "
-            "e.digest END, %s FROM copies c LEFT JOIN entries e ON e.id=c.file "
-            "LEFT JOIN gone g ON g.id=c.file WHERE c.backup=? AND c.source=? AND c.todo>0 AND "
-            "c.todo&? AND c.file>? ORDER BY c.file LIMIT "
-            "?" % self.WANTED, backup, source, kind, after, PAGE)
+            "SELECT c.file, COALESCE(c.path, e.path, g.path), c.tag, "
+            "CASE c.state WHEN 'k' THEN e.digest END, %s "
+            "FROM copies c LEFT JOIN entries e ON e.id=c.file LEFT JOIN gone g ON g.id=c.file "
+            "WHERE c.backup=? AND c.source=? AND c.todo>0 AND c.todo&? AND c.file>? "
+            "ORDER BY c.file LIMIT ?" % self.WANTED, backup, source, kind, after, PAGE)
 
     def todo_counts(self, backup: int, source: int) -> int:
         return self.one("SELECT COUNT(*) FROM (SELECT 1 FROM copies WHERE backup=? AND source=? "
@@ -4014,8 +4044,10 @@ class Books(Ledger):
                 elif kind == TODO_MOVE:
                     # A copy that was never reported or confirmed has no tag, and gets none by being
                     # moved.
-                    db.execute("UPDATE copies SET path=NULL, tag=CASE WHEN tag IS NOT NULL THEN "
-                               "COALESCE(?, tag) END, todo=todo&~? WHERE file=? AND backup=?",
+                    db.execute("UPDATE copies SET path=NULL, "
+                               "tag=CASE WHEN tag IS NOT NULL THEN COALESCE(?, tag) END, "
+                               "todo=todo&~? "
+                               "WHERE file=? AND backup=?",
                                (tag, TODO_MOVE, number, backup))
                 else:
                     db.execute("UPDATE copies SET todo=todo&~? WHERE file=? AND backup=?",
@@ -4035,11 +4067,12 @@ class Books(Ledger):
         with self.write() as db:
             for path in paths:
                 for (number,) in self.rows(
-                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? UNION "
-                        "SELECT c.file FROM entries e CROSS JOIN copies c ON c.file=e.id AND "
-                        "c.backup=? WHERE e.source=? AND e.path=? AND c.path IS NULL "
-                        "UNION SELECT c.file FROM gone g CROSS JOIN copies c ON c.file=g.id AND "
-                        "c.backup=? WHERE g.source=? AND g.path=? AND c.path IS NULL",
+                        "SELECT file FROM copies WHERE backup=? AND source=? AND path=? "
+                        "UNION SELECT c.file "
+                        "FROM entries e CROSS JOIN copies c ON c.file=e.id AND c.backup=? "
+                        "WHERE e.source=? AND e.path=? AND c.path IS NULL UNION SELECT c.file "
+                        "FROM gone g CROSS JOIN copies c ON c.file=g.id AND c.backup=? "
+                        "WHERE g.source=? AND g.path=? AND c.path IS NULL",
                         *(backup, source, path) * 3):
                     db.execute("DELETE FROM copies WHERE file=? AND backup=?", (number, backup))
                     self._after_retire(number)
@@ -4062,8 +4095,8 @@ class Books(Ledger):
         fetches the rest."""
         for some in in_batches(rows, SLICE):
             with self.write():
-                known = dict(self.rows_among("SELECT path, id FROM entries WHERE source=? AND "
-                                             "kind='f' AND path AMONG",
+                known = dict(self.rows_among("SELECT path, id FROM entries "
+                                             "WHERE source=? AND kind='f' AND path AMONG",
                                              [row[0] for row in some], source["id"]))
                 self._report_some(backup, source, serial, some, known)
 
@@ -4077,9 +4110,9 @@ class Books(Ledger):
         for path, size, mtime, tag in rows:
             number, moved = known.get(path), None
             if number is None:
-                moved = self.one("SELECT c.file FROM copies c JOIN entries e ON e.id=c.file WHERE "
-                                 "c.backup=? AND c.source=? AND c.todo&? AND "
-                                 "c.path=?", backup, source["id"],
+                moved = self.one("SELECT c.file FROM copies c JOIN entries e ON e.id=c.file "
+                                 "WHERE c.backup=? AND c.source=? AND c.todo&? AND c.path=?",
+                                 backup, source["id"],
                                  TODO_MOVE, path)
                 number = moved[0] if moved else self._gone_id(source["id"], path)
                 held[number] = self.one("SELECT state, tag FROM copies WHERE file=? AND backup=?",
@@ -4096,10 +4129,11 @@ class Books(Ledger):
         self.db.executemany("UPDATE copies SET seen=? WHERE file=? AND backup=?", seen)
         self.db.executemany(
             "INSERT INTO copies(file, backup, source, state, tag, held_size, held_mtime, expires, "
-            "todo, path, seen) VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(file, backup) DO UPDATE "
-            "SET state=excluded.state, tag=excluded.tag, held_size=excluded.held_size, "
-            "held_mtime=excluded.held_mtime, expires=excluded.expires, todo=excluded.todo, "
-            "path=excluded.path, seen=excluded.seen",
+            "todo, path, seen) "
+            "VALUES(?,?,?,?,?,?,?,?,?,?,?) "
+            "ON CONFLICT(file, backup) DO UPDATE SET state=excluded.state, tag=excluded.tag, "
+            "held_size=excluded.held_size, held_mtime=excluded.held_mtime, "
+            "expires=excluded.expires, todo=excluded.todo, path=excluded.path, seen=excluded.seen",
             new)
         self.regroup(row[0] for row in new)
 
@@ -4152,9 +4186,11 @@ class Books(Ledger):
         until = self.meta("recovering:%d" % source)
         if until is None:
             return False
-        waiting = self.one("SELECT 1 FROM backups b WHERE configured=1 AND lost=0 AND host<>? AND "
-                           "NOT EXISTS(SELECT 1 FROM caught_up c WHERE c.backup=b.id AND "
-                           "c.source=?) LIMIT 1",
+        waiting = self.one("SELECT 1 FROM backups b "
+                           "WHERE configured=1 AND lost=0 AND host<>? "
+                           "AND NOT EXISTS(SELECT 1 FROM caught_up c WHERE c.backup=b.id AND "
+                           "c.source=?) "
+                           "LIMIT 1",
                            self.host, source)
         if waiting and until > self.up():
             return True
@@ -4676,7 +4712,8 @@ class Scan:
                            (old[0],))
                 if old[1] == "d":
                     db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, "
-                               "ino, 0 FROM entries WHERE source=? AND path>? AND path<?",
+                               "ino, 0 "
+                               "FROM entries WHERE source=? AND path>? AND path<?",
                                (self.row["id"], path + b"/", path + b"0"))
             db.execute("COMMIT")
 
@@ -4687,18 +4724,22 @@ class Scan:
         was moved."""
         with self.books.lock:
             self.books.db.execute(
-                "INSERT OR IGNORE INTO moves SELECT l.id, f.path FROM found f JOIN lost l ON "
-                "l.ino=f.ino AND l.size=f.size AND l.mtime=f.mtime WHERE f.kind='f' AND l.kind='f' "
-                "AND f.how IN ('new', 'replaced') AND f.path<>l.path ORDER BY f.path, l.path")
+                "INSERT OR IGNORE INTO moves SELECT l.id, f.path "
+                "FROM found f JOIN lost l ON l.ino=f.ino AND l.size=f.size AND l.mtime=f.mtime "
+                "WHERE f.kind='f' AND l.kind='f' AND f.how IN ('new', 'replaced') "
+                "AND f.path<>l.path "
+                "ORDER BY f.path, l.path")
 
     def _count(self, sql: str) -> int:
         return self.books.one(sql)[0]
 
     def _judge(self) -> None:
-        gone = self._count("SELECT COUNT(*) FROM lost l WHERE kind='f' AND replaced=0 "
+        gone = self._count("SELECT COUNT(*) FROM lost l "
+                           "WHERE kind='f' AND replaced=0 "
                            "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id)")
-        changed = self._count("SELECT COUNT(*) FROM found f WHERE f.how='replaced' AND NOT EXISTS("
-                              "SELECT 1 FROM moves m WHERE m.lost=f.known)") \
+        changed = self._count("SELECT COUNT(*) FROM found f "
+                              "WHERE f.how='replaced' "
+                              "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=f.known)") \
             + self._count("SELECT COUNT(*) FROM found WHERE kind='f' AND how='content'")
         path, known = self.source.path, self.known_files
         elsewhere = self.row["device"] is not None and self.row["device"] != self.device \
@@ -4717,9 +4758,8 @@ class Scan:
             left_out = self._left_out()
             words = "%s are left out now by `exclude` on its line, " % format(left_out, ",")
             raise Held("mass", "of the %s in %s, %s%s are gone and %s have changed since the last "
-                               "look" % (
-                count_of(known, "file"), path, words if left_out else "",
-                format(gone - left_out, ","), format(changed, ",")))
+                               "look" % (count_of(known, "file"), path, words if left_out else "",
+                                         format(gone - left_out, ","), format(changed, ",")))
 
     def _left_out(self) -> int:
         """How many of the files that are gone from the catalog are what the source's line leaves
@@ -4727,8 +4767,10 @@ class Scan:
         count, after = 0, -1
         while True:
             page = self.books.rows(
-                "SELECT id, path FROM lost l WHERE kind='f' AND replaced=0 AND id>? AND NOT EXISTS("
-                "SELECT 1 FROM moves m WHERE m.lost=l.id) ORDER BY id LIMIT ?", after, APPLY_CHUNK)
+                "SELECT id, path FROM lost l "
+                "WHERE kind='f' AND replaced=0 AND id>? "
+                "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) "
+                "ORDER BY id LIMIT ?", after, APPLY_CHUNK)
             count += len(page) - sum(1 for _ in self.left_out.those_in(path for _, path in page))
             if len(page) < APPLY_CHUNK:
                 return count
@@ -4746,8 +4788,8 @@ class Scan:
         moved = "EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
         with self.books.write() as db:
             db.execute("DELETE FROM held_files WHERE source=?", (number,))
-            db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost WHERE kind='f' AND "
-                       "replaced=0 AND NOT "
+            db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost "
+                       "WHERE kind='f' AND replaced=0 AND NOT "
                        + moved % "lost.id" + " ORDER BY path LIMIT ?", (number, HELD_FILES))
             db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found "
                        "WHERE kind='f' AND (how='content' OR how='replaced' AND NOT "
@@ -4783,10 +4825,11 @@ class Scan:
         self._parent_known: "Tuple[Optional[bytes], int]" = (None, 0)
         different = self._bury_lost()
         moved = books.rows(
-            "SELECT m.lost, m.path, l.path, EXISTS(SELECT 1 FROM lost p JOIN moves o ON "
-            "o.lost=p.id WHERE p.path=m.path) OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) "
-            "OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path AND f.kind='d') FROM moves m JOIN "
-            "lost l ON l.id=m.lost ORDER BY m.path")
+            "SELECT m.lost, m.path, l.path, "
+            "EXISTS(SELECT 1 FROM lost p JOIN moves o ON o.lost=p.id WHERE p.path=m.path) "
+            "OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) "
+            "OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path AND f.kind='d') "
+            "FROM moves m JOIN lost l ON l.id=m.lost ORDER BY m.path")
         # swaps, chains, what became a directory: all at once
         entangled = [move[:3] for move in moved if move[3]]
         with books.write():
@@ -4811,8 +4854,9 @@ class Scan:
         finds the rest."""
         books, different = self.books, False
         lost = books.rows(
-            "SELECT l.id, l.path, l.kind FROM lost l WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE "
-            "m.lost=l.id) AND (replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))")
+            "SELECT l.id, l.path, l.kind FROM lost l "
+            "WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) "
+            "AND (replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))")
         for some in in_batches(lost, SLICE):
             with books.write():
                 # What claims and reports did meanwhile concerns other columns; the generation may
@@ -6524,9 +6568,9 @@ def in_use_by_others(path: str) -> "List[str]":
     is not there.  What our own first pass had made of .cbackup before it was cut off is nothing."""
     try:
         names = {name for name in os.listdir(path) if not NOT_IN_USE.match(name)}
-        if META_DIR.decode() in names and all(re.match(r"identity\.\d+\.new\Z", name)
-                                              for name in os.listdir(
-                os.path.join(path, META_DIR.decode()))):
+        if META_DIR.decode() in names and all(
+                re.match(r"identity\.\d+\.new\Z", name)
+                for name in os.listdir(os.path.join(path, META_DIR.decode()))):
             names.remove(META_DIR.decode())
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -6607,9 +6651,8 @@ class BackupDirectory(Store):
                             "it is yours and no machine has its key any more: cbackup.pyz client "
                             "--adopt %s%s" % (
                                 self.name, self.spec.path, self.name, " --yes" if adopt else ""))
-        elif (identity.get("cluster"), identity.get("backup")) != (cluster,
-                                                                   self.name) or expected not in (
-                None, identity["id"]):
+        elif (identity.get("cluster"), identity.get("backup")) != (cluster, self.name) \
+                or expected not in (None, identity["id"]):
             if not adopt:
                 raise Misplaced("%s: %s is the backup %s (%s), not the one that was here; if that "
                                 "is right: cbackup.pyz client --adopt %s"
@@ -6753,15 +6796,15 @@ class BackupDirectory(Store):
         """Whether a file may lie at the place of `path`: a copy, one that is about to be, or one
         that is to be deleted."""
         return self.one("SELECT 1 FROM held WHERE source=? AND path=? UNION SELECT 1 FROM coming "
-                        "WHERE source=? AND path=? AND stage=1 UNION SELECT 1 FROM dropping WHERE "
-                        "source=? AND path=?",
+                        "WHERE source=? AND path=? AND stage=1 UNION SELECT 1 FROM dropping "
+                        "WHERE source=? AND path=?",
                         *(source, path) * 3) is not None
 
     def held_page(self, source: str, after: bytes,
                   limit: int = PAGE) -> "List[Tuple[bytes, int, int, bytes, int]]":
         """(path, size, mtime, digest, tag) of copies, by path."""
-        return self.rows("SELECT path, size, mtime, digest, tag FROM held WHERE source=? AND "
-                         "path>? ORDER BY path LIMIT ?",
+        return self.rows("SELECT path, size, mtime, digest, tag FROM held "
+                         "WHERE source=? AND path>? ORDER BY path LIMIT ?",
                          source, after, limit)
 
     def sum_of(self, source: str) -> "Tuple[int, int, int]":
@@ -6808,8 +6851,9 @@ class Folding(BackupDirectory):
         name, _, path = place.partition(b"/")
         source, here = as_text(name), self._listed(place)
         self._fold_all()
-        for (other,) in self.rows("SELECT path FROM temp.folded WHERE source=? AND key=? AND "
-                                  "path<>?", source, fold_key(path), path):
+        for (other,) in self.rows("SELECT path FROM temp.folded "
+                                  "WHERE source=? AND key=? AND path<>?",
+                                  source, fold_key(path), path):
             if self._listed(name + b"/" + other) == here:
                 return other
         strange = here.rpartition(b"/")[2] != place.rpartition(b"/")[2] \
@@ -6915,8 +6959,8 @@ class Attic(Folding):
             self.db.executemany("INSERT OR IGNORE INTO temp.kept VALUES(?)",
                                 [(source,) for source in sources])
             self._kept_bytes = self.one(
-                "SELECT COALESCE(SUM(size), 0) FROM attic WHERE source IN (SELECT source FROM "
-                "temp.kept)")[0]
+                "SELECT COALESCE(SUM(size), 0) FROM attic "
+                "WHERE source IN (SELECT source FROM temp.kept)")[0]
 
     def keeps_old(self, source: str) -> bool:
         """Whether nothing that is old of this source may go now, see `keep_old`."""
@@ -6977,8 +7021,8 @@ class Attic(Folding):
     def _attic_taken(self, source: str, path: bytes, stored: bytes) -> bool:
         """Whether something lies, or is to lie, at `stored`, below it, or where it needs a
         directory: within one second a path may have been a file and a directory."""
-        below = self.one("SELECT 1 FROM attic WHERE source=? AND path>? AND path<? AND stored>? "
-                         "AND stored<? LIMIT 1",
+        below = self.one("SELECT 1 FROM attic "
+                         "WHERE source=? AND path>? AND path<? AND stored>? AND stored<? LIMIT 1",
                          source, path + b"/", path + b"0", stored + b"/", stored + b"0")
         if below or self.tree.lstat(META_DIR + b"/" + stored) is not None:
             return True
@@ -7100,7 +7144,8 @@ class Journal(Attic):
                                "SELECT path FROM coming WHERE source=? AND path AMONG",
                                [f.path for f in files], source)])
             db.executemany("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, "
-                           "books) VALUES(?,?,?,?,?,?,?,?,?)",
+                           "books) "
+                           "VALUES(?,?,?,?,?,?,?,?,?)",
                            [(source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version,
                              books) for f in files])
 
@@ -7203,8 +7248,8 @@ class Journal(Attic):
         Where that fails they are not what was confirmed any more, whatever is still read of them
         now: `recover` is to set them aside."""
         paths = list(paths)
-        names = [self.place_of(source, path) for path in paths] + [META_DIR + b"/" + stored
-                                                                   for (stored,) in self.rows_among(
+        names = [self.place_of(source, path) for path in paths]
+        names += [META_DIR + b"/" + stored for (stored,) in self.rows_among(
             "SELECT stored FROM attic WHERE done=0 AND source=? AND path AMONG", paths, source)]
         try:
             self.tree.sync(names)
@@ -7249,8 +7294,8 @@ class Journal(Attic):
     def lift_moves(self, source: str) -> None:
         """First half of the renames that are written down: every file to a name of its own, so that
         swaps and chains work.  May be done twice."""
-        for number, old, ino in self.rows("SELECT id, old, ino FROM moving WHERE source=? ORDER BY "
-                                          "id", source):
+        for number, old, ino in self.rows("SELECT id, old, ino FROM moving WHERE source=? "
+                                          "ORDER BY id", source):
             if ino is not None and self._is_inode(self.place_of(source, old), ino):
                 self.tree.rename(self.place_of(source, old), self._between(number))
         test_point("moves-between")
@@ -7262,8 +7307,8 @@ class Journal(Attic):
         done: "List[Tuple[int, bytes, bytes, Any]]" = []
         failed: "List[Tuple[int, bytes]]" = []
         for number, old, new, \
-                cursor in self.rows("SELECT id, old, new, cursor FROM moving WHERE source=? ORDER "
-                                    "BY id", source):
+                cursor in self.rows("SELECT id, old, new, cursor FROM moving WHERE source=? "
+                                    "ORDER BY id", source):
             place, between = self.place_of(source, new), self._between(number)
             row = self.one("SELECT size, mtime, digest, checked FROM held "
                            "WHERE source=? AND path=?", source, old)
@@ -7310,7 +7355,8 @@ class Journal(Attic):
             row = self.one("SELECT mtime, digest FROM held WHERE source=? AND path=?", source, old)
             if info is not None:
                 db.execute("INSERT INTO attic(source, path, stored, size, mtime, digest, since, "
-                           "why, done) VALUES(?,?,?,?,?,?,?,'found',1)",
+                           "why, done) "
+                           "VALUES(?,?,?,?,?,?,?,'found',1)",
                            (source, old, stored, info.st_size) + (row or (0, None))
                            + (clock.now(),))
             # else an earlier process has put another one there
@@ -8301,9 +8347,8 @@ class ServerState:
         if outside:
             record_held(self.books, source, Held("paths", outside))
             return
-        skip = [self.home.state_path, self.home.key_path] + [b.path
-                                                             for b in self.config.backups_of(
-            self.host)]
+        skip = [self.home.state_path, self.home.key_path] \
+            + [b.path for b in self.config.backups_of(self.host)]
         with self._scanning:  # one at a time: `accept` scans in its own thread
             begun = clock.steady()
             try:
@@ -8584,9 +8629,8 @@ class Confirmations(Standings):
         """The claims that a backup has: those of an earlier pass that did not come to its end."""
         row = self.books.changeable(request["source"])
         number = self.books.hear(request["backup"], {})
-        return {"rows": _files_out(first_page(claim[1:]
-                                              for claim in self.books.own_claims(
-            number, row["id"], PAGE)))}
+        return {"rows": _files_out(first_page(
+            claim[1:] for claim in self.books.own_claims(number, row["id"], PAGE)))}
 
     @answers("claim_paths")
     def op_claim_paths(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
@@ -8760,15 +8804,13 @@ class Service(Confirmations):
                                  "books": self.books.id}
         if cursor[0] >= 0:
             rows, more = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
-            out["rows"] = [CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid),
-                                      self.names.group(gid),
-                                      link, target, digest, tuple((holders or "").split(","))
-                                      if holders else (),
-                                      bool(proven), xattrs and json.loads(xattrs), bool(readable),
-                                      ).to_wire(request["level"])
-                           for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest,
-                                holders,
-                                proven, readable, xattrs) in rows]
+            out["rows"] = [
+                CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid),
+                           self.names.group(gid), link, target, digest,
+                           tuple((holders or "").split(",")) if holders else (), bool(proven),
+                           xattrs and json.loads(xattrs), bool(readable)).to_wire(request["level"])
+                for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
+                     proven, readable, xattrs) in rows]
             out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""
@@ -9058,8 +9100,8 @@ class VaultReader:
 
     def facts(self) -> "Dict[str, Any]":
         files, held, other = self._query("SELECT (SELECT COALESCE(SUM(files), 0) FROM sums), "
-                                         "(SELECT COALESCE(SUM(bytes), 0) FROM sums), (SELECT "
-                                         "SUM(bytes) FROM used)")[0]
+                                         "(SELECT COALESCE(SUM(bytes), 0) FROM sums), "
+                                         "(SELECT SUM(bytes) FROM used)")[0]
         used, capacity = held + other, room_limit(self.spec, held + other)
         state = "ok" if used <= capacity \
             else "%s are used, and only %s may be" % (format_size(used), format_size(capacity))
@@ -9123,8 +9165,8 @@ class VaultReader:
         more than FIND_LIMIT."""
         test, found = compile_pattern(pattern), []
         for sql in ("SELECT source, path, size, mtime, NULL FROM held",
-                    "SELECT source, path, size, mtime, since FROM attic WHERE done=1 AND "
-                    "why<>'bad' ORDER BY since DESC"):
+                    "SELECT source, path, size, mtime, since FROM attic "
+                    "WHERE done=1 AND why<>'bad' ORDER BY since DESC"):
             for row in self._each(sql):
                 if test(row[1]):
                     found.append(row)
@@ -9184,8 +9226,9 @@ class VaultReader:
         """(number, path, name in the attic, size, mtime, digest or None) of old versions of paths
         that begin so, by number."""
         if self._usable():
-            return self._query("SELECT id, path, stored, size, mtime, digest FROM attic WHERE "
-                               "source=? AND id>? AND done=1 AND why<>'bad' AND path>=? AND path<? "
+            return self._query("SELECT id, path, stored, size, mtime, digest FROM attic "
+                               "WHERE source=? AND id>? AND done=1 AND why<>'bad' AND path>=? "
+                               "AND path<? "
                                "ORDER BY id LIMIT ?", source,
                                after, prefix,
                                beyond_prefix(prefix), PAGE)
@@ -9407,8 +9450,8 @@ class Door(threading.Thread):
     def _sweep(self, now: float) -> None:
         with self._lock:
             late = [guest for guest in self._guests if guest.kind != "member"
-                    and now - guest.since > (
-                STRANGER_SILENCE if guest.kind == "silent" else STRANGER_TIME)]
+                    and now - guest.since > (STRANGER_SILENCE if guest.kind == "silent"
+                                             else STRANGER_TIME)]
         for guest in late:
             self._turn_away(guest)
 
@@ -9926,8 +9969,9 @@ class Session:
         at it."""
         coming: "Dict[str, List[Tuple[str, bytes]]]" = {}
         for source, path, updating in self.vault.rows(
-                "SELECT source, path, EXISTS(SELECT 1 FROM held h WHERE h.source=c.source AND "
-                "h.path=c.path) FROM coming c"):
+                "SELECT source, path, "
+                "EXISTS(SELECT 1 FROM held h WHERE h.source=c.source AND h.path=c.path) "
+                "FROM coming c"):
             if source in self.config.sources:
                 coming.setdefault(self.config.sources[source].host,
                                   []).extend([(source, path)] if updating else [])
@@ -10125,9 +10169,8 @@ class Copier(Session):
             raise
         test_point("copied")
         self.figures.add(wire_bytes=outcome.wire)
-        self.pipeline.submit(lambda: self.guarded(standing,
-                                                  lambda s: self.check(
-            s, files, outcome, updating)))
+        self.pipeline.submit(lambda: self.guarded(
+            standing, lambda s: self.check(s, files, outcome, updating)))
 
     _total = 0
 
@@ -10142,8 +10185,7 @@ class Copier(Session):
             self.pipeline.drain()
             keys = {}
         for f in files:
-            other = None if vault.held(standing.name,
-                                       f.path) \
+            other = None if vault.held(standing.name, f.path) \
                 else vault.anothers(vault.place_of(standing.name, f.path))
             if other is not None:
                 taken.append((f, "%s, and %s takes both for one name" % (
@@ -10340,8 +10382,8 @@ class CatchUp(Copier):
         """Files that were confirmed when an earlier pass ended: they lie at their places now, the
         server may count them."""
         vault = self.vault
-        rows = vault.rows("SELECT path, version, size, mtime, digest FROM coming WHERE source=? "
-                          "AND stage=1 AND books=?",
+        rows = vault.rows("SELECT path, version, size, mtime, digest FROM coming "
+                          "WHERE source=? AND stage=1 AND books=?",
                           standing.name, standing.books)
         for page in in_pages(rows):
             vault.sync_places(standing.name, [row[0] for row in page])
@@ -10590,10 +10632,9 @@ class Placer(CatchUp):
         standing.barren += 1
         if standing.barren > BARREN_LIMIT:
             standing.out = True
-            self.figures.gone(Unreachable(standing.host,
-                                          "talks nonsense: it hands out files of %s, and none of "
-                                          "them comes"
-                                          % standing.name))
+            self.figures.gone(Unreachable(
+                standing.host, "talks nonsense: it hands out files of %s, and none of them comes"
+                % standing.name))
             return
         self.guarded(standing, lambda s: self.fetch(s, [Wanted.from_row(row) for row in rows]))
 
@@ -10874,8 +10915,8 @@ class Keeper(Placer):
         if now - (vault.meta("walked") or 0) > self.config.scrub:
             self.look_around()
             vault.set_meta("walked", now)
-        total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) FROM "
-                          "sums")[0]
+        total = vault.one("SELECT COALESCE(SUM(bytes), 0) + 4096 * COALESCE(SUM(files), 0) "
+                          "FROM sums")[0]
         budget = total * max(0.0, now - last) / max(1.0, self.config.scrub)
         checked = self.verify(budget, now - self.config.scrub / 2,
                               time.monotonic() + SCRUB_PASS_SECONDS)
@@ -10888,8 +10929,8 @@ class Keeper(Placer):
         vault, count = self.vault, 0
         pace = Pace(self.config.rate(vault.spec, key="read_rate"))
         while time.monotonic() < deadline:
-            page = vault.rows("SELECT source, path, size, digest FROM held WHERE checked<? ORDER "
-                              "BY checked LIMIT 200", before)
+            page = vault.rows("SELECT source, path, size, digest FROM held WHERE checked<? "
+                              "ORDER BY checked LIMIT 200", before)
             read, lost = [], {}
             for source, path, size, digest in page:
                 if size + 4096 > budget or time.monotonic() > deadline:
@@ -10940,8 +10981,7 @@ class Keeper(Placer):
                     with contextlib.suppress(OSError):  # from a time when copies had these
                         vault.tree.chmod(rel, stat.S_IMODE(info.st_mode) & 0o777)
                 if info is None or stat.S_ISLNK(info.st_mode) or vault.is_known(source, path) \
-                        or vault.is_here_as(
-                        source, path):
+                        or vault.is_here_as(source, path):
                     continue
                 count += 1
                 some += [shown(rel)] if count <= 3 else []
@@ -11000,10 +11040,10 @@ class Pass(Keeper):
             raise
         finally:
             if self._early[0]:
-                self.figures.remark("%s: %s (%s) %s deleted before their time: their room was "
-                                    "needed" % (
-                    self.name, count_of(self._early[0], "old version"), format_size(self._early[1]),
-                    "was" if self._early[0] == 1 else "were"))
+                self.figures.remark(
+                    "%s: %s (%s) %s deleted before their time: their room was needed" % (
+                        self.name, count_of(self._early[0], "old version"),
+                        format_size(self._early[1]), "was" if self._early[0] == 1 else "were"))
             for link in list(self.links.values()) + list(
                     self.check_links.values()) + ([self.own] if self.own else []):
                 link.close()
@@ -11233,13 +11273,14 @@ class Client:
         wrong = bool(other) and 2 * len(other) >= len(self.clocks)
         for host, ahead in other.items():
             if wrong:
-                figures.complain("this machine's clock is %s %s that of %s: no old version is "
-                                 "deleted until they agree" % (
-                    format_age(abs(ahead)), "ahead of" if ahead > 0 else "behind", host))
+                figures.complain(
+                    "this machine's clock is %s %s that of %s: no old version is deleted until "
+                    "they agree" % (format_age(abs(ahead)), "ahead of" if ahead > 0 else "behind",
+                                    host))
             else:
-                figures.complain("the clock of %s is %s %s this machine's and most others': set it"
-                                 % (
-                    host, format_age(abs(ahead)), "behind" if ahead > 0 else "ahead of"))
+                figures.complain(
+                    "the clock of %s is %s %s this machine's and most others': set it" % (
+                        host, format_age(abs(ahead)), "behind" if ahead > 0 else "ahead of"))
         return wrong
 
     def links(self) -> "Dict[str, Link]":
@@ -13760,8 +13801,7 @@ def collect_plan(home: Home, config: Config) -> "Dict[str, Any]":
     needs = [(s["host"], min(s["replicas"], others[name]), s["bytes"]) for name, s in known.items()]
     largest = max([s["largest_bytes"] for s in known.values()], default=0)
     needed, fit = sum(replicas * size for _, replicas, size in needs), bytes_that_fit(needs, rooms)
-    fits: "Optional[bool]" = bytes_that_fit(needs,
-                                            sure) == needed \
+    fits: "Optional[bool]" = bytes_that_fit(needs, sure) == needed \
         and not any(s["problems"] for s in known.values())
     unsure = any(b["capacity"] is None for b in backups.values())
     if not lacking and (len(known) < len(sources) or not sources) and (fits or not known):
@@ -14068,8 +14108,7 @@ class Demo:
         target = os.path.join(self.base, "restored")
         restored = self.command("new", "restore", "demo", "--to", target)
         print("restore took %s on a machine that has only cbackup.conf and cluster.pem"
-              % format_seconds(
-            time.monotonic() - begun))
+              % format_seconds(time.monotonic() - begun))
         wrong = self._differences(target)
         if restored.returncode or check.returncode or wrong:
             print("FAILED: %s differ, for example %s" % (
@@ -14506,8 +14545,8 @@ def make_table(caption: str, heads: "List[str]", rows: "List[List[str]]",
     out.append("</tbody></table>")
     body = "".join(out)
     return body if stack \
-        else '<div class="scroll" tabindex="0" role="region" aria-label="%s">%s</div>' % (esc(
-        caption), body)
+        else '<div class="scroll" tabindex="0" role="region" aria-label="%s">%s</div>' % (
+            esc(caption), body)
 
 
 def make_section(name: str, title: str, body: str) -> str:
@@ -14582,9 +14621,8 @@ def page_hosts(facts: "Dict[str, Any]") -> str:
         silent = facts["status"]["hosts"].get(host, {}).get("silent")
         first, _, rest = plan_loss_text(loss).partition("; ")
         if host in plan["unreachable"]:
-            says = mark("wrong",
-                        "not known") + " &ndash; it does not answer, heard of %s" % esc(
-                ago(silent, "never"))
+            says = mark("wrong", "not known") \
+                + " &ndash; it does not answer, heard of %s" % esc(ago(silent, "never"))
         else:
             says = mark("wrong" if loss["lost_files"] else "well",
                         first) + "<br><span class=small>%s</span>" % esc(rest)
@@ -14658,9 +14696,9 @@ def page_backups(facts: "Dict[str, Any]") -> str:
         if b.get("leaving"):
             out.append("<p>%s</p>" % mark("wait", "leaving: %s" % (
                 "it can be unplugged now" if b["duties"] == 0 else "copies are still needed here")))
-        out.append('<p class="dim small">%s%s</p></div>'
-                   % ("" if b["files"] is None else count_of(b["files"], "file") + ", ", (
-            "heard of " + ago(b["last_seen"], "never"))))
+        out.append('<p class="dim small">%s%s</p></div>' % (
+            "" if b["files"] is None else count_of(b["files"], "file") + ", ",
+            "heard of " + ago(b["last_seen"], "never")))
         items.append("".join(out))
     return make_section("backups", "Backups", '<div class="grid">%s</div>' % "".join(items))
 
@@ -15151,8 +15189,8 @@ def placing_for(kind: str, words: "List[str]", user: str, home: str) -> Placing:
                        [["systemctl", "daemon-reload"]])
     if kind == "launchd":
         files = {"/Library/LaunchDaemons/cbackup.server.plist": (unit, 0o644),
-                 "/Library/LaunchDaemons/cbackup.client.plist": (CLIENT_UNITS[
-            "cbackup.client.plist"].format(**fields), 0o644)}
+                 "/Library/LaunchDaemons/cbackup.client.plist": (
+                     CLIENT_UNITS["cbackup.client.plist"].format(**fields), 0o644)}
         unload = [["-launchctl", "unload", "-w", path] for path in files]
         return Placing(files, unload + [["launchctl", "load", "-w", path] for path in files],
                        unload)
@@ -15204,9 +15242,8 @@ class Installer:
     def own_kind(self) -> str:
         """The system's own way for root, when it is at work here; else cron."""
         kind = system_kind()
-        works = self.root and shutil.which(CONTROLS[kind]) and (kind != "systemd"
-                                                                or os.path.isdir(
-            "/run/systemd/system"))
+        works = self.root and shutil.which(CONTROLS[kind]) \
+            and (kind != "systemd" or os.path.isdir("/run/systemd/system"))
         return kind if works else "cron"
 
     def install(self) -> int:
@@ -15690,8 +15727,7 @@ def web_server(web: Web) -> Any:
         return Listener(web.where, web_handler(web))
     except OSError as error:
         raise CBackupError("cannot listen on %s port %d: %s; `web --listen ADDR:PORT` says another"
-                           % (
-            web.ip, web.port, reason_of(error)))
+                           % (web.ip, web.port, reason_of(error)))
 
 
 def add_web_parser(commands: Any) -> None:
@@ -15853,8 +15889,7 @@ def print_dry_run(restore: Restore, as_json: bool, each: bool = False) -> int:
         print("    %s there already, by size and time" % count_of(plan["kept_files"], "file"))
     if plan["refused_files"]:
         print("    %s in the place of which there is something else; --force moves it aside"
-              % count_of(
-            plan["refused_files"], "file"))
+              % count_of(plan["refused_files"], "file"))
     for name, share in plan["holders"].items():
         if share["files"]:
             print("    %s from %s: %s, at %s/s"

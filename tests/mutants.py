@@ -35,7 +35,7 @@ MUTANTS = [
      "a claim is no copy", "test_liars.DroppingTest"),
     ("grant-counts-itself", "if copy and b != backup and b not in self.leaving})", "if copy and b not in self.leaving})",
      "a grant leaves N copies on others", "test_liars.DroppingTest"),
-    ("grant-of-what-is-presumed", '"e.doubt IS NULL AND e.digest IS NOT NULL",', '"1",',
+    ("grant-of-what-is-presumed", 'AND e.doubt IS NULL "', '"',
      "what is presumed grants nothing", "test_proof.Grants"),
     ("grant-not-recorded", 'db.execute("DELETE FROM copies WHERE file=? AND backup=?", (row[0], backup))\n'
      '                    self._are_news([row[0]])', 'self._are_news([row[0]])',
