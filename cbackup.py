@@ -12007,10 +12007,12 @@ class Plan:
     def alike(self) -> "Iterator[List[Tuple[bytes, str]]]":
         """(path, kind) of those that some file systems take for one name, directories first."""
         self._db.create_function("fold_key", 1, fold_key)
-        for (key,) in self._rows("SELECT fold_key(path) FROM want GROUP BY 1 "
-                                 "HAVING COUNT(*)>1 AND SUM(kind<>'d')>0"):
-            yield self._rows("SELECT path, kind FROM want WHERE fold_key(path)=? "
-                             "ORDER BY kind<>'d', path", key)
+        rows = self._rows(
+            "SELECT fold_key(path), path, kind FROM want WHERE fold_key(path) IN (SELECT "
+            "fold_key(path) FROM want GROUP BY 1 HAVING COUNT(*)>1 AND SUM(kind<>'d')>0) "
+            "ORDER BY 1, kind<>'d', path")
+        for _, alike in itertools.groupby(rows, lambda row: row[0]):
+            yield [row[1:] for row in alike]
 
     # -- who has it --
 

@@ -137,6 +137,16 @@ class FromADiskTest(DiskCase):
         self.assertOneError(self.restored(empty, rc=1), "has a catalog of docs")
         self.assertEqual(b"part of a large file", read_file(part))
 
+    def test_names_that_differ_only_in_case_are_found_in_one_go(self):
+        plan = cbackup.Plan(self.base)
+        self.addCleanup(plan.close)
+        names = [b"%s/%d" % (name, number) for number in range(50) for name in (b"a", b"A", b"b")]
+        plan.load([[cbackup.CatalogRow(name, "f") for name in names]], cbackup.Asked())
+        with mock.patch.object(cbackup, "fold_key", side_effect=cbackup.fold_key) as asked:
+            alike = list(plan.alike())
+        self.assertEqual([[(b"A/%d" % number, "f"), (b"a/%d" % number, "f")] for number in sorted(range(50), key=str)], alike)
+        self.assertLess(asked.call_count, 5 * len(names))
+
     def test_a_lock_that_the_restore_before_took_away_is_none(self):
         work = cbackup.Work(self.base)
         work.make()
