@@ -13651,66 +13651,76 @@ def print_status(status: "Dict[str, Any]", links: "Dict[str, Link]") -> None:
         print("No source is configured: nothing is backed up.")
     for removes, hosts in status["config_held"].items():
         print(held_config_text(hosts, removes))
-    for name, s in status["sources"].items():
-        print("%s  (%s:%s)" % (name, s["host"], s["path"]))
-        if s["impossible"]:
-            print(tint("wrong", "    IMPOSSIBLE: %s" % s["impossible"]))
-        if s["state"] == "unreachable" and s["then"]:
-            print("    its server does not answer; what it said %s ago:"
-                  % format_age(status["hosts"][s["host"]]["answered"]))
-            s = s["then"]
-        if s["state"] == "unreachable":
-            print("    its server %s"
-                  % ("does not know it: is its configuration the same?" if s["unknown"] else
-                     "does not answer: nothing is known of it from here"))
-            continue
-        if s["state"] == "held":
-            print(tint("wrong", "    HELD, nothing changes in the backups: %s"
-                       % held_advice(name, s)))
-            rows = held_files_of(links[s["host"]],
-                                 name) if s["host"] in links else s.get("held_files") or []
-            print_held_files(rows, None if links else 5, " " * 8)
-        if s["last_scan"] is None and s["state"] != "held":
-            print(tint("wait", "    it has not been looked at yet"))
-            continue
-        print("    %s, %s; %d copies wanted"
-              % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
-        if s["underserved_files"]:
-            print(tint("wait", "    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
-                count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
-                ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items()
-                          if int(k) < s["replicas"]))))
-            for path, size, why in s["short"][:5]:
-                print("        %s, %s%s"
-                      % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
-        elif s["files"] and not source_trouble(name, s):
-            print(tint("well", "    all safe"
-                       + ("" if not s.get("unproven_files") else ", as far as is known")))
-        for facts, what in ((s["problems"], "could not be read: %s"),
-                            (s["stuck"] or {}, "cannot be copied: %s")):
-            for line in facts.get("some", []):
-                print("    " + what % line)
-            if facts.get("count", 0) > len(facts.get("some", [])):
-                print("    " + what % "and %d more" % (facts["count"] - len(facts["some"])))
-    for name, b in status["backups"].items():
-        seen = "never heard of" if b["last_seen"] is None \
-            else "heard of %s ago" % format_seconds(b["last_seen"])
-        figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
-            format_size(b["used"]), format_size(b["capacity"]), count_of(b["files"] or 0, "file"))
-        print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
-        for source, files in sorted(b.get("sources", {}).items()):
-            if source not in status["sources"]:
-                print("    has %s of %s, which is no longer configured; `cbackup.pyz restore %s "
-                      "--to DIR` brings them back, `cbackup.pyz forget %s` deletes them"
-                      % (count_of(files, "file"), source, source, source))
-        if b.get("leaving"):
-            duties = b["duties"]
-            needed = "it is not known what is" if duties is None \
-                else count_of(duties, "copy" if duties == 1 else "copie")
-            print("    leaving: %s"
-                  % ("it can be unplugged now" if duties == 0 else "%s still needed here" % needed))
+    for name in status["sources"]:
+        print_source(status, name, links)
+    for name in status["backups"]:
+        print_backup(status, name)
     for line in verdict(status).remarks:
         print(line)
+
+
+def print_source(status: "Dict[str, Any]", name: str, links: "Dict[str, Link]") -> None:
+    s = status["sources"][name]
+    print("%s  (%s:%s)" % (name, s["host"], s["path"]))
+    if s["impossible"]:
+        print(tint("wrong", "    IMPOSSIBLE: %s" % s["impossible"]))
+    if s["state"] == "unreachable" and s["then"]:
+        print("    its server does not answer; what it said %s ago:"
+              % format_age(status["hosts"][s["host"]]["answered"]))
+        s = s["then"]
+    if s["state"] == "unreachable":
+        print("    its server %s"
+              % ("does not know it: is its configuration the same?" if s["unknown"] else
+                 "does not answer: nothing is known of it from here"))
+        return
+    if s["state"] == "held":
+        print(tint("wrong", "    HELD, nothing changes in the backups: %s"
+                   % held_advice(name, s)))
+        rows = held_files_of(links[s["host"]],
+                             name) if s["host"] in links else s.get("held_files") or []
+        print_held_files(rows, None if links else 5, " " * 8)
+    if s["last_scan"] is None and s["state"] != "held":
+        print(tint("wait", "    it has not been looked at yet"))
+        return
+    print("    %s, %s; %d copies wanted"
+          % (count_of(s["files"], "file"), format_size(s["bytes"]), s["replicas"]))
+    if s["underserved_files"]:
+        print(tint("wait", "    NOT SAFE YET: %s (%s) with fewer copies: %s" % (
+            count_of(s["underserved_files"], "file"), format_size(s["underserved_bytes"]),
+            ", ".join("%s with %s" % (format(n, ","), k) for k, n in s["copies"].items()
+                      if int(k) < s["replicas"]))))
+        for path, size, why in s["short"][:5]:
+            print("        %s, %s%s"
+                  % (shown(as_raw(path)), format_size(size), ": " + why if why else ""))
+    elif s["files"] and not source_trouble(name, s):
+        print(tint("well", "    all safe"
+                   + ("" if not s.get("unproven_files") else ", as far as is known")))
+    for facts, what in ((s["problems"], "could not be read: %s"),
+                        (s["stuck"] or {}, "cannot be copied: %s")):
+        for line in facts.get("some", []):
+            print("    " + what % line)
+        if facts.get("count", 0) > len(facts.get("some", [])):
+            print("    " + what % "and %d more" % (facts["count"] - len(facts["some"])))
+
+
+def print_backup(status: "Dict[str, Any]", name: str) -> None:
+    b = status["backups"][name]
+    seen = "never heard of" if b["last_seen"] is None \
+        else "heard of %s ago" % format_seconds(b["last_seen"])
+    figures = "" if b["used"] is None or b["capacity"] is None else ", %s of %s used, %s" % (
+        format_size(b["used"]), format_size(b["capacity"]), count_of(b["files"] or 0, "file"))
+    print("%s  (%s:%s)  %s%s, %s" % (name, b["host"], b["path"], b["state"], figures, seen))
+    for source, files in sorted(b.get("sources", {}).items()):
+        if source not in status["sources"]:
+            print("    has %s of %s, which is no longer configured; `cbackup.pyz restore %s "
+                  "--to DIR` brings them back, `cbackup.pyz forget %s` deletes them"
+                  % (count_of(files, "file"), source, source, source))
+    if b.get("leaving"):
+        duties = b["duties"]
+        needed = "it is not known what is" if duties is None \
+            else count_of(duties, "copy" if duties == 1 else "copie")
+        print("    leaving: %s"
+              % ("it can be unplugged now" if duties == 0 else "%s still needed here" % needed))
 
 
 def check_line(status: "Dict[str, Any]") -> str:
