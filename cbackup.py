@@ -170,6 +170,10 @@ CONNECT_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
 """Seconds a peer has for connect and TLS handshake; a Raspberry Pi needs well below one."""
 
+SILENT_FROM, SILENT_REST = 2.0, 60.0
+"""Seconds after which a host that could not be connected to counts as silent, and for which a pass
+does not wait for it again, whatever else it wants of it."""
+
 CONNECTION_REST = 20.0
 """Seconds for which a client keeps a connection that it does not use; a server's patience is
 longer."""
@@ -5681,7 +5685,10 @@ class Dialer:
     """What the links of a process share: the client's side of TLS, and connections that nobody uses
     just now.  A handshake costs more than all that a pass with nothing to do has to say."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, impatient: bool = False) -> None:
+        """impatient: a host that did not answer in time is not waited for again for SILENT_REST."""
+        self.impatient = impatient
+        self._silent: "Dict[Any, Tuple[float, str]]" = {}
         self._resting: "Dict[Any, Tuple[float, Channel, Dict[str, Any]]]" = {}
         self.context = tls_context(home, server_side=False)
         self._lock = threading.Lock()
@@ -5689,6 +5696,17 @@ class Dialer:
     def __del__(self) -> None:
         for _, channel, _ in self._resting.values():
             channel.close()
+
+    def note_silence(self, whose: Any, since: float, why: str) -> None:
+        """A connection failed that was tried from `since` on (time.monotonic)."""
+        now = time.monotonic()
+        if self.impatient and now - since >= SILENT_FROM:
+            self._silent[whose] = now, why
+
+    def silence(self, whose: Any) -> str:
+        """Why a host is not to be waited for again; "" when it is to be asked."""
+        when, why = self._silent.get(whose, (0.0, ""))
+        return why if time.monotonic() - when < SILENT_REST else ""
 
     def rest(self, whose: Any, channel: Channel, hello: "Dict[str, Any]") -> None:
         """Keep a connection on which everything that was asked has been answered."""
@@ -5756,6 +5774,9 @@ class Link:
         """A new connection, after the server's hello.  Raises Unreachable with a reason for
         people."""
         address, port = self.config.address(self.host)
+        begun, why = time.monotonic(), self.dialer.silence(self._whose())
+        if why:
+            raise Unreachable(self.host, why)
         for attempt in range(CONNECT_TRIES):
             connection = channel = None
             try:
@@ -5778,8 +5799,9 @@ class Link:
                 if attempt + 1 < CONNECT_TRIES and connection and was_cut(error):
                     time.sleep(random.uniform(0.05, 0.2) * (attempt + 1))
                     continue
-                raise Unreachable(self.host,
-                                  "%s:%d: %s" % (address, port, why_not_connected(error)))
+                why = "%s:%d: %s" % (address, port, why_not_connected(error))
+                self.dialer.note_silence(self._whose(), begun, why)
+                raise Unreachable(self.host, why)
         if hello.get("cbackup") != PROTOCOL:
             channel.close()
             raise Unreachable(self.host,
@@ -11171,7 +11193,7 @@ class Client:
                  adopt: "Optional[str]" = None) -> None:
         self.home, self.config, self.host, self.progress = home, config, host, progress
         self.adopt, self.foreign = adopt, False  # `foreign`: also from another cluster, see Vault
-        self.dialer = Dialer(home)
+        self.dialer = Dialer(home, impatient=True)
         self.cluster = home.cluster_id()
         # how far ours is ahead of that of each host's server, seconds
         self.clocks: "Dict[str, float]" = {}

@@ -183,10 +183,10 @@ class SilenceTest(ChannelCase):
             other.source("docs-" + host, host, {"f": b"1"})
         other.backup("b1", "a", "1M")
         other.start("s", "a")
-        other.ports["silent"], _ = cls.stack.enter_context(listening())
+        other.ports["silent"], cls.silent = cls.stack.enter_context(listening())
         other.ports["babbler"], listener = cls.stack.enter_context(listening())
         threading.Thread(target=cls.babble, args=(listener,), daemon=True).start()
-        cls.other, cls.client = other, other.spawn("a", "client", "--json", CBACKUP_TEST_BEFORE=WAITS)      # it waits twice
+        cls.other, cls.client = other, other.spawn("a", "client", "--json", CBACKUP_TEST_BEFORE=WAITS)
 
     @staticmethod
     def babble(listener):
@@ -216,6 +216,10 @@ class SilenceTest(ChannelCase):
         self.assertEqual({"f": ["b1"]}, self.other.copies_on_disk("docs-s"))
         for host in ("silent", "babbler"):
             self.assertIn(host, result.stderr)
+        self.silent.setblocking(False)      # it is waited for once, not at each step of the pass
+        self.silent.accept()[0].close()
+        with self.assertRaises(BlockingIOError):
+            self.silent.accept()
 
 
 class StrangersTest(ChannelCase):
