@@ -10348,21 +10348,20 @@ class Copier(Session):
                                 % (vault.spec.path, reason_of(error))))
         vault.sync_places(source, [f.path for f in placed])
         test_point("in-place")
+        figures = {"updated_files": len(placed)} if updating else {
+            "copied_files": len(placed), "copied_bytes": sum(f.size for f in placed)}
         self._count_in(standing, link, [(f.path, f.version, tag_of(f.path, f.size, f.mtime, digest))
-                                        for f, digest in zip(placed, digests)])
-        if updating:
-            self.figures.add(updated_files=len(placed))
-        else:
-            self.figures.add(copied_files=len(placed), copied_bytes=sum(f.size for f in placed))
+                                        for f, digest in zip(placed, digests)], **figures)
 
-    def _count_in(self, standing: Standing, link: Any,
-                  rows: "List[Tuple[bytes, int, int]]") -> None:
+    def _count_in(self, standing: Standing, link: Any, rows: "List[Tuple[bytes, int, int]]",
+                  **figures: int) -> None:
         """Second step of a confirmation.  What the server does not count after all is ours all the
-        same: it is told of it by the next report."""
+        same: it is told of it by the next report.  figures: what was done, once it has counted."""
         if rows:
             standing.barren = 0
             for page in in_pages([as_text(path), version, tag] for path, version, tag in rows):
                 link.call("placed", backup=self.name, source=standing.name, rows=page)
+            self.figures.add(**figures)
             test_point("counted")
             self.vault.arrived(standing.name, [row[0] for row in rows])
 

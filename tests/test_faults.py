@@ -392,6 +392,18 @@ class FullDiskTest(FaultCase):
         self.remount(kept, "size=30m")
         self.assertRecovers(cluster)
 
+    def test_what_the_server_counted_is_said_also_when_the_disk_is_full_just_then(self):
+        cluster = self.cluster("s", "a", replicas=1)
+        cluster.source("docs", "s", {"f%d" % number: 300 for number in range(20)})
+        cluster.backup("b1", "a", "9M")
+        cluster.start()
+        result = cluster.client("a", CBACKUP_TEST_BEFORE="import sqlite3\ndef full(vault, source, paths):\n    if paths:\n"
+                                "        raise sqlite3.OperationalError('database or disk is full')\ncbackup.Vault.arrived = full\n")
+        self.assertRc(1, result)
+        self.assertEqual((20, 6000), (result.json["copied_files"], result.json["copied_bytes"]))
+        self.assertCopies(cluster, "docs", 1)
+        self.assertRecovers(cluster)
+
     def test_a_full_disk_stops_only_its_backup_and_is_said_in_its_own_words(self):
         cluster = self.cluster("s", "a", replicas=1)
         cluster.source("docs", "s", {"f%d" % number: 30000 for number in range(10)})
