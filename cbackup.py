@@ -12297,6 +12297,7 @@ class Work:
     def __init__(self, target: str) -> None:
         self.target, self.path = target, os.path.join(target, RESTORE_DIR.decode())
         self._mark = os.path.join(self.path, RESTORE_MARK.decode())
+        self._lock = os.path.join(self.path, "lock")
 
     def make(self) -> bool:
         """Returns whether it was not there before.  Raises CBackupError when something is in it
@@ -12317,12 +12318,11 @@ class Work:
 
     @contextlib.contextmanager
     def locked(self) -> "Iterator[None]":
-        name = os.path.join(self.path, "lock")
-        with open(name, "a") as lock:
+        with open(self._lock, "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # one that was just over may have taken it away
-                ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(name))
+                ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(self._lock))
             except OSError:
                 ours = False
             if not ours:
@@ -12336,8 +12336,20 @@ class Work:
     def is_marked(self) -> bool:
         return os.path.exists(self._mark)
 
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+    def remove(self) -> str:
+        """The mark last: where only a part is gone, the next run finds that there is something to
+        do.  Returns why something stays, "" when nothing does."""
+        why, last = "", (self._lock, self._mark)
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        paths = [os.path.join(self.path, name) for name in names]
+        for path in sorted(paths, key=lambda path: path in last):
+            try:
+                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+            except OSError as error:
+                why = reason_of(error)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path)
+        return why
 
     # -- where files arrive: below the target, in two directories for each holder, by its key: the
     # next run may have others --
@@ -12706,12 +12718,16 @@ class Target:
         """The target's own metadata, when nothing is written there any more."""
         if self._look:
             mode, uid, gid, user, group, mtime, xattrs = self._look
-            with contextlib.suppress(OSError), self.opened() as tree:
-                if os.geteuid() == 0:
-                    os.chown(self.path, *self.metadata.owner(uid, gid, user, group))
-                self.metadata.set_mode(tree, b"", mode, xattrs,
-                                       lambda mode: os.chmod(self.path, mode))
-                os.utime(self.path, ns=(mtime, mtime))
+            try:
+                with self.opened() as tree:
+                    if os.geteuid() == 0:
+                        os.chown(self.path, *self.metadata.owner(uid, gid, user, group))
+                    self.metadata.set_mode(tree, b"", mode, xattrs,
+                                           lambda mode: os.chmod(self.path, mode))
+                    os.utime(self.path, ns=(mtime, mtime))
+            except OSError as error:
+                self.metadata.note("metadata of directories could not be set (%s)"
+                                   % reason_of(error))
 
 
 class Flight:
@@ -13209,7 +13225,9 @@ class Restore:
                 complete = self._bring_back(work, tree)
                 parts = any(True for _ in work.arrived(tree))
             if complete and whole or not work.is_marked() and (complete or not parts):
-                work.remove()
+                why = work.remove()
+                if why:
+                    target.metadata.note("%s could not be removed (%s)" % (work.path, why))
         target.finish()
         return complete
 

@@ -137,6 +137,40 @@ class FromADiskTest(DiskCase):
         self.assertOneError(self.restored(empty, rc=1), "has a catalog of docs")
         self.assertEqual(b"part of a large file", read_file(part))
 
+    def test_a_target_that_cannot_get_its_own_time_is_named(self):
+        disk = self.disk([row("", "d"), row("f", content="f")], {"f": "f"})
+        real = os.utime
+
+        def utime(path, *arguments, **more):
+            if path == self.to:
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            return real(path, *arguments, **more)
+        with mock.patch.object(os, "utime", utime):
+            said = self.in_this_process(disk)
+        self.assertEqual("cbackup: metadata of directories could not be set (Operation not permitted), 1 times\n", said)
+
+    def test_what_stays_of_its_working_directory_is_named_and_does_not_hold_the_source(self):
+        work = os.path.join(self.to, WORK)
+        tmpfs_or_skip(self, os.path.join(work, "files-x"))
+        result = self.restored(self.disk([row("f", content="f")], {"f": "f"}))
+        self.assertOneError(result, work + " could not be removed (Device or resource busy)")
+        self.assertFalse(cbackup.restore_unfinished(os.fsencode(self.to)))
+
+    def test_killed_while_it_clears_up_it_is_not_finished(self):
+        work = cbackup.Work(self.base)
+        work.make()
+        work.mark()
+        make_tree(work.path, {"files-x/f": b"1", "done.db": b"1", "zzz": b"1", "lock": b""})
+        real, left = os.unlink, []
+
+        def unlink(path, **more):
+            real(path, **more)
+            left.append(work.is_marked())
+        with mock.patch.object(os, "unlink", unlink):
+            self.assertEqual("", work.remove())
+        self.assertEqual([True] * 3 + [False], [left[0], left[1], left[2], left[-1]])
+        self.assertFalse(os.path.exists(work.path))
+
     def test_names_that_differ_only_in_case_are_found_in_one_go(self):
         plan = cbackup.Plan(self.base)
         self.addCleanup(plan.close)
