@@ -4010,12 +4010,17 @@ class Books(Ledger):
         """A source is configured again: its copies may have been deleted meanwhile (`forget`).
         They count when the backups have reported them; until then nothing is copied again."""
         with self.write() as db:
-            files = [row[0] for row in db.execute("SELECT DISTINCT file FROM copies WHERE source=?",
-                                                  (source,))]
-            db.execute("DELETE FROM copies WHERE source=?", (source,))
+            had = db.execute("DELETE FROM copies WHERE source=?", (source,)).rowcount
             db.execute("DELETE FROM caught_up WHERE source=?", (source,))
-            self.regroup(files)
-            if files:
+            for blocked in (0, 1):
+                db.execute("UPDATE entries SET grp=? WHERE source=? AND kind='f' "
+                           "AND (blocked IS NOT NULL)=?",
+                           (self._group_id(source, "!" if blocked else ""), source, blocked))
+            db.execute("UPDATE groups SET "
+                       "files=(SELECT COUNT(*) FROM entries WHERE grp=groups.id), "
+                       "bytes=(SELECT COALESCE(SUM(size), 0) FROM entries WHERE grp=groups.id) "
+                       "WHERE source=?", (source,))
+            if had:
                 self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
 
     # -- what a backup must hear --

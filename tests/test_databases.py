@@ -260,6 +260,12 @@ class BatchesTest(Case):
             books.expire(1e12)
         self.added_up(books)
         self.assertEqual(0, books.one("SELECT COUNT(*) FROM copies WHERE state='c'")[0])
+        self.assertLess(0, books.one("SELECT COUNT(*) FROM copies")[0])
+        books.db.execute("UPDATE entries SET blocked='unreadable' WHERE path=x'64322f6632'")
+        for sources in ({}, {"docs": source}):      # its line goes, and comes again
+            books.configure(cbackup.Config(text="", sources=sources, backups={}))
+        self.added_up(books)
+        self.assertEqual([(0, "!"), (0, "")], books.rows("SELECT n, key FROM groups WHERE files>0 ORDER BY files"))
 
     def test_others_are_served_in_between(self):
         docs, source, books = self.books_of({"f%d" % n: 1 for n in range(1200)}, "b1", replicas=1)
