@@ -6083,15 +6083,16 @@ def find_rsync() -> str:
         is_open = "openrsync" in text
         version = tuple(int(n) for n in match.groups())
         _RSYNC_CHECKED[path] = RsyncKind(is_open, version < (3, 1, 0),
-                                         not is_open and version >= (3, 2, 5))
+                                         not is_open and version >= (3, 2, 7))
     return path
 
 
 RsyncKind = namedtuple("RsyncKind", "is_open is_old can_trust")
 """is_open: it is openrsync, as macOS 15 has it: by its source, a client may take back what its
 configuration rules out. is_old: before 3.1, which looks for the rules of `./path` where the root is
-asked for as `.`. can_trust: from 3.2.5 on, which looks for each name that comes in the whole list
-of those that were asked for, unless it is told to trust the sender."""
+asked for as `.`. can_trust: from 3.2.7 on (the first, 3.2.5, came with trial versions of the
+option), which looks for each name that comes in the whole list of those that were asked for, unless
+it is told to trust the sender."""
 
 _RSYNC_CHECKED: "Dict[str, RsyncKind]" = {}
 """Path of an rsync that will do -> of what kind it is."""
