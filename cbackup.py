@@ -3233,8 +3233,8 @@ class Placement(Proof):
 
     def candidates(self, backup: int, source: int, replicas: int, free: int,
                    batch: "Tuple[int, int]",
-                   ) -> "Iterator[Tuple[int, int, int]]":
-        """(file id, size, group) to claim for `backup`, best first: a random sample of the lowest
+                   ) -> "Iterator[Tuple[int, int]]":
+        """(file id, size) to claim for `backup`, best first: a random sample of the lowest
         level that has any; large enough for a choice when `batch` (files, bytes) is wanted.
 
         On that level, files whose present holders have the most free room together come first: a
@@ -3294,14 +3294,14 @@ class Placement(Proof):
         "AND d.backup=? AND d.until>?)"
 
     def _sample(self, group: int, backup: int, free: int,
-                count: int) -> "List[Tuple[int, int, int]]":
-        """(file id, size, group) of up to `count` random files of a group that fit into `free` and
+                count: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of up to `count` random files of a group that fit into `free` and
         were not declined."""
         start, found = self.random.getrandbits(40), []
         for side in (">=", "<"):
             found += self.rows(
-                "SELECT id, size, grp "
-                "FROM (SELECT id, size, grp FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT "
+                "SELECT id, size "
+                "FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT "
                 "?) x "
                 "WHERE 1 %s LIMIT ?"
                 % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
@@ -3311,18 +3311,18 @@ class Placement(Proof):
         return found
 
     def _that_fit(self, groups: "List[Group]", backup: int, source: int, level: int,
-                  free: int) -> "List[Tuple[int, int, int]]":
-        """(file id, size, group) of the largest files of `groups` that fit, where a random sample
+                  free: int) -> "List[Tuple[int, int]]":
+        """(file id, size) of the largest files of `groups` that fit, where a random sample
         had none."""
         some = {row[0] for row in self.rows(
             "SELECT id FROM groups g "
             "WHERE source=? AND files>0 AND n=? "
             "AND EXISTS(SELECT 1 FROM entries WHERE grp=g.id AND size<=?)", source, level, free)}
-        found: "List[Tuple[int, int, int]]" = []
+        found: "List[Tuple[int, int]]" = []
         for group in groups:
             if group.id in some and len(found) < CANDIDATES:
                 found += self.rows(
-                    "SELECT id, size, grp FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?"
+                    "SELECT id, size FROM entries x WHERE grp=? %s ORDER BY size DESC LIMIT ?"
                     % self.ACCEPT, group.id, free, backup, self.up(), CANDIDATES)
         return found
 
@@ -3729,49 +3729,39 @@ class Ledger(Placement):
         own_claims."""
         taken, size = [], 0
         while len(taken) < max_files and size < max_bytes:
-            chosen = self._choose(backup, source, free - size, (max_files - len(taken),
-                                                                max_bytes - size), not taken)
-            before = len(taken)
-            for some in in_batches(chosen, APPLY_CHUNK):
-                for number, each in self._take(some, backup, source["id"]):
-                    taken.append(number)
-                    size += each
-            if len(taken) == before or size + 1 > max_bytes:
+            with self.write() as db:
+                some = self._choose(backup, source, free - size, (
+                    min(APPLY_CHUNK, max_files - len(taken)), max_bytes - size), not taken)
+                self._insert_claims([number for number, _ in some], backup, source["id"])
+                now = sum(each for _, each in some)
+                db.execute("UPDATE backups SET free=free-? WHERE id=?", (now, backup))
+            taken += [number for number, _ in some]
+            size += now
+            if not some or size + 1 > max_bytes:
                 break
         wanted = self._wanted(taken)
         rows = first_page(wanted)
-        with self.write() as db:
-            self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
-            db.execute("UPDATE backups SET free=free-? WHERE id=?",
-                       (sum(row[2] for row in rows), backup))
+        if len(rows) < len(wanted):
+            with self.write() as db:
+                self._end_claims(backup, [row[0] for row in wanted[len(rows):]])
+                db.execute("UPDATE backups SET free=free+? WHERE id=?",
+                           (sum(row[2] for row in wanted[len(rows):]), backup))
         return [row[1:] for row in rows]
 
     def _choose(self, backup: int, source: "Dict[str, Any]", free: int, batch: "Tuple[int, int]",
-                any_size: bool) -> "List[Tuple[int, int, int]]":
-        """The best of `candidates` that fit into `free`, as many as `batch` (files, bytes) asks
-        for.  any_size: the first of them may be larger than that."""
-        chosen: "List[Tuple[int, int, int]]" = []
+                any_size: bool) -> "List[Tuple[int, int]]":
+        """(file id, size) of the best of `candidates` that fit into `free`, as many as `batch`
+        (files, bytes) asks for.  any_size: the first of them may be larger than that."""
+        chosen: "List[Tuple[int, int]]" = []
         size = 0
-        for one in self.candidates(backup, source["id"], source["replicas"], free, batch):
+        for number, each in self.candidates(backup, source["id"], source["replicas"], free, batch):
             if len(chosen) >= batch[0] \
-                    or (chosen or not any_size) and size + one[1] > batch[1]:
+                    or (chosen or not any_size) and size + each > batch[1]:
                 break
-            if one[1] <= free - size:
-                chosen.append(one)
-                size += one[1]
+            if each <= free - size:
+                chosen.append((number, each))
+                size += each
         return chosen
-
-    def _take(self, chosen: "List[Tuple[int, int, int]]", backup: int,
-              source: int) -> "List[Tuple[int, int]]":
-        """Claim those of (file id, size, group) that are in the same group still: (file id,
-        size)."""
-        with self.write():
-            groups = dict(self.rows_among("SELECT id, grp FROM entries WHERE id AMONG",
-                                          [number for number, _, _ in chosen]))
-            taken = [(number, size) for number, size, group in chosen
-                     if groups.get(number) == group]
-            self._insert_claims([number for number, _ in taken], backup, source)
-        return taken
 
     def _insert_claims(self, numbers: "List[int]", backup: int, source: int) -> None:
         until = self.up() + CLAIM_LEASE

@@ -287,22 +287,6 @@ class BatchesTest(Case):
                 self.assertGreaterEqual(sum(rows), 1200)
                 self.assertLessEqual(max(rows), 550)
 
-    def test_what_another_has_claimed_meanwhile_is_left_to_it(self):
-        _, source, books = self.books_of({"f%d" % n: 1 for n in range(30)}, "b1", "b2", replicas=1)
-        cbackup.run_scan(books, source)
-        row, choose = books.source_row("docs"), books._choose
-        slow, quick = [books.hear(name, {"free": 1 << 30}) for name in ("b1", "b2")]
-
-        def chosen_slowly(backup, *rest):
-            chosen = choose(backup, *rest)
-            if backup == slow:
-                books.claim(quick, row, 1 << 30, 20, 1 << 30)
-            return chosen
-        with unittest.mock.patch.object(books, "_choose", chosen_slowly):
-            taken = books.claim(slow, row, 1 << 30, 20, 1 << 30)
-        self.added_up(books, {"c": 30})
-        self.assertLessEqual(len(taken), 10)
-
     def added_up(self, books, copies=None):
         """What the groups have is what is in them; and so many copies are of a state."""
         found = books.rows("SELECT grp, COUNT(*), SUM(size) FROM entries WHERE kind='f' GROUP BY grp ORDER BY grp")
