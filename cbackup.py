@@ -861,6 +861,18 @@ def digest_descriptor(descriptor: int, pace: "Optional[Pace]" = None,
     return digest.digest(), total
 
 
+def copy_rest(reader: int, writer: Any, on_block: "Callable[[bytes], None]") -> None:
+    """Copy a file from where the descriptor `reader` is, to where the stream `writer` is and to its
+    end: holes stay holes.  `on_block` is called with each block."""
+    for block in iter(lambda: os.read(reader, READ_BLOCK), b""):
+        if block.count(0) == len(block):
+            writer.seek(len(block), os.SEEK_CUR)
+        else:
+            writer.write(block)
+        on_block(block)
+    writer.truncate()
+
+
 def list_xattrs(place: "int | str | bytes", follow: bool = True) -> "List[str]":
     """The names of a file's extended attributes; a file system without them has none.  Only where
     Python has the calls, which is on Linux."""
@@ -1069,13 +1081,7 @@ class Tree:
         try:
             with open(os.open(new_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600,
                               dir_fd=new_dir), "wb") as writer:
-                for block in iter(lambda: os.read(reader, READ_BLOCK), b""):
-                    digest.update(block)
-                    if block.count(0) == len(block):
-                        writer.seek(len(block), os.SEEK_CUR)
-                    else:
-                        writer.write(block)
-                writer.truncate()
+                copy_rest(reader, writer, digest.update)
                 writer.flush()
                 fsync(writer.fileno())
         finally:
@@ -3256,7 +3262,8 @@ class Placement(Proof):
             files, size = sum(group.files for group in groups), sum(group.bytes for group in groups)
             sample = max(CANDIDATES,
                          CHOICE * min(batch[0], int(batch[1] * files / max(1, size)) + 1))
-            sample, drawn = min(sample, 2 * files), {}
+            sample = min(sample, 2 * files)
+            drawn: "Dict[int, int]" = {}
             if len(groups) == 1:
                 drawn[groups[0].id] = sample
             else:
@@ -4510,11 +4517,13 @@ class Scan:
                         continue
                     path = directory + b"/" + entry.name if directory else entry.name
                     info = self._look_at(entry, path, known)
-                    if info is not None and self._is_as_it_was(info, known.get(path)):
+                    if info is None:
+                        continue
+                    if self._is_as_it_was(info, known.get(path)):
                         del known[path]
                         self.pace.spent(512)
                         continue
-                    row = self._row_of(path, directory, info, known) if info else None
+                    row = self._row_of(path, directory, info, known)
                     if row is None:
                         continue
                     old = known.pop(path, None)
@@ -5171,9 +5180,15 @@ def _is_said(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= CONFIG_LIMIT
 
 
+def _are_hex(values: "Sequence[Any]") -> bool:
+    """_is_hex of many values at once."""
+    return set(map(type, values)) == {str} \
+        and all(size <= 128 and size % 2 == 0 for size in set(map(len, values))) \
+        and not "".join(values).strip("0123456789abcdef")
+
+
 def _is_hex(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 128 and len(value) % 2 == 0 \
-        and not value.strip("0123456789abcdef")
+    return _are_hex([value])
 
 
 def _is_path(value: Any) -> bool:
@@ -5183,26 +5198,14 @@ def _is_path(value: Any) -> bool:
         return False
 
 
-_NONE_PLAIN = re.compile(rb"(?:\A|[/\0])\.{0,2}(?:[/\0]|\Z)").search
-"""_NOT_PLAIN for many paths with a zero byte between them."""
-
-
 def _are_paths(values: "Sequence[Any]") -> bool:
     """_is_path of many values at once."""
     if set(map(type, values)) != {str} or max(map(len, values)) > 2048:  # 8,192 bytes at most
         return False
     try:
-        text = as_raw("\0".join(values))
+        return not _NOT_PLAIN(as_raw("/".join(values)))  # one is plain when all of its parts are
     except ProtocolError:
         return False
-    return text.count(b"\0") == len(values) - 1 and not _NONE_PLAIN(text)
-
-
-def _are_hex(values: "Sequence[Any]") -> bool:
-    """_is_hex of many values at once."""
-    return set(map(type, values)) == {str} \
-        and all(size <= 128 and size % 2 == 0 for size in set(map(len, values))) \
-        and not "".join(values).strip("0123456789abcdef")
 
 
 def _is_hex_word(value: Any) -> bool:
@@ -6072,11 +6075,11 @@ def find_rsync() -> str:
         if not match:
             raise UsageError("%s is not an rsync that cbackup can use (%s): %s"
                              % (path, text.strip().split("\n")[0][:60], install_hint("rsync")))
-        if tuple(int(n) for n in match.groups()) < (2, 6, 9):
+        version = tuple(int(n) for n in match.groups())
+        if version < (2, 6, 9):
             raise UsageError("%s is version %s, cbackup needs 2.6.9 or newer: %s"
                              % (path, ".".join(match.groups()), install_hint("rsync")))
         is_open = "openrsync" in text
-        version = tuple(int(n) for n in match.groups())
         _RSYNC_CHECKED[path] = RsyncKind(is_open, version < (3, 1, 0),
                                          not is_open and version >= (3, 2, 7))
     return path
@@ -6128,6 +6131,12 @@ class Pull:
         """The line that says that the disk itself takes nothing more; "" when it does."""
         words = ("No space left", "Disc quota", "Disk quota", "Read-only file system")
         return next((line for line in self.errors if any(word in line for word in words)), "")
+
+    @property
+    def went_through(self) -> bool:
+        """Whether it came to the end of its list: with 11 it ends at a file that cannot be
+        written."""
+        return self.how == "done" and self.code != 11
 
     def said_of(self, name: bytes) -> "Optional[str]":
         """The first line of rsync's that has this (end of a) name in it; it writes odd bytes as
@@ -6802,13 +6811,19 @@ class BackupDirectory(Store):
         rows = list(rows)
         with self.write() as db:
             db.executemany("DELETE FROM held WHERE source=? AND path=?",
-                           [(source, path) for (path,) in self.rows_among(
-                               "SELECT path FROM held WHERE source=? AND path AMONG",
-                               [row[0] for row in rows], source)])
+                           self._those_in("held", source, [row[0] for row in rows]))
             db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
                            [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest),
                              checked)
                             for path, size, mtime, digest, checked in rows])
+
+    def _those_in(self, table: str, source: str, paths: "Iterable[bytes]",
+                  which: str = "1") -> "List[Tuple[str, bytes]]":
+        """(source, path) of what a table has of many paths, in rows for which the condition `which`
+        (SQL) is true: to ask costs less than to change what is not there, one by one."""
+        return [(source, path) for (path,) in self.rows_among(
+            "SELECT path FROM %s WHERE %s AND source=? AND path AMONG" % (table, which),
+            paths, source)]
 
     def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
         """(size, mtime, digest, tag) of a copy; None when we have none."""
@@ -7163,9 +7178,7 @@ class Journal(Attic):
         """Write down claims before anything is copied."""
         with self.write() as db:
             db.executemany("DELETE FROM coming WHERE source=? AND path=?",
-                           [(source, path) for (path,) in self.rows_among(
-                               "SELECT path FROM coming WHERE source=? AND path AMONG",
-                               [f.path for f in files], source)])
+                           self._those_in("coming", source, [f.path for f in files]))
             db.executemany("INSERT INTO coming(source, path, size, mtime, mode, uid, gid, version, "
                            "books) "
                            "VALUES(?,?,?,?,?,?,?,?,?)",
@@ -7293,9 +7306,7 @@ class Journal(Attic):
             db.executemany("DELETE FROM coming WHERE source=? AND path=?",
                            [(source, path) for path in paths])
             db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0",
-                           [(source, path) for (path,) in self.rows_among(
-                               "SELECT path FROM attic WHERE done=0 AND source=? AND path AMONG",
-                               paths, source)])
+                           self._those_in("attic", source, paths, "done=0"))
 
     # -- renames --
 
@@ -11601,7 +11612,7 @@ class RemoteHolder:
         for of, prefix in (("backup", b"/"), ("attic", b"attic/" + source.encode() + b"/")):
             elsewhere = [(path, place[len(prefix):]) for path, place in names
                          if place and place.startswith(prefix)]
-            if elsewhere and outcome.how == "done" and outcome.code != 11:
+            if elsewhere and outcome.went_through:
                 beside = into + b".elsewhere"  # not in it: a file may be called so
                 outcome.add(self._pull(of, source, [place for _, place in elsewhere], beside, most,
                                        on_bytes, whole))
@@ -11711,16 +11722,8 @@ class DirectoryHolder:
                     writer.truncate(0)
                     begun = 0
                 os.lseek(reader, writer.seek(begun), os.SEEK_SET)
-                while True:
-                    block = os.read(reader, READ_BLOCK)
-                    if not block:
-                        writer.truncate()
-                        return begun > 0
-                    if block.count(0) == len(block):
-                        writer.seek(len(block), os.SEEK_CUR)  # a hole stays one
-                    else:
-                        writer.write(block)
-                    on_bytes(len(block))
+                copy_rest(reader, writer, lambda block: on_bytes(len(block)))
+                return begun > 0
         finally:
             os.close(reader)
 
@@ -13041,12 +13044,11 @@ class Schedule:
     def _is_its_fault(item: Item, right: "Optional[bool]", outcome: Pull) -> bool:
         """Whether a file that is not there is not to be had from this holder."""
         if right is None:
-            # An rsync that could not write a file has not come to those behind it.
-            return outcome.how == "done" and outcome.code != 11
+            return outcome.went_through
         if item.path in outcome.parts:
             return False  # the part was of another version: now from the beginning
         # Cut off, a small file may lie torn under its own name.
-        return outcome.how == "done" and outcome.code != 11 or item.size > PLAIN_BELOW
+        return outcome.went_through or item.size > PLAIN_BELOW
 
     def _put(self, flight: Flight, staged: bytes, item: Item) -> bool:
         """Into its place; when another holder has delivered it meanwhile, it is left where it is:

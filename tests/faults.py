@@ -133,6 +133,20 @@ class FailingCalls:
         return found
 
 
+def share_failing(cls, size):
+    """A cluster for a class of tests whose calls may be made to fail, not started yet: cls.c; cls.calls; and a source of 12
+    files on s, cls.source, with backups of this size on a and b. Without a compiler the class is skipped."""
+    cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
+    try:
+        cls.calls = FailingCalls(c)
+    except unittest.SkipTest as reason:
+        cls.skip_class(str(reason))
+    cls.start_by("tests.starter", c.variables)
+    cls.source = c.source("docs", "s", {"d%d/f%d" % (n % 3, n): 3000 + n for n in range(12)})
+    for host in "ab":
+        c.backup("b" + host, host, size)
+
+
 # ---- processes --------------------------------------------------------------------------------------------------
 
 def process_table():

@@ -6,7 +6,7 @@ import os
 import random
 import unittest
 
-from tests.faults import FailingCalls, violations
+from tests.faults import share_failing, violations
 from tests.harness import Case, make_tree, some_bytes, tree, write_file
 
 ROUNDS = int(os.environ.get("CBACKUP_TEST_ROUNDS", "1"))
@@ -19,18 +19,10 @@ class DiskErrorsTest(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
-        try:
-            cls.calls = FailingCalls(c)
-        except unittest.SkipTest as reason:
-            cls.skip_class(str(reason))
-        cls.start_by("tests.starter", c.variables)
-        cls.source = c.source("docs", "s", {"d%d/f%d" % (n % 3, n): 3000 + n for n in range(12)})
-        for host in "ab":
-            c.backup("b" + host, host, "9M")
-        c.start("s")
+        share_failing(cls, "9M")
+        cls.c.start("s")
         cls.number = 0
-        c.passes("ab")
+        cls.c.passes("ab")
 
     def setUp(self):
         self.calls.heal()

@@ -13,7 +13,7 @@ from unittest import mock
 import cbackup
 from tests import recorder
 from tests.disks import WHEN, DiskCase, row
-from tests.faults import FailingCalls, tmpfs_or_skip
+from tests.faults import share_failing, tmpfs_or_skip
 from tests.harness import Case, make_tree, read_file, tree, write_file
 
 WORK = ".cbackup-restore"
@@ -199,19 +199,11 @@ class FailingTargetTest(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
-        try:
-            cls.calls = FailingCalls(c)
-        except unittest.SkipTest as reason:
-            cls.skip_class(str(reason))
-        cls.start_by("tests.starter", c.variables)
-        cls.source = c.source("docs", "s", {"d%d/f%d" % (n % 3, n): 3000 + n for n in range(12)})
+        share_failing(cls, "90M")
         make_tree(cls.source, {"large": 3 << 20})
-        for host in "ab":
-            c.backup("b" + host, host, "90M")
-        c.start()
-        c.passes("ab")
-        c.kill("s")
+        cls.c.start()
+        cls.c.passes("ab")
+        cls.c.kill("s")
         cls.number = 0
 
     def setUp(self):
