@@ -5593,9 +5593,11 @@ class Channel:
         self.socket.settimeout(timeout)
         self.socket.sendall(data + b"\n")
 
-    def receive(self, idle: float, whole: float = 60.0) -> "Optional[Dict[str, Any]]":
+    def receive(self, idle: float, whole: float = 60.0,
+                last: bool = False) -> "Optional[Dict[str, Any]]":
         """The next message; None at the end of the connection.  `idle`: seconds until its first
-        byte; once begun, it has to be complete within `whole`.  Raises OSError or ProtocolError."""
+        byte; once begun, it has to be complete within `whole`.  last: what follows it on the
+        connection is none, and not read.  Raises OSError or ProtocolError."""
         begun: "Optional[float]" = time.monotonic() if self._buffer else None
         searched = 0
         while True:
@@ -5616,7 +5618,7 @@ class Channel:
                 self._arriving = self.limit
             left = idle if begun is None else min(idle, begun + whole - time.monotonic())
             self.socket.settimeout(max(0.01, left))
-            data = self.socket.recv(min(1 << 16, self.limit + 1 - searched))
+            data = self.socket.recv(1 if last else min(1 << 16, self.limit + 1 - searched))
             if not data:
                 if self._buffer:
                     raise ProtocolError("the connection ended within a message")
@@ -5885,7 +5887,7 @@ class Link:
             fields.pop("paths", None)
         try:
             channel.send(dict(fields, op="rsync"))
-            answer = channel.receive(REPLY_TIMEOUT) or {}
+            answer = channel.receive(REPLY_TIMEOUT, last=True) or {}
         except (OSError, ProtocolError) as error:
             channel.close()
             raise Unreachable(self.host, reason_of(error))
@@ -6131,6 +6133,11 @@ class Pull:
         """The line that says that the disk itself takes nothing more; "" when it does."""
         words = ("No space left", "Disc quota", "Disk quota", "Read-only file system")
         return next((line for line in self.errors if any(word in line for word in words)), "")
+
+    @property
+    def last_words(self) -> str:
+        """Why it ended."""
+        return (self.errors or [self.how])[-1]
 
     @property
     def went_through(self) -> bool:
@@ -10316,8 +10323,7 @@ class Copier(Session):
             raise outcome.own_failure()
         elif outcome.how != "done":
             raise Unreachable(standing.host,
-                              "the transfer broke off: %s"
-                              % (outcome.errors or [outcome.how])[-1][:160])
+                              "the transfer broke off: %s" % outcome.last_words[:160])
 
     VERDICTS = {"bad": "it did not arrive whole", "unreadable": "its host cannot read it",
                 "rotten": "at its source the content changed while size and times did not: it may "
@@ -11568,7 +11574,11 @@ class RemoteHolder:
             raise outcome.own_failure()
         if outcome.full_disk:
             raise OwnFailure("%s is full: %s" % (scratch, outcome.full_disk[:160]))
-        return [os.path.join(scratch, f.name) for f in files]
+        paths = [os.path.join(scratch, f.name) for f in files]
+        if outcome.how != "done" and not all(map(os.path.exists, paths)):
+            raise Unreachable(self.link.host,
+                              "the transfer broke off: %s" % outcome.last_words[:160])
+        return paths
 
     def holdings(self, source: str, old: bool, prefix: bytes = b"") -> "Iterator[Holding]":
         """Copies, or with `old` older versions: of paths that begin with `prefix`, and from

@@ -338,6 +338,13 @@ class OddServerTest(Case):
         self.assertEqual(["ba"], self.c.copies_on_disk("others")["new%d" % self.number])
         self.c.settle()
 
+    def test_what_comes_in_one_packet_with_the_answer_to_rsync_is_rsyncs(self):
+        self.c.settle()
+        self.new_files()
+        figures = self.lied_to(lambda request, answer: answer, hasty=True)
+        self.assertFalse(figures.trouble, figures.lines)
+        self.assertEqual(["ba"], self.c.copies_on_disk("own")["new%d" % self.number])
+
     def test_a_jump_of_a_generation_is_not_believed_and_hides_nothing(self):
         self.c.settle()
         link = cbackup.Link("odd", cbackup.Home(self.c.home("a")).config(),
@@ -388,6 +395,20 @@ class OddHolderTest(Case):
                 result = self.c.run("x", "restore", "docs", "--to", target)
                 self.assertRc(0, result)
                 self.assertSameTree(self.source, target)
+
+    def test_a_catalog_of_which_nothing_comes_is_not_called_damaged(self):
+        def ends(data):
+            raise ConnectionResetError("cut")
+
+        said = ""
+        for host in ("a", "b"):  # one of them has the newest
+            with between(self.c, "a", host, change=lambda request, answer: answer, stream=ends) as liar:
+                write_file(os.path.join(self.home, "cbackup.conf"), liar.config)
+                result = self.c.run("x", "restore", "docs", "--to", os.path.join(self.directory(), "back"))
+            self.assertRc(0, result)
+            said += result.stderr
+        self.assertRegex(said, r"the catalog of b(.) on \1: \1: cannot be reached: the transfer broke off")
+        self.assertNotIn("damaged", said)
 
     def test_status_says_what_the_others_know(self):
         for number, change in enumerate(self.nonsense()):
