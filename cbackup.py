@@ -2161,7 +2161,7 @@ def make_cluster_key(path: str) -> None:
 TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
 """What a backup must still hear about one of its copies; bits of `copies.todo`."""
 
-BOOKS_SCHEMA_VERSION = 4
+BOOKS_SCHEMA_VERSION = 5
 
 BOOKS_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -2172,8 +2172,9 @@ CREATE TABLE sources(
     device INTEGER, fsid INTEGER, state TEXT DEFAULT 'ok', cause TEXT, reason TEXT,
     gen INTEGER DEFAULT 1, scanned REAL, special INTEGER DEFAULT 0, problems TEXT);
 
--- What is in the sources.  kind: f, d or l.  version: changes with the content.  blocked: cannot be
--- copied (unreadable, or rotten).  rnd: random, so that a random file of a group is found by index.
+-- What is in the sources.  id: grows in the order of the walk, so that a directory's files are
+-- mostly neighbours.  kind: f, d or l.  version: changes with the content.  blocked: cannot be
+-- copied (unreadable, or rotten).
 -- digest: of the present version, a fact or presumed.  doubt: since when it is presumed (seconds
 -- since 1970): the server has not read its file since; NULL: read in full, or there is no digest.
 -- basis: where the digest is from: p the file itself (read for this or an earlier inode and ctime)
@@ -2186,12 +2187,12 @@ CREATE TABLE entries(
     size INTEGER,
     mtime INTEGER, mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER,
     nlink INTEGER,
-    target BLOB, version INTEGER, digest BLOB, blocked TEXT, gen INTEGER, grp INTEGER, rnd INTEGER,
+    target BLOB, version INTEGER, digest BLOB, blocked TEXT, gen INTEGER, grp INTEGER,
     doubt REAL, basis TEXT, other BLOB, xattrs TEXT);
 CREATE UNIQUE INDEX entries_path ON entries(source, path);
 CREATE INDEX entries_parent ON entries(parent);
 CREATE INDEX entries_gen ON entries(source, gen);
-CREATE INDEX entries_rnd ON entries(grp, rnd) WHERE grp IS NOT NULL;
+CREATE INDEX entries_grp ON entries(grp) WHERE grp IS NOT NULL;  -- with the id in it
 CREATE INDEX entries_size ON entries(grp, size) WHERE grp IS NOT NULL;
 CREATE INDEX entries_doubt ON entries(source, doubt) WHERE doubt IS NOT NULL;
 CREATE INDEX entries_other ON entries(source) WHERE other IS NOT NULL;
@@ -2313,6 +2314,9 @@ DROP TRIGGER entries_change;
 CREATE TRIGGER entries_change AFTER UPDATE OF size ON entries
     WHEN NEW.grp IS NOT NULL AND OLD.size IS NOT NEW.size BEGIN
     UPDATE groups SET bytes = bytes - OLD.size + NEW.size WHERE id = NEW.grp; END;
+""", 4: """
+DROP INDEX entries_rnd;
+CREATE INDEX entries_grp ON entries(grp) WHERE grp IS NOT NULL;
 """}
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
@@ -2853,19 +2857,19 @@ class Inventory(Groups):
                                      number))
         groups = {blocked: self._group_id(number, "!" if blocked else "")
                   for blocked in {bool(row["blocked"]) for row, _ in rows if row["kind"] == "f"}}
-        versions, draw = itertools.count(self._next_version(len(rows))), self.random.getrandbits
+        versions = itertools.count(self._next_version(len(rows)))
         db.executemany(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, "
-            "ctime, nlink, target, version, blocked, gen, grp, rnd, xattrs) "
+            "ctime, nlink, target, version, blocked, gen, grp, xattrs) "
             "VALUES(%s)"
-            % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 3),
+            % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 2),
             [(known.get(row["path"]) if row["kind"] == "f" else None, number, parent, row["path"],
               row["kind"], row["size"],
               row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"],
               row["nlink"], row["target"])
-             + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])], draw(40))
+             + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])])
                 if row["kind"] == "f"
-                else (0, row["blocked"], number, None, None)) + (row["xattrs"],)
+                else (0, row["blocked"], number, None)) + (row["xattrs"],)
              for row, parent in rows])
         for path, file in known.items():
             db.execute("DELETE FROM gone WHERE id=?", (file,))
@@ -3241,7 +3245,9 @@ class Placement(Proof):
                    batch: "Tuple[int, int]",
                    ) -> "Iterator[Tuple[int, int]]":
         """(file id, size) to claim for `backup`, best first: a random sample of the lowest
-        level that has any; large enough for a choice when `batch` (files, bytes) is wanted.
+        level that has any; large enough for a choice when `batch` (files, bytes) is wanted.  What
+        is drawn of a group are neighbours: whole directories cost half of what the same files cost
+        when each is of another one.
 
         On that level, files whose present holders have the most free room together come first: a
         host with room can never take the same file twice, so its files must go to others.  Last of
@@ -3302,14 +3308,15 @@ class Placement(Proof):
 
     def _sample(self, group: int, backup: int, free: int,
                 count: int) -> "List[Tuple[int, int]]":
-        """(file id, size) of up to `count` random files of a group that fit into `free` and
-        were not declined."""
-        start, found = self.random.getrandbits(40), []
+        """(file id, size) of up to `count` files of a group, from a random one on, that fit into
+        `free` and were not declined."""
+        first, last = self.one("SELECT (SELECT MIN(id) FROM entries WHERE grp=?1), "
+                               "(SELECT MAX(id) FROM entries WHERE grp=?1)", group)
+        start, found = self.random.randint(first or 0, last or 0), []
         for side in (">=", "<"):
             found += self.rows(
                 "SELECT id, size "
-                "FROM (SELECT id, size FROM entries WHERE grp=? AND rnd%s? ORDER BY rnd LIMIT "
-                "?) x "
+                "FROM (SELECT id, size FROM entries WHERE grp=? AND id%s? ORDER BY id LIMIT ?) x "
                 "WHERE 1 %s LIMIT ?"
                 % (side, self.ACCEPT), group, start, max(200, 2 * count), free, backup, self.up(),
                 count - len(found))

@@ -98,6 +98,9 @@ class Layout2Test(unittest.TestCase):
             with books.write() as db:       # as layout 2 had it while ba was lost
                 db.execute("UPDATE backups SET lost=1 WHERE name='ba'")
                 db.execute("UPDATE groups SET key='2~', n=0, k=1 WHERE files>0")
+                db.execute("DROP INDEX entries_grp")
+                db.execute("ALTER TABLE entries ADD COLUMN rnd INTEGER")
+                db.execute("CREATE INDEX entries_rnd ON entries(grp, rnd) WHERE grp IS NOT NULL")
                 db.execute("PRAGMA user_version=2")
             books.close()
             books = cbackup.Books(path, "s")
@@ -107,6 +110,9 @@ class Layout2Test(unittest.TestCase):
             books.hear("ba", {})
             self.assertEqual(counted, (books.figures(row)["copies"], books.duties()))
             self.assertEqual(({"2": 3}, {"bb": 0}), counted)
+            make_tree(os.path.join(base, "docs"), {"new": b"1"})
+            cbackup.run_scan(books, config.sources["docs"])
+            self.assertEqual([b"new"], [wanted[0] for wanted in books.claim(books.hear("ba", {}), row, 1 << 30, 9, 1 << 30)])
 
 
 if __name__ == "__main__":
