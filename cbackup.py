@@ -5124,6 +5124,13 @@ class Every:
         self.of, self.most = of, most
 
 
+class Either:
+    """A row of one of these kinds, each of another length."""
+
+    def __init__(self, *kinds: "Tuple[Any, ...]") -> None:
+        self.kinds = {len(kind): kind for kind in kinds}
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(_NAME.match(value))
 
@@ -5227,17 +5234,6 @@ def _is_text_or_number(value: Any) -> bool:
     return _is_text(value) or _is_number(value)
 
 
-def _is_holding(value: Any) -> bool:
-    """Of a copy (path, size, mtime, digest or null), or of an old version, with its number in front
-    and the name in the attic behind the path."""
-    if not isinstance(value, (list, tuple)) or len(value) not in (4, 6):
-        return False
-    path, size, mtime, digest = value[-4:]
-    return _is_path(path) and _is_count(size) and _is_number(mtime) \
-        and (digest is None or _is_hex(digest)) \
-        and (len(value) == 4 or _is_count(value[0]) and _is_path(value[1]))
-
-
 def _is_anything(value: Any) -> bool:
     return True
 
@@ -5268,10 +5264,11 @@ def misfit(value: Any, shape: Any) -> str:
             return " is no list, or one that is too long"
         parts = () if _all_fit(value, of) else ((number, each, of)
                                                 for number, each in enumerate(value))
-    elif isinstance(shape, tuple):
-        if not isinstance(value, (list, tuple)) or len(value) != len(shape):
-            return " is no list of %d" % len(shape)
-        parts = zip(itertools.count(), value, shape)
+    elif isinstance(shape, (tuple, Either)):
+        kinds = shape.kinds if isinstance(shape, Either) else {len(shape): shape}
+        if not isinstance(value, (list, tuple)) or len(value) not in kinds:
+            return " is no list of %s" % " or ".join(map(str, kinds))
+        parts = zip(itertools.count(), value, kinds[len(value)])
     else:
         return "" if shape(value) else " is " + shape.__name__.lstrip("_").replace("is_", "no ")
     for key, each, of in parts:
@@ -5301,9 +5298,11 @@ def _all_fit(values: "Sequence[Any]", of: Any) -> bool:
         return all(map(of, values))
     if isinstance(of, Maybe):
         return _all_fit([value for value in values if value is not None], of.of)
-    if isinstance(of, (tuple, Every)):
+    if isinstance(of, (tuple, Every, Either)):
         if not set(map(type, values)) <= {list, tuple}:
             return False
+        if isinstance(of, Either):
+            return len(values[0]) in of.kinds and _all_fit(values, of.kinds[len(values[0])])
         if isinstance(of, Every):
             return max(map(len, values)) <= of.most \
                 and _all_fit(list(itertools.chain.from_iterable(values)), of.of)
@@ -5341,6 +5340,11 @@ class Operation:
 
 
 SERVED = ("source", "backup", "attic", "catalog")
+
+HOLDING = Either((_is_path, _is_count, _is_number, Maybe(_is_hex)),
+                 (_is_count, _is_path, _is_path, _is_count, _is_number, Maybe(_is_hex)))
+"""Of a copy (path, size, mtime, digest or null), or of an old version, with its number in front and
+the name in the attic behind the path."""
 
 WANTED = (_is_path, _is_count, _is_number, _is_mode, _is_number, _is_number, _is_count)
 """A file that is to be copied: see Wanted."""
@@ -5458,7 +5462,7 @@ OPERATIONS: "Dict[str, Operation]" = {
     # mtime, digest).
     "holdings": Operation(dict(_OF, after=_is_text_or_number, kind=May(_one_of(1, 2, 4, 8), 1),
                                prefix=May(_is_text, "")),
-                          {"rows": [_is_holding], "more": May(_is_flag)}),
+                          {"rows": [HOLDING], "more": May(_is_flag)}),
     # Rows: name, empty for the path itself; size, null for a directory; mtime; until when it was
     # the present version.
     "list": Operation(dict(_OF, path=_is_text, after=_is_text_or_number,

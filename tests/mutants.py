@@ -262,8 +262,11 @@ MUTANTS = [
      '        if key not in value:\n            continue', "what is missing is an error", "test_wire.TableTest"),
     ("lists-without-end", "if not isinstance(value, (list, tuple)) or len(value) > most:",
      "if not isinstance(value, (list, tuple)):", "lists have a bound", "test_wire.TableTest"),
-    ("rows-of-any-length", "if not isinstance(value, (list, tuple)) or len(value) != len(shape):",
-     "if not isinstance(value, (list, tuple)):", "rows have their length", "test_wire.TableTest"),
+    ("rows-of-any-length", "len(value) not in kinds:\n            return \" is no list of %s\" % \" or \".join(map(str, kinds))\n"
+     "        parts = zip(itertools.count(), value, kinds[len(value)])",
+     "not kinds:\n            return \" is no list of %s\" % \" or \".join(map(str, kinds))\n"
+     "        parts = zip(itertools.count(), value, next(iter(kinds.values())))",
+     "rows have their length", "test_wire.TableTest"),
     ("no-defaults", "value[key] = default() if callable(default) else default", "pass",
      "what an older peer lacks gets its default", "test_wire.TableTest"),
     ("said-raw", "            value[key] = shown(value[key])\n", "            pass\n",

@@ -120,6 +120,14 @@ class TableTest(unittest.TestCase):
                     self.assertEqual(shape(value), not cbackup.misfit([[1, each] for each in many], [(cbackup._is_count, shape)]))
                     self.assertEqual(shape(value), not cbackup.misfit([many], [cbackup.Every(shape, 3)]))
 
+    def test_rows_of_two_kinds_are_told_apart_by_their_length(self):
+        copy, old = ["a", 1, 2, None], [1, "a", "b", 3, 4, "aa"]
+        for rows in ([], [copy, copy], [old, old], [copy, old]):
+            self.assertFalse(cbackup.misfit(rows, [cbackup.HOLDING]), rows)
+        for odd in ([], [1], copy + old, 5, None, "aaaa", ["/a", 1, 2, None], ["a", 1, 2, 3], [1, "a", "../b", 3, 4, "aa"]):
+            for rows in ([odd], [odd, odd], [copy, odd], [odd, old]):
+                self.assertTrue(cbackup.misfit(rows, [cbackup.HOLDING]), rows)
+
     def test_what_is_printed_as_it_is_can_only_be_a_name_or_a_word(self):
         for value in ("\x1b[2J", "\udcff", "a b", ""):
             self.assertNotEqual("", cbackup.misfit(value, cbackup._is_word))
