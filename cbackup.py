@@ -2686,11 +2686,12 @@ class Groups(Store):
                                    "FROM entries e LEFT JOIN copies c ON c.file=e.id "
                                    "AND c.state IN ('k', 'c', 's') "
                                    "WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
-            for (number, source, grp, size, blocked), copies in itertools.groupby(
-                    rows, key=lambda row: row[:5]):
-                group = self._group_id(source, ("!" if blocked else "") + ",".join(
-                    ["%d%s" % (backup, "+" if state == "k" else "-") for *_, backup, state in copies
-                     if backup is not None]))
+            keys: "Dict[int, str]" = {}
+            for number, *_, backup, state in rows:
+                keys[number] = keys.get(number, "") + (
+                    "" if backup is None else ",%d%s" % (backup, "+" if state == "k" else "-"))
+            for number, source, grp, size, blocked, *_ in rows:
+                group = self._group_id(source, ("!" if blocked else "") + keys[number][1:])
                 if group != grp and number not in moved:
                     moved[number] = group
                     for of, one in ((grp, -1), (group, 1)):
@@ -4993,9 +4994,13 @@ def compare_own(tree: Tree, facts: "Dict[str, Any]",
     `facts`: Books.version_of; `given`: size, digest, offsets and samples.  Verdicts: "ok",
     "changed" (the file is not, or no longer, the version in the books), "bad" (the copy is wrong),
     "unreadable", or "unproven": only reading all of our own file will tell.  It is not slowed down:
-    the bytes are those that were just sent, or few.
+    the bytes are those that were just sent, or few.  A small file of which there is a proof is not
+    read for each further copy that has its digest.
     """
     try:
+        if facts["size"] <= WHOLE_BELOW and given["digest"] == proven(facts):
+            found = tree.lstat(given["path"], strict=True)
+            return "ok" if found and _is_version(found, facts) else "changed", None
         descriptor, info = tree.open_file(given["path"])
     except OSError as error:
         return _why_unopened(error), None
@@ -5020,6 +5025,11 @@ def compare_own(tree: Tree, facts: "Dict[str, Any]",
         return "unreadable", None
     finally:
         os.close(descriptor)
+
+
+def proven(facts: "Dict[str, Any]") -> "Optional[bytes]":
+    """The digest that our own file had when it was read; None: it was not, for this version."""
+    return facts["digest"] if facts["doubt"] is None else None
 
 
 def read_own(tree: Tree, facts: "Dict[str, Any]", pace: Pace) -> "Tuple[str, Optional[bytes]]":
@@ -8763,7 +8773,7 @@ class Confirmations(Standings):
             return "changed"
         if facts["blocked"] == ROTTEN:
             return "rotten"
-        if facts["doubt"] is None and facts["digest"] is not None:
+        if proven(facts):
             return "ok" if facts["digest"] == given["digest"] else "bad"
         return "unproven"
 

@@ -342,7 +342,7 @@ class FreshTest(unittest.TestCase):
             write_file(path, "one")
             info = os.stat(path)
             yield tree, path, {"path": b"f", "size": 3, "mtime": info.st_mtime_ns, "ino": info.st_ino,
-                               "ctime": info.st_ctime_ns, "digest": None}
+                               "ctime": info.st_ctime_ns, "digest": None, "doubt": None}
 
     def test_a_file_is_read_as_a_proof_only_when_its_times_are_old_enough(self):
         with self.file() as (tree, path, facts):
@@ -366,6 +366,24 @@ class FreshTest(unittest.TestCase):
             for fresh, own in ((True, None), (False, digest)):
                 with mock.patch.object(cbackup, "is_fresh", lambda info: fresh):
                     self.assertEqual(cbackup.compare_own(tree, facts, given), ("ok", own))
+
+    def test_what_is_proven_is_not_read_again_for_a_copy_that_has_its_digest(self):
+        with self.file() as (tree, path, facts):
+            digest = hashlib.blake2b(b"one", digest_size=32).digest()
+            facts.update(digest=digest)
+            given = {"path": b"f", "size": 3, "digest": digest, "offsets": [], "samples": b""}
+            with mock.patch.object(cbackup, "is_fresh", lambda info: False):
+                with mock.patch.object(cbackup, "digest_descriptor", side_effect=AssertionError("it is read")):
+                    self.assertEqual(cbackup.compare_own(tree, facts, given), ("ok", None))
+                    with self.assertRaises(AssertionError):
+                        cbackup.compare_own(tree, dict(facts, doubt=1.0), given)
+                self.assertEqual(cbackup.compare_own(tree, facts, dict(given, digest=b"x" * 32)), ("bad", digest))
+            write_file(path + "2", "two")
+            os.utime(path + "2", ns=(facts["mtime"], facts["mtime"]))
+            os.rename(path + "2", path)
+            self.assertEqual(cbackup.compare_own(tree, facts, given), ("changed", None))
+            os.unlink(path)
+            self.assertEqual(cbackup.compare_own(tree, facts, given), ("changed", None))
 
     def test_where_times_are_whole_seconds_it_takes_longer(self):
         class Info:
