@@ -1241,6 +1241,17 @@ class Tree:
             os.sync()
 
 
+def stats_of(tree: Tree, rels: "Iterable[bytes]") -> "Iterator[Optional[os.stat_result]]":
+    """`lstat` of each; where a directory is missing, all that is asked for in it in a row is told
+    by one look."""
+    above, there = b"", True
+    for rel in rels:
+        if rel.rpartition(b"/")[0] != above:
+            above = rel.rpartition(b"/")[0]
+            there = not above or tree.lstat(above) is not None
+        yield tree.lstat(rel) if there else None
+
+
 def _syncfs(descriptor: int) -> bool:
     """syncfs(2) on Linux; False where there is none, so that the caller syncs file by file.  Raises
     OSError when something could not be written: who opens the files after that, to sync them one by
@@ -5304,8 +5315,8 @@ def _all_fit(values: "Sequence[Any]", of: Any) -> bool:
         return _are_hex(values)
     if of is _is_path and _are_paths(values):
         return True
-    if callable(of):
-        return all(map(of, values))
+    if callable(of):  # few words are said many times
+        return all(map(of, set(values) if set(map(type, values)) == {str} else values))
     if isinstance(of, Maybe):
         return _all_fit([value for value in values if value is not None], of.of)
     if isinstance(of, (tuple, Every, Either)):
@@ -6969,10 +6980,12 @@ class Folding(BackupDirectory):
         return self.one("SELECT 1 FROM temp.folded WHERE source=? AND key=?", source,
                         fold_key(path)) is not None
 
-    def _own_at(self, source: str, path: bytes) -> "Optional[os.stat_result]":
-        """The stat of what stands at a file's place; None also when that is another's."""
-        place = self.place_of(source, path)
-        return None if self.anothers(place) is not None else self.tree.lstat(place)
+    def _own_at(self, source: str,
+                paths: "Iterable[bytes]") -> "Iterator[Optional[os.stat_result]]":
+        """The stat of what stands at each file's place; None also when that is another's."""
+        places = [self.place_of(source, path) for path in paths]
+        for place, info in zip(places, stats_of(self.tree, places)):
+            yield None if info is None or self.anothers(place) is not None else info
 
     def clear_the_way(self, place: bytes) -> None:
         """Remove what our skeleton (empty directories, symlinks) has at a file's place.
@@ -7107,8 +7120,7 @@ class Attic(Folding):
         forget them as copies."""
         names = []
         with self.write() as db:
-            for path in paths:
-                info = self._own_at(source, path)
+            for path, info in zip(paths, self._own_at(source, paths)):
                 row = self.one("SELECT size, mtime, digest FROM held WHERE source=? AND path=?",
                                source, path)
                 db.execute("DELETE FROM held WHERE source=? AND path=?", (source, path))
@@ -7261,8 +7273,8 @@ class Journal(Attic):
         with self.write() as db:
             db.executemany("UPDATE coming SET digest=?, stage=1 WHERE source=? AND path=?",
                            [(digest, source, path) for path, digest in rows])
-            for path, _ in rows:
-                info = self._own_at(source, path)
+            paths = [path for path, _ in rows]
+            for path, info in zip(paths, self._own_at(source, paths)):
                 if info is None and not self.folds:
                     bare.add(path)
                 if info is None or not stat.S_ISREG(info.st_mode):
@@ -7378,7 +7390,7 @@ class Journal(Attic):
                 if self.tree.lstat(between) is not None:
                     if row is None:
                         raise FileNotFoundError(errno.ENOENT, "it is no copy any more")
-                    info = self._own_at(source, new)
+                    info = next(self._own_at(source, [new]))
                     if info is not None and stat.S_ISREG(info.st_mode):
                         self.set_aside(source, [new], "deleted")
                     self.clear_the_way(place)
@@ -10217,8 +10229,8 @@ class Copier(Session):
                                  max(total, self._total))
 
         # What an earlier pass has left here may have the right size and time and be other bytes.
-        always = updating or any(vault.tree.lstat(vault.incoming(standing.name, f.path)) is not None
-                                 for f in files)
+        always = updating or any(stats_of(
+            vault.tree, (vault.incoming(standing.name, f.path) for f in files)))
         try:
             outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always,
                                        on_bytes)

@@ -7,7 +7,7 @@ import unittest
 import unittest.mock
 
 import cbackup
-from tests.harness import (Case, Process, inodes, make_tree, quick_program, read_file, tree, wait_for, walk,
+from tests.harness import (Case, Link, Process, inodes, make_tree, quick_program, read_file, tree, wait_for, walk,
                            write_file)
 
 DAY = 86400.0
@@ -344,6 +344,24 @@ class NoLinkTest(Case):
             tree.chmod(b"f.old", 0)
             tree.chmod(b"f.old", 0o640)
         self.assertEqual(0o640, stat.S_IMODE(os.stat(path + ".old").st_mode))
+
+
+class LooksTest(Case):
+    def test_what_many_paths_are_is_told_in_their_order_and_without_a_look_at_each_below_what_is_missing(self):
+        base, looks, real = self.directory(), [], os.stat
+        make_tree(base, {"d/f": "1", "d/g": "22", "e": "333", "z/y/x": "4444", "link": Link(b"d")})
+        asked = [b"a/1", b"a/2", b"a/3", b"d/f", b"d/none", b"d/g", b"e", b"e/below", b"link/f", b"none", b"z/none/x", b"z/y/x"]
+
+        def look(name, **options):
+            looks.append(name)
+            return real(name, **options)
+        with cbackup.Tree(base) as tree, unittest.mock.patch("os.stat", look):
+            each = [info and info.st_size for info in cbackup.stats_of(tree, asked)]
+            self.assertEqual([None, None, None, 1, None, 2, 3, None, None, None, None, 4], each)
+            self.assertEqual(each, [info and info.st_size for info in map(tree.lstat, asked)])
+            del looks[:]
+            self.assertFalse(any(cbackup.stats_of(tree, (b"a/%d" % number for number in range(100)))))
+            self.assertEqual([b"a"], looks)
 
 
 class SomeLink:
