@@ -2332,10 +2332,6 @@ CREATE INDEX entries_grp ON entries(grp) WHERE grp IS NOT NULL;
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
 
-BOOKS_CACHE = 24 << 20
-"""Bytes of the books that SQLite keeps in memory: files are drawn at random, and with 100,000 of
-them its own 2 MB make that cost a fifth more.  More than this brought nothing."""
-
 APPLY_CHUNK, SLICE = 500, 250
 """Rows of a scan, of a claim, of a confirmation that are entered in one transaction, and rows of
 which each costs more: others wait for their answers meanwhile."""
@@ -2578,7 +2574,6 @@ class Groups(Store):
     def _open(self) -> None:
         self.db = open_database(self.path, BOOKS_SCHEMA, BOOKS_SCHEMA_VERSION, "WAL",
                                 BOOKS_UPGRADES)
-        self.db.execute("PRAGMA cache_size=-%d" % (BOOKS_CACHE >> 10))
         self._group_ids: "Dict[Tuple[int, str], int]" = {}
         self._hosts: "Dict[int, Tuple[str, bool, bool]]" = {}
         self._shapes: "Dict[int, Group]" = {}
