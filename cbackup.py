@@ -3997,12 +3997,13 @@ class Books(Ledger):
     def configure(self, config: Config) -> None:
         """Take over what the configuration says about sources of this host and all backups."""
         with self.write() as db:
-            asleep = dict(db.execute("SELECT name, id FROM sources WHERE active=0"))
+            again = dict(db.execute("SELECT name, id FROM sources WHERE active=0"))
             db.execute("UPDATE sources SET active=0")
             for source in config.sources_of(self.host):
                 db.execute("INSERT OR IGNORE INTO sources(name) VALUES(?)", (source.name,))
-                db.execute("UPDATE sources SET path=?, replicas=?, active=1 WHERE name=?",
-                           (source.path, source.replicas, source.name))
+                db.execute("UPDATE sources SET path=?, replicas=?, active=? WHERE name=?",
+                           (source.path, source.replicas, int(source.name not in again),
+                            source.name))
             before = dict((row[0], row[1:]) for row in db.execute(
                 "SELECT id, host, configured, leaving FROM backups"))
             # one that comes back counts when it was heard
@@ -4018,26 +4019,29 @@ class Books(Ledger):
                          for row in db.execute("SELECT id, host, configured, leaving FROM backups"))
             if any(after[number] != facts for number, facts in before.items()):
                 self.recount_groups()
-            for source in config.sources_of(self.host):
-                if source.name in asleep:
-                    self._count_anew(asleep[source.name])
+        for source in config.sources_of(self.host):
+            if source.name in again:
+                self._count_anew(again[source.name])
 
     def _count_anew(self, source: int) -> None:
         """A source is configured again: its copies may have been deleted meanwhile (`forget`).
-        They count when the backups have reported them; until then nothing is copied again."""
+        They count when the backups have reported them; until then nothing is copied again.  In
+        slices, and it is active only after the last one: who is cut off begins again."""
+        for (backup,) in self.rows("SELECT id FROM backups"):
+            files = [0]
+            while files:
+                with self.write() as db:
+                    files = [row[0] for row in self.rows(
+                        "SELECT file FROM copies WHERE backup=? AND source=? LIMIT ?", backup,
+                        source, APPLY_CHUNK)]
+                    db.executemany("DELETE FROM copies WHERE file=? AND backup=?",
+                                   [(file, backup) for file in files])
+                    self.regroup(files)
+                    if files:
+                        self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
         with self.write() as db:
-            had = db.execute("DELETE FROM copies WHERE source=?", (source,)).rowcount
             db.execute("DELETE FROM caught_up WHERE source=?", (source,))
-            for blocked in (0, 1):
-                db.execute("UPDATE entries SET grp=? WHERE source=? AND kind='f' "
-                           "AND (blocked IS NOT NULL)=?",
-                           (self._group_id(source, "!" if blocked else ""), source, blocked))
-            db.execute("UPDATE groups SET "
-                       "files=(SELECT COUNT(*) FROM entries WHERE grp=groups.id), "
-                       "bytes=(SELECT COALESCE(SUM(size), 0) FROM entries WHERE grp=groups.id) "
-                       "WHERE source=?", (source,))
-            if had:
-                self.set_meta("recovering:%d" % source, self.up() + RECOVERY_WAIT)
+            db.execute("UPDATE sources SET active=1 WHERE id=?", (source,))
 
     # -- what a backup must hear --
 

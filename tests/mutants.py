@@ -183,6 +183,8 @@ MUTANTS = [
     ("slept-too-long-is-safe",
      'elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:', "elif False:",
      "a source not heard of for warn_after is not safe", "test_said.AsleepTest"),
+    ("active-before-all-is-counted", "int(source.name not in again)", "1",
+     "a source that comes again is active when none of its old copies counts", "test_databases.BatchesTest"),
     ("asleep-is-unsafe-at-once",
      'elif status["hosts"][s["host"]]["answered"] > status["warn_after"]:', "elif True:",
      "a source asleep is safe until warn_after", "test_said.AsleepTest"),

@@ -287,6 +287,31 @@ class BatchesTest(Case):
                 self.assertGreaterEqual(sum(rows), 1200)
                 self.assertLessEqual(max(rows), 550)
 
+    def test_a_source_whose_line_comes_again_is_active_when_all_of_its_copies_are_to_be_reported(self):
+        docs, source, books = self.books_of({"f%d" % n: 1 for n in range(50)}, "b1", "b2")
+        cbackup.run_scan(books, source)
+        for name in ("b1", "b2"):
+            books.claim(books.hear(name, {"free": 1 << 30}), books.source_row("docs"), 1 << 30, 100, 1 << 30)
+        backups = {name: cbackup.Backup(name, "h" + name, "/" + name, size=1 << 30) for name in ("b1", "b2")}
+        books.configure(cbackup.Config(text="", sources={}, backups=backups))
+        again, slices, real = cbackup.Config(text="", sources={"docs": source}, backups=backups), [], books.regroup
+
+        def regroup(files):
+            slices.append(len(files))
+            if len(slices) == 4:
+                raise KeyboardInterrupt
+            real(files)
+        with unittest.mock.patch.object(cbackup, "APPLY_CHUNK", 20), unittest.mock.patch.object(books, "regroup", regroup):
+            with self.assertRaises(KeyboardInterrupt):
+                books.configure(again)
+            self.assertEqual(([], 100 - 50), (books.active_sources(), books.one("SELECT COUNT(*) FROM copies")[0]))
+            self.added_up(books)
+            books.configure(again)
+        self.assertLessEqual(max(slices), 20)
+        self.assertEqual((["docs"], 0), (books.active_sources(), books.one("SELECT COUNT(*) FROM copies")[0]))
+        self.added_up(books)
+        self.assertTrue(books.recovering(books.source_row("docs")["id"]))
+
     def added_up(self, books, copies=None):
         """What the groups have is what is in them; and so many copies are of a state."""
         found = books.rows("SELECT grp, COUNT(*), SUM(size) FROM entries WHERE kind='f' GROUP BY grp ORDER BY grp")
