@@ -10215,6 +10215,21 @@ class Copier(Session):
         if updating:
             for f in files:
                 vault.prepare_basis(standing.name, f.path)
+        # What an earlier pass has left here may have the right size and time and be other bytes.
+        always = updating or any(stats_of(
+            vault.tree, (vault.incoming(standing.name, f.path) for f in files)))
+        outcome = self._transfer(standing, files, need, always)
+        test_point("copied")
+        self.figures.add(wire_bytes=outcome.wire)
+        self.pipeline.submit(lambda: self.guarded(
+            standing, lambda s: self.check(s, files, outcome, updating)))
+
+    _total = 0
+
+    def _transfer(self, standing: Standing, files: "List[Wanted]", need: int,
+                  always: bool) -> Pull:
+        """Have `need` bytes of files brought, and not much more."""
+        vault, link = self.vault, self.links[standing.host]
         total, begun = need + self._moved, self._moved
         most = 2 * need + EXCESS_PER_FILE * len(files) + EXCESS_BYTES
 
@@ -10227,25 +10242,15 @@ class Copier(Session):
             self.progress.update("%s: %s" % (self.name, standing.name), self._moved,
                                  max(total, self._total))
 
-        # What an earlier pass has left here may have the right size and time and be other bytes.
-        always = updating or any(stats_of(
-            vault.tree, (vault.incoming(standing.name, f.path) for f in files)))
         try:
-            outcome = self.mover.fetch(self.links[standing.host], standing, vault, files, always,
-                                       on_bytes)
+            return self.mover.fetch(link, standing, vault, files, always, on_bytes)
         except (Refused, Unreachable) as error:
             vault.give_up(standing.name, [f.path for f in files],
                           keep_parts=isinstance(error, Refused))
             raise
         except OwnFailure:
-            self.give_back(standing, self.links[standing.host], files)
+            self.give_back(standing, link, files)
             raise
-        test_point("copied")
-        self.figures.add(wire_bytes=outcome.wire)
-        self.pipeline.submit(lambda: self.guarded(
-            standing, lambda s: self.check(s, files, outcome, updating)))
-
-    _total = 0
 
     def _that_can_stand_here(self, standing: Standing,
                              files: "List[Wanted]") -> "Tuple[List[Wanted], List[Wanted]]":
