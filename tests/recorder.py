@@ -160,8 +160,8 @@ def watch_messages(recorder, channel):
         recorder.note("send", message=message)
         return send(self, message, *rest)
 
-    def watched_receive(self, *rest):
-        message = receive(self, *rest)
+    def watched_receive(self, *rest, **keys):
+        message = receive(self, *rest, **keys)
         recorder.note("receive", message=message)
         return message
     channel.send, channel.receive = watched_send, watched_receive
