@@ -2332,7 +2332,7 @@ CREATE INDEX entries_grp ON entries(grp) WHERE grp IS NOT NULL;
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
 
-APPLY_CHUNK, SLICE = 500, 250
+APPLY_CHUNK, SLICE = 500, 125
 """Rows of a scan, of a claim, of a confirmation that are entered in one transaction, and rows of
 which each costs more: others wait for their answers meanwhile."""
 
@@ -2585,6 +2585,12 @@ class Groups(Store):
         if not self.id:
             self.id = secrets.token_hex(8)
             self.set_meta("books", self.id)
+
+    def reader(self) -> "sqlite3.Connection":
+        """Another connection, for who only reads, or has tables of its own: it waits for nobody,
+        and nobody for it."""
+        return sqlite3.connect(self.path, timeout=60, isolation_level=None,
+                               check_same_thread=False)
 
     def close(self) -> None:
         with self.lock:
@@ -2985,6 +2991,13 @@ class Inventory(Groups):
         return self.rows("SELECT path, change FROM held_files WHERE source=? AND path>? "
                          "ORDER BY path LIMIT ?",
                          source, after, limit)
+
+    def keep_held(self, source: int, rows: "List[Tuple[bytes, str]]") -> None:
+        """Keep (path, "gone" or "changed") of the files for which a scan holds a source."""
+        with self.write() as db:
+            db.execute("DELETE FROM held_files WHERE source=?", (source,))
+            db.executemany("INSERT OR IGNORE INTO held_files VALUES(?,?,?)",
+                           [(source,) + row for row in rows])
 
     def list_held(self, source: int, cause: "Optional[str]") -> None:
         """Keep the files for which a source is held, when it was no scan that found them: other
@@ -4235,18 +4248,17 @@ class Books(Ledger):
 # ==== 8. The scanner, and what the server reads of its own files ==================================
 
 SCAN_TABLES = """
-CREATE TEMP TABLE IF NOT EXISTS found(
+CREATE TEMP TABLE found(
     path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT,
     size INTEGER, mtime INTEGER,
     mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB,
     blocked TEXT, xattrs TEXT);
-CREATE TEMP TABLE IF NOT EXISTS lost(
+CREATE TEMP TABLE lost(
     id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER,
     replaced INTEGER);
-CREATE INDEX IF NOT EXISTS temp.lost_ino ON lost(ino);
-CREATE INDEX IF NOT EXISTS temp.lost_path ON lost(path);
-CREATE TEMP TABLE IF NOT EXISTS moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
-DELETE FROM found; DELETE FROM lost; DELETE FROM moves;
+CREATE INDEX temp.lost_ino ON lost(ino);
+CREATE INDEX temp.lost_path ON lost(path);
+CREATE TEMP TABLE moves(lost INTEGER PRIMARY KEY, path BLOB UNIQUE);
 """
 """What one scan found to be different.  how: new | replaced (another file) | content | metadata |
 attributes | silent.  doubt: the content is presumed to be the same.  lost: entries that are gone,
@@ -4442,6 +4454,136 @@ class LeftOut:
                 yield path
 
 
+class Findings:
+    """What one scan found to be different from the books, in tables of a connection of its own that
+    only reads the books: nobody waits while all of it is gone through.  May touch: these tables,
+    which end with it."""
+
+    def __init__(self, books: Books) -> None:
+        self._db = books.reader()
+        self._db.executescript(SCAN_TABLES)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _many(self, sql: str, rows: "List[Tuple[Any, ...]]") -> None:
+        self._db.execute("BEGIN")
+        self._db.executemany(sql, rows)
+        self._db.execute("COMMIT")
+
+    def _count(self, sql: str) -> int:
+        return self._db.execute(sql).fetchone()[0]
+
+    def _pages(self, sql: str) -> "Iterator[Tuple[Any, ...]]":
+        """The rows of a query that has the first column of the row before and the number of rows as
+        its parameters."""
+        after: Any = -1  # before every path, too
+        while True:
+            page = self._db.execute(sql, (after, APPLY_CHUNK)).fetchall()
+            yield from page
+            if len(page) < APPLY_CHUNK:
+                return
+            after = page[-1][0]
+
+    # -- what the walk finds --
+
+    def enter(self, rows: "List[Dict[str, Any]]") -> None:
+        self._many("INSERT OR REPLACE INTO found VALUES(%s)" % ",".join("?" * len(FOUND_COLUMNS)),
+                   [tuple(row[column] for column in FOUND_COLUMNS) for row in rows])
+        self._many("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 1 "
+                   "FROM entries WHERE id=?",
+                   [(row["known"],) for row in rows if row["how"] == "replaced"])
+
+    def lose(self, source: int, known: "List[Tuple[bytes, int, str]]") -> None:
+        """(path, number, kind) of entries of the books that are no longer there, with all that was
+        below them."""
+        into = "INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 " \
+            "FROM entries "
+        self._many(into + "WHERE id=?", [(number,) for _, number, _ in known])
+        self._many(into + "WHERE source=? AND path>? AND path<?",
+                   [(source, path + b"/", path + b"0") for path, _, kind in known if kind == "d"])
+
+    def match_moves(self) -> None:
+        """A file that is lost under one path and found under another, with inode, size and mtime,
+        was moved."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO moves SELECT l.id, f.path "
+            "FROM found f JOIN lost l ON l.ino=f.ino AND l.size=f.size AND l.mtime=f.mtime "
+            "WHERE f.kind='f' AND l.kind='f' AND f.how IN ('new', 'replaced') AND f.path<>l.path "
+            "ORDER BY f.path, l.path")
+
+    # -- how much it is --
+
+    STAYS = "NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
+    GONE = "FROM lost WHERE kind='f' AND replaced=0 AND " + STAYS % "lost.id"
+    REPLACED = "how='replaced' AND " + STAYS % "found.known"
+
+    def gone(self) -> int:
+        """Files that are nowhere now."""
+        return self._count("SELECT COUNT(*) " + self.GONE)
+
+    def changed(self) -> int:
+        """Files that have another content, or that another file took the place of."""
+        return self._count("SELECT COUNT(*) FROM found WHERE " + self.REPLACED) \
+            + self._count("SELECT COUNT(*) FROM found WHERE kind='f' AND how='content'")
+
+    def any_file(self) -> bool:
+        return self._count("SELECT EXISTS(SELECT 1 FROM found WHERE kind='f')") > 0
+
+    def gone_paths(self) -> "Iterator[bytes]":
+        """The paths of the files that are gone, by path."""
+        return (path for (path,) in self._pages(
+            "SELECT path " + self.GONE + " AND path>? ORDER BY path LIMIT ?"))
+
+    def changed_paths(self) -> "Iterator[bytes]":
+        return (path for (path,) in self._pages(
+            "SELECT path FROM found WHERE kind='f' AND (how='content' OR " + self.REPLACED
+            + ") AND path>? ORDER BY path LIMIT ?"))
+
+    # -- what is to be done --
+
+    def lost(self) -> "Iterator[Tuple[int, bytes, str]]":
+        """(number, path, kind) of entries that are to be buried."""
+        return self._pages(  # type: ignore
+            "SELECT id, path, kind FROM lost l WHERE " + self.STAYS % "l.id"
+            + " AND (replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path)) "
+            "AND id>? ORDER BY id LIMIT ?")
+
+    MOVES = "SELECT m.path, m.lost, l.path FROM moves m JOIN lost l ON l.id=m.lost WHERE %s (" \
+        "EXISTS(SELECT 1 FROM lost p JOIN moves o ON o.lost=p.id WHERE p.path=m.path) " \
+        "OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) " \
+        "OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path AND f.kind='d')) " \
+        "AND m.path>? ORDER BY m.path LIMIT ?"
+
+    def moves(self, entangled: bool) -> "Iterator[Tuple[bytes, int, bytes]]":
+        """(new path, number, old path).  entangled: of swaps, chains, and where a directory is to
+        be made; or of the others."""
+        return self._pages(self.MOVES % ("" if entangled else "NOT"))  # type: ignore
+
+    def is_moved(self, number: int) -> bool:
+        return self._db.execute("SELECT 1 FROM moves WHERE lost=?",
+                                (number,)).fetchone() is not None
+
+    def _rows(self, condition: str) -> "Iterator[Dict[str, Any]]":
+        """By path: a directory comes before what is in it."""
+        return (dict(zip(FOUND_COLUMNS, row)) for row in self._pages(
+            "SELECT %s FROM found WHERE %s AND path>? ORDER BY path LIMIT ?"
+            % (", ".join(FOUND_COLUMNS), condition)))
+
+    def new_directories(self) -> "Iterator[Dict[str, Any]]":
+        return self._rows("kind='d' AND how='new'")
+
+    def rest(self) -> "Iterator[Dict[str, Any]]":
+        """New files and symlinks, and all changes in place."""
+        return self._rows("NOT (kind='d' AND how='new') "
+                          "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.path=found.path)")
+
+    def at(self, path: bytes) -> "Dict[str, Any]":
+        row = self._db.execute("SELECT %s FROM found WHERE path=?" % ", ".join(FOUND_COLUMNS),
+                               (path,)).fetchone()
+        return dict(zip(FOUND_COLUMNS, row))
+
+
 class Scan:
     """One look at one source: compares the tree with the books, judges, and applies what is
     different.
@@ -4456,6 +4598,7 @@ class Scan:
         """consent: somebody said `accept`.  It is for what this scan finds, and ends with it,
         however it ends."""
         self.books, self.source, self.consent = books, source, consent
+        self.found = Findings(books)
         self.root = os.fsencode(source.path)
         self.left_out = LeftOut(source)
         self.xattrs = source.xattrs and hasattr(os, "listxattr")
@@ -4469,16 +4612,17 @@ class Scan:
                 info = os.stat(path)
                 self.skip.add((info.st_dev, info.st_ino))
 
+    def close(self) -> None:
+        self.found.close()
+
     def run(self) -> bool:
-        """Scan and apply.  Returns whether anything was different."""
+        """Scan and apply; once.  Returns whether anything was different."""
         row = self.books.source_row(self.source.name)
         self.row = row
         self.known_files = self.books.file_counts(row["id"])[0]
-        with self.books.lock:
-            self.books.db.executescript(SCAN_TABLES)
         self._look_at_root()
         self._walk()
-        self._match_moves()
+        self.found.match_moves()
         if not self.consent:
             self._judge()
         changed = self._apply()
@@ -4508,7 +4652,7 @@ class Scan:
         if self.source.xattrs != self.xattrs:
             self._problem(b"", "its line says `xattrs`, and on this system Python cannot read "
                           "extended attributes")
-        self._flush([self._compare(root_row, known)])
+        self._enter([self._compare(root_row, known)])
         pending: "List[Tuple[bytes, Optional[int]]]" = [(b"", known[0] if known else None)]
         while pending:
             directory, number = pending.pop()
@@ -4552,9 +4696,9 @@ class Scan:
         except OSError as error:
             self._problem(directory, reason_of(error))
             return []
-        self._flush(different)
+        self._enter(different)
         if known:
-            self._lose(list(known.items()))
+            self._lose(known)
         return below
 
     def _look_at(self, entry: "os.DirEntry[bytes]", path: bytes,
@@ -4619,7 +4763,7 @@ class Scan:
         full = os.path.join(self.root, row["path"]) if row["path"] else self.root
         if old is None or old[1] != row["kind"]:
             if old is not None:
-                self._lose([(row["path"], old)])
+                self._lose({row["path"]: old})
             self._read_more(row, full)
             return row
         number, _, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, xattrs = old
@@ -4717,65 +4861,22 @@ class Scan:
         if len(self.problems) < 20:
             self.problems.append("%s: %s" % (shown(path) or ".", why))
 
-    def _flush(self, rows: "List[Optional[Dict[str, Any]]]") -> None:
-        values = [[row[column] for column in FOUND_COLUMNS] for row in rows if row is not None]
-        replaced = [(row["known"],) for row in rows if row is not None and row["how"] == "replaced"]
-        if not values:
-            return
-        with self.books.lock:
-            db = self.books.db
-            db.execute("BEGIN")
-            db.executemany("INSERT OR REPLACE INTO found VALUES(%s)"
-                           % ",".join("?" * len(FOUND_COLUMNS)), values)
-            db.executemany("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 1 "
-                           "FROM entries WHERE id=?",
-                           replaced)
-            db.execute("COMMIT")
+    def _enter(self, rows: "List[Optional[Dict[str, Any]]]") -> None:
+        different = [row for row in rows if row is not None]
+        if different:
+            self.found.enter(different)
 
-    def _lose(self, known: "List[Tuple[bytes, Tuple[Any, ...]]]") -> None:
-        """Entries of the books that are no longer there, with all that was below them."""
-        with self.books.lock:
-            db = self.books.db
-            db.execute("BEGIN")
-            for path, old in known:
-                db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 0 "
-                           "FROM entries WHERE id=?",
-                           (old[0],))
-                if old[1] == "d":
-                    db.execute("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, "
-                               "ino, 0 "
-                               "FROM entries WHERE source=? AND path>? AND path<?",
-                               (self.row["id"], path + b"/", path + b"0"))
-            db.execute("COMMIT")
+    def _lose(self, known: "Dict[bytes, Tuple[Any, ...]]") -> None:
+        self.found.lose(self.row["id"], [(path, old[0], old[1]) for path, old in known.items()])
 
-    # -- moves and the verdict --
-
-    def _match_moves(self) -> None:
-        """A file that is lost under one path and found under another, with inode, size and mtime,
-        was moved."""
-        with self.books.lock:
-            self.books.db.execute(
-                "INSERT OR IGNORE INTO moves SELECT l.id, f.path "
-                "FROM found f JOIN lost l ON l.ino=f.ino AND l.size=f.size AND l.mtime=f.mtime "
-                "WHERE f.kind='f' AND l.kind='f' AND f.how IN ('new', 'replaced') "
-                "AND f.path<>l.path "
-                "ORDER BY f.path, l.path")
-
-    def _count(self, sql: str) -> int:
-        return self.books.one(sql)[0]
+    # -- the verdict --
 
     def _judge(self) -> None:
-        gone = self._count("SELECT COUNT(*) FROM lost l "
-                           "WHERE kind='f' AND replaced=0 "
-                           "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id)")
-        changed = self._count("SELECT COUNT(*) FROM found f "
-                              "WHERE f.how='replaced' "
-                              "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=f.known)") \
-            + self._count("SELECT COUNT(*) FROM found WHERE kind='f' AND how='content'")
+        gone, changed = self.found.gone(), self.found.changed()
         path, known = self.source.path, self.known_files
         elsewhere = self.row["device"] is not None and self.row["device"] != self.device \
             and (self.row["fsid"] != self.fsid or not self.fsid)
-        if known and gone == known and not self._count("SELECT COUNT(*) FROM found WHERE kind='f'"):
+        if known and gone == known and not self.found.any_file():
             left_out = self._left_out()
             why = "`exclude` on its line leaves out everything in %s" if left_out == known \
                 else "%s is empty"
@@ -4795,17 +4896,7 @@ class Scan:
     def _left_out(self) -> int:
         """How many of the files that are gone from the catalog are what the source's line leaves
         out."""
-        count, after = 0, -1
-        while True:
-            page = self.books.rows(
-                "SELECT id, path FROM lost l "
-                "WHERE kind='f' AND replaced=0 AND id>? "
-                "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) "
-                "ORDER BY id LIMIT ?", after, APPLY_CHUNK)
-            count += len(page) - sum(1 for _ in self.left_out.those_in(path for _, path in page))
-            if len(page) < APPLY_CHUNK:
-                return count
-            after = page[-1][0]
+        return self.found.gone() - sum(1 for _ in self.left_out.those_in(self.found.gone_paths()))
 
     def keep_list(self, held: bool) -> None:
         """Have the books keep what was found, so that it can be seen what `accept` would let
@@ -4816,32 +4907,12 @@ class Scan:
             if row["state"] == "held" or self.books.held_page(number, b"", 1):
                 self.books.list_held(number, row["cause"] if row["state"] == "held" else None)
             return
-        moved = "EXISTS(SELECT 1 FROM moves m WHERE m.lost=%s)"
-        with self.books.write() as db:
-            db.execute("DELETE FROM held_files WHERE source=?", (number,))
-            db.execute("INSERT INTO held_files SELECT ?, path, 'gone' FROM lost "
-                       "WHERE kind='f' AND replaced=0 AND NOT "
-                       + moved % "lost.id" + " ORDER BY path LIMIT ?", (number, HELD_FILES))
-            db.execute("INSERT OR IGNORE INTO held_files SELECT ?, path, 'changed' FROM found "
-                       "WHERE kind='f' AND (how='content' OR how='replaced' AND NOT "
-                       "" + moved % "found.known"
-                       + ") ORDER BY path LIMIT ?",
-                       (number, HELD_FILES))
+        gone = itertools.islice(self.found.gone_paths(), HELD_FILES)
+        changed = itertools.islice(self.found.changed_paths(), HELD_FILES)
+        self.books.keep_held(number, [(path, "gone") for path in gone]
+                             + [(path, "changed") for path in changed])
 
     # -- applying --
-
-    def _rows(self, condition: str) -> "Iterator[Dict[str, Any]]":
-        """Rows of `found`, in chunks, by path: a directory comes before what is in it."""
-        after: "Tuple[Any, ...]" = ()
-        while True:
-            page = self.books.rows("SELECT %s FROM found WHERE %s %s ORDER BY path LIMIT ?" % (
-                ", ".join(FOUND_COLUMNS), condition, "AND path>?" if after else ""),
-                                   *after + (APPLY_CHUNK,))
-            for row in page:
-                yield dict(zip(FOUND_COLUMNS, row))
-            if len(page) < APPLY_CHUNK:
-                return
-            after = page[-1][:1]
 
     def _parent_id(self, row: "Dict[str, Any]") -> int:
         if row["path"] == b"":
@@ -4851,73 +4922,67 @@ class Scan:
             self._parent_known = (row["above"], number or 0)
         return self._parent_known[1]
 
+    @contextlib.contextmanager
+    def _slice(self) -> "Iterator[None]":
+        """One transaction.  What claims and reports did since the one before concerns other
+        columns; the generation may have moved on."""
+        with self.books.write():
+            self.row = self.books.source_row(self.source.name)
+            yield
+
     def _apply(self) -> bool:
-        books, different = self.books, False
+        """In short transactions: each of them is true by itself, and the next scan finds the
+        rest."""
         self._parent_known: "Tuple[Optional[bytes], int]" = (None, 0)
-        different = self._bury_lost()
-        moved = books.rows(
-            "SELECT m.lost, m.path, l.path, "
-            "EXISTS(SELECT 1 FROM lost p JOIN moves o ON o.lost=p.id WHERE p.path=m.path) "
-            "OR EXISTS(SELECT 1 FROM moves o WHERE o.path=l.path) "
-            "OR EXISTS(SELECT 1 FROM found f WHERE f.path=l.path AND f.kind='d') "
-            "FROM moves m JOIN lost l ON l.id=m.lost ORDER BY m.path")
-        # swaps, chains, what became a directory: all at once
-        entangled = [move[:3] for move in moved if move[3]]
-        with books.write():
-            self.row = books.source_row(self.source.name)
-            self._lift(entangled)
-            # one by one: what is in it wants its number
-            for row in self._rows("kind='d' AND how='new'"):
-                books.add_entries(self.row, [(row, self._parent_id(row))])
-                different = True
-            self._parent_known = (None, 0)
-            self._settle(entangled)
-        for some in in_batches((move[:3] for move in moved if not move[3]), SLICE):
-            with books.write():
-                self.row = books.source_row(self.source.name)
-                self._lift(some)
-                self._settle(some)
+        different = False
+        for lost in in_batches(self.found.lost(), SLICE):
+            with self._slice():
+                for number, path, kind in lost:
+                    self.books.bury(self.row, number, path, kind)
+            different = True
+        entangled = list(self.found.moves(entangled=True))
+        directories = self.found.new_directories()
+        if entangled:  # all at once
+            with self._slice():
+                self._lift(entangled)
+                self._make(directories)
+                self._settle(entangled)
+        for some in in_batches(directories, SLICE):
+            with self._slice():
+                self._make(some)
+            different = True
+        self._parent_known = (None, 0)
+        for moved in in_batches(self.found.moves(entangled=False), SLICE):
+            with self._slice():
+                self._lift(moved)
+                self._settle(moved)
+            different = True
         test_point("scan-half")
-        return self._apply_rest() or different or bool(moved)
+        return self._apply_rest() or different or bool(entangled)
 
-    def _bury_lost(self) -> bool:
-        """What is gone, in short transactions: each of them is true by itself, and the next scan
-        finds the rest."""
-        books, different = self.books, False
-        lost = books.rows(
-            "SELECT l.id, l.path, l.kind FROM lost l "
-            "WHERE NOT EXISTS(SELECT 1 FROM moves m WHERE m.lost=l.id) "
-            "AND (replaced=0 OR EXISTS(SELECT 1 FROM moves m WHERE m.path=l.path))")
-        for some in in_batches(lost, SLICE):
-            with books.write():
-                # What claims and reports did meanwhile concerns other columns; the generation may
-                # have moved on.
-                self.row = books.source_row(self.source.name)
-                for number, path, kind in some:
-                    books.bury(self.row, number, path, kind)
-                    different = True
-        return different
+    def _make(self, directories: "Iterable[Dict[str, Any]]") -> None:
+        """One by one: what is in it wants its number."""
+        for row in directories:
+            self.books.add_entries(self.row, [(row, self._parent_id(row))])
+        self._parent_known = (None, 0)
 
-    def _lift(self, moved: "List[Tuple[int, bytes, bytes]]") -> None:
-        """First half of moves: (number, new path, old path) of files that are elsewhere now."""
-        for number, _, _ in moved:
+    def _lift(self, moved: "List[Tuple[bytes, int, bytes]]") -> None:
+        """First half of moves: (new path, number, old path) of files that are elsewhere now."""
+        for _, number, _ in moved:
             self.books.lift(number)
 
-    def _settle(self, moved: "List[Tuple[int, bytes, bytes]]") -> None:
-        for number, path, old in moved:
-            row = next(self._rows("path=x'%s'" % path.hex()))
+    def _settle(self, moved: "List[Tuple[bytes, int, bytes]]") -> None:
+        for path, number, old in moved:
+            row = self.found.at(path)
             self.books.settle_move(self.row, number, old, row, self._parent_id(row))
 
     def _apply_rest(self) -> bool:
-        """New files and symlinks and all changes in place, in transactions of limited size."""
-        condition = "NOT (kind='d' AND how='new') " \
-            "AND NOT EXISTS(SELECT 1 FROM moves m WHERE m.path=found.path)"
-        rows, different, more = self._rows(condition), False, True
-        while more:
-            more, new = False, []
-            with self.books.write():
-                self.row = self.books.source_row(self.source.name)
-                for count, row in enumerate(rows, 1):
+        """New files and symlinks and all changes in place."""
+        different = False
+        for some in in_batches(self.found.rest(), APPLY_CHUNK):
+            new = []
+            with self._slice():
+                for row in some:
                     different = different or row["how"] != "silent"
                     if self._is_new(row):
                         new.append((row, self._parent_id(row)))
@@ -4925,17 +4990,13 @@ class Scan:
                         self.books.change_entry(self.row, row["known"], row,
                                                 "content" if row["how"] == "replaced"
                                                 else row["how"])
-                    if count >= APPLY_CHUNK:
-                        more = True
-                        break
                 self.books.add_entries(self.row, new)
         return different
 
     def _is_new(self, row: "Dict[str, Any]") -> bool:
         """Whether a path needs an entry: also when that which it had goes elsewhere with a file
         that was moved."""
-        return row["how"] == "new" or row["how"] == "replaced" and self.books.one(
-            "SELECT 1 FROM moves WHERE lost=?", row["known"]) is not None
+        return row["how"] == "new" or row["how"] == "replaced" and self.found.is_moved(row["known"])
 
     def _finish(self, changed: bool) -> None:
         """The scan's own facts; what others than a scan had held stays held until they say
@@ -4977,15 +5038,15 @@ def run_scan(books: Books, source: Source, skip: "Iterable[str]" = (),
              pace: "Optional[Pace]" = None,
              consent: bool = False) -> bool:
     """One scan, its verdict recorded.  Returns whether anything was different."""
-    scan = Scan(books, source, skip, pace, consent)
-    try:
-        changed = scan.run()
-        scan.keep_list(False)
-        return changed
-    except Held as held:
-        scan.keep_list(held.cause not in UNACCEPTABLE)
-        record_held(books, source, held)
-        return False
+    with contextlib.closing(Scan(books, source, skip, pace, consent)) as scan:
+        try:
+            changed = scan.run()
+            scan.keep_list(False)
+            return changed
+        except Held as held:
+            scan.keep_list(held.cause not in UNACCEPTABLE)
+            record_held(books, source, held)
+            return False
 
 
 def record_held(books: Books, source: Source, held: Held) -> None:

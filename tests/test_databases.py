@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 import unittest
 import unittest.mock
 
@@ -286,6 +287,36 @@ class BatchesTest(Case):
                 rows = [sum(text.startswith(kind) for text in texts) for texts in written]
                 self.assertGreaterEqual(sum(rows), 1200)
                 self.assertLessEqual(max(rows), 550)
+
+    def test_nobody_waits_while_all_that_a_scan_found_is_gone_through(self):
+        docs, source, books = self.books_of({"d%d/f%d" % (n % 3, n): 1 for n in range(60)}, "b1")
+        asked, wrong = [], []
+
+        def lock():
+            if books.lock.acquire(timeout=5):
+                books.lock.release()
+            else:
+                wrong.append(asked[-1])
+
+        def free(name, real):
+            def method(found, *args, **options):
+                asked.append(name)
+                other = threading.Thread(target=lock)
+                other.start()
+                other.join()
+                return real(found, *args, **options)
+            return unittest.mock.patch.object(cbackup.Findings, name, method)
+        with contextlib.ExitStack() as stack:
+            for name in ("enter", "lose", "match_moves", "_count", "gone", "changed", "lost", "moves", "new_directories", "rest"):
+                stack.enter_context(free(name, getattr(cbackup.Findings, name)))
+            cbackup.run_scan(books, source)
+            os.rename(os.path.join(docs, "d1"), os.path.join(docs, "new"))
+            shutil.rmtree(os.path.join(docs, "d2"))
+            cbackup.run_scan(books, source)
+        self.assertEqual([], wrong)
+        self.assertEqual(10, len(set(asked)))
+        self.assertEqual({b"d0", b"new"}, {path for (path,) in books.rows("SELECT path FROM entries WHERE kind='d' AND path<>x''")})
+        self.assertEqual(40, books.file_counts(1)[0])
 
     def test_a_source_whose_line_comes_again_is_active_when_all_of_its_copies_are_to_be_reported(self):
         docs, source, books = self.books_of({"f%d" % n: 1 for n in range(50)}, "b1", "b2")

@@ -177,8 +177,8 @@ class ScanTest(Case):
 
     def look(self):
         """A look at the source; returns what it calls a problem."""
-        scan = cbackup.Scan(self.books, self.config.sources["docs"])
-        scan.run()
+        with contextlib.closing(cbackup.Scan(self.books, self.config.sources["docs"])) as scan:
+            scan.run()
         return scan.problems
 
     def known(self, path=b"f"):
