@@ -17,6 +17,7 @@ import signal
 import sqlite3
 import ssl
 import sys
+import tempfile
 import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
@@ -58,19 +59,34 @@ def rehearse(program):
     usual commands are made, the libraries for TLS and databases are set up, rsync is asked for its version."""
     for name in IMPORTED:
         importlib.import_module(name)
-    program.parse_config(CONFIGURATION, "cbackup.conf")
+    program.parse_config(CONFIGURATION, "cbackup.conf").lines_about("s")
+    program.check_json(b"{}")
     build, made = program.build_parser, {}
     for names in (["client"], ["server"], ["restore"], ["status"]):
         made[tuple(names)] = build(names)
         made[tuple(names)].parse_args(["--home", "/nowhere"] + names + ["docs"] * (names == ["restore"]))
     program.build_parser = lambda names=program.COMMANDS: made.get(tuple(names)) or build(names)
-    for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
-        ssl.SSLContext(protocol)
+    with contextlib.suppress(program.UsageError), tempfile.TemporaryDirectory(prefix="cbackup-test-") as folder:
+        home = program.Home(folder, "s")
+        program.make_cluster_key(home.key_path)
+        home.cluster_id()
+        shake_hands(*[program.tls_context(home, server_side) for server_side in (False, True)])
     sqlite3.connect(":memory:").close()
     with contextlib.suppress(program.UsageError):
         program.find_rsync()        # of each path it is asked once
     gc.collect()
     gc.freeze()
+
+
+def shake_hands(*contexts):
+    """What a client's context and a server's do with each other: what a library for TLS makes at the first time, it keeps."""
+    pipes = [ssl.MemoryBIO(), ssl.MemoryBIO()]
+    ends = [context.wrap_bio(*order, server_side=order is not pipes) for context, order in zip(contexts, (pipes, pipes[::-1]))]
+    for end in ends * 2:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    ends[1].write(b"1")
+    ends[0].read(1)
 
 
 def become(request, descriptors):
