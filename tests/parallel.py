@@ -19,10 +19,15 @@ import unittest
 import unittest.suite
 import warnings
 
-LONGEST = """Inferred AllHoldersAtOnce Silence Killed HostileRsync Interrupted Restore Browser MassChange DiskErrors OwnFailure
-LongerThanALease AsOrdinaryUser Lies Ls SourcesAndLines Power DuringATransfer Seed Changes Calm Real OneText Twice Demo Crowd
-HostileDisk KillPoints Declined Attributes OddServer Verify Matrix CompleteOrTold Soak Members""".split()
-"""Classes, without the "Test" at their end, with which to begin: so that no one runs alone at the end."""
+WAITING = """AllHoldersAtOnce Inferred Interrupted Killed HostileRsync OwnFailure Silence LongerThanALease MassChange AsOrdinaryUser
+Lies DuringATransfer Twice Calm Held Crowd OddServer Power Reason HarderRenames""".split()
+"""Classes, without the "Test" at their end, that spend most of their time waiting, the longest first: half of the workers take
+these, so that there is something to be done beside them all the time."""
+
+BUSY = """Restore WrongDirectory Matrix Changes OneText Members Soak CompleteOrTold HeldConfig SourcesAndLines Declined Attributes
+FullDisk Options Verify Damage Memory DiskErrors Run Demo Json KillPoints CatalogsCostLittle Reserve BackInTime Seed Real Ls
+Browser""".split()
+"""Those with which the other half begins: so that no one runs alone at the end."""
 
 JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) + 2))     # some of them wait
 
@@ -51,9 +56,9 @@ class ParallelSuite(unittest.TestSuite):
                 classes.setdefault(type(test), {})[test.id()] = test
             else:
                 test.run(result)
-        first = {name: place for place, name in enumerate(LONGEST)}
+        place = {name: at for at, name in enumerate(WAITING + [""] + BUSY[::-1])}
         waiting = collections.deque(classes[kind] for kind in sorted(
-            classes, key=lambda kind: first.get(kind.__name__.replace("Test", ""), len(first))))
+            classes, key=lambda kind: place.get(kind.__name__.replace("Test", ""), len(WAITING))))
         self.result = result
         gc.freeze()
         idle, busy = [Worker() for _ in range(min(JOBS, len(classes)))], {}
@@ -61,7 +66,8 @@ class ParallelSuite(unittest.TestSuite):
             while busy or waiting and not result.shouldStop:
                 while idle and waiting and not result.shouldStop:
                     worker = idle.pop()
-                    busy[worker.connection] = worker.begin(waiting.popleft())
+                    worker.waits = 2 * sum(other.waits for other in busy.values()) < JOBS
+                    busy[worker.connection] = worker.begin(waiting.popleft() if worker.waits else waiting.pop())
                 for connection in multiprocessing.connection.wait(busy):
                     ready = self.hear(busy[connection])
                     if ready:
