@@ -4877,7 +4877,7 @@ class Scan:
         elsewhere = self.row["device"] is not None and self.row["device"] != self.device \
             and (self.row["fsid"] != self.fsid or not self.fsid)
         if known and gone == known and not self.found.any_file():
-            left_out = self._left_out()
+            left_out = self._left_out(gone)
             why = "`exclude` on its line leaves out everything in %s" if left_out == known \
                 else "%s is empty"
             raise Held("empty", why % path + "; it had " + count_of(known, "file"))
@@ -4887,16 +4887,16 @@ class Scan:
                        "different there"
                        % (path, format(gone + changed, ","), count_of(known, "file")))
         if known >= HELD_SHARE_OF and (gone + changed) * 2 > known:
-            left_out = self._left_out()
+            left_out = self._left_out(gone)
             words = "%s are left out now by `exclude` on its line, " % format(left_out, ",")
             raise Held("mass", "of the %s in %s, %s%s are gone and %s have changed since the last "
                                "look" % (count_of(known, "file"), path, words if left_out else "",
                                          format(gone - left_out, ","), format(changed, ",")))
 
-    def _left_out(self) -> int:
+    def _left_out(self, gone: int) -> int:
         """How many of the files that are gone from the catalog are what the source's line leaves
         out."""
-        return self.found.gone() - sum(1 for _ in self.left_out.those_in(self.found.gone_paths()))
+        return gone - sum(1 for _ in self.left_out.those_in(self.found.gone_paths()))
 
     def keep_list(self, held: bool) -> None:
         """Have the books keep what was found, so that it can be seen what `accept` would let
@@ -4951,7 +4951,6 @@ class Scan:
             with self._slice():
                 self._make(some)
             different = True
-        self._parent_known = (None, 0)
         for moved in in_batches(self.found.moves(entangled=False), SLICE):
             with self._slice():
                 self._lift(moved)
