@@ -33,8 +33,9 @@ import threading
 import time
 
 import cbackup
+from tests import IN_MEMORY
 from tests.harness import Cluster, make_tree, some_bytes, write_file
-from tests.placement import IN_MEMORY, TrialWorld
+from tests.placement import TrialWorld
 
 
 def scratch():

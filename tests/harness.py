@@ -36,6 +36,7 @@ import unittest
 from multiprocessing.reduction import send_handle
 
 import cbackup
+import tests
 from tests import PROGRAM, TOP
 from tests.starter import QUICK
 
@@ -234,7 +235,8 @@ class Process:
 def plain_environment(home, **more):
     """An environment like cron's, with `home` as the user's home directory."""
     env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1",
-           "PYTHONPATH": TOP, "CBACKUP_TEST": "1", "CBACKUP_TEST_CODE": os.environ["CBACKUP_TEST_CODE"]}
+           "PYTHONPATH": TOP, "CBACKUP_TEST": "1", "CBACKUP_TEST_CODE": os.environ["CBACKUP_TEST_CODE"],
+           "TMPDIR": tempfile.gettempdir()}     # what of it is killed leaves something there
     env.update(more)
     return env
 
@@ -459,6 +461,8 @@ class Cluster:
 
     def say_where(self):
         print("\nkept: %s" % self.base, file=sys.stderr)
+        if tests.KEPT is not None:
+            os.write(tests.KEPT, b"kept\n")
 
     # -- files and configuration
 

@@ -29,11 +29,10 @@ import threading
 from unittest import mock
 
 import cbackup
+from tests import IN_MEMORY
 
 GB = 1 << 30
 HOUR = 3600.0
-IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-"""The directory for temporary ones whose disk should not matter."""
 
 
 class TrialClock:

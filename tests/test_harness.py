@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import unittest
 from unittest import mock
 
 import cbackup
+import tests
 
 from tests.faults import process_table
 from tests.harness import (DIRECTORY, PATIENCE, TOP, Case, Cluster, Link, Process, differences, make_tree, plain_environment,
@@ -44,6 +46,51 @@ class ProcessTest(Case):
             self.assertTrue(alive(pid))
             tester.send_signal(signal.SIGKILL)
         wait_for(lambda: not alive(pid), 10, "the process outlived the test that started it")
+
+
+class TemporaryTest(Case):
+    """Temporary files are in memory where that is possible, and nothing stays of a run unless a test failed."""
+
+    def run_of_tests(self, code, **variables):
+        """A Process that is the first one of its run, and the directory that it says."""
+        env = plain_environment(self.directory(), **variables)
+        for name in {"CBACKUP_TEST_CODE", "TMPDIR"} - set(variables):
+            env.pop(name)
+        process = Process([sys.executable, "-B", "-c", "import os, tempfile, tests\n"
+                           "print(os.path.dirname(os.environ['CBACKUP_TEST_CODE']), tempfile.gettempdir(), flush=True)\n" + code],
+                          env, TOP)
+        folder, temporary = wait_for(lambda: process.stdout.split(), 20, lambda: process.stderr)
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        return process, folder, temporary
+
+    def test_they_are_in_memory_unless_it_is_said_where(self):
+        wanted = self.directory()
+        process, folder, temporary = self.run_of_tests("")
+        self.assertRc(0, process.wait(20))
+        self.assertEqual(tests.IN_MEMORY, os.path.dirname(temporary) if temporary == folder else None)
+        process, folder, temporary = self.run_of_tests("", TMPDIR=wanted)
+        self.assertRc(0, process.wait(20))
+        self.assertEqual((wanted, wanted), (temporary, os.path.dirname(folder)))
+
+    def test_they_are_not_where_there_is_little_room_or_no_program_may_run(self):
+        place = self.directory()
+        for blocks, flags, expected in ((1 << 20, 0, place), (1 << 17, 0, None), (1 << 20, getattr(os, "ST_NOEXEC", 8), None)):
+            info = mock.Mock(f_bavail=blocks, f_frsize=4096, f_flag=flags)
+            with mock.patch.object(os, "statvfs", return_value=info), mock.patch.object(os, "ST_NOEXEC", 8, create=True):
+                self.assertEqual(expected, tests.in_memory(place))
+        self.assertIsNone(tests.in_memory(os.path.join(place, "none")))
+
+    def test_a_run_that_is_killed_leaves_nothing_and_one_whose_test_failed_only_what_that_left(self):
+        make = "from tests.harness import Cluster; one = Cluster('a')\n"
+        killed, folder, _ = self.run_of_tests(make + "import time; print('made', flush=True); time.sleep(1000)\n")
+        wait_for(lambda: "made" in killed.stdout, 20, lambda: killed.stderr)
+        killed.kill()
+        wait_for(lambda: not os.path.exists(folder), 10, "it is still there")
+        failed, folder, _ = self.run_of_tests(make + "one.close(); one.say_where(); print(one.base)\n")
+        result = failed.wait(20)
+        self.addCleanup(shutil.rmtree, result.stdout.split()[-1], ignore_errors=True)
+        wait_for(lambda: not os.path.exists(folder + "/code"), 10, "the code is still there")
+        self.assertTrue(os.path.isdir(result.stdout.split()[-1]), str(result))
 
 
 class ClusterTest(Case):
