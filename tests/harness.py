@@ -338,10 +338,11 @@ def walk(root, *gone):
         folder, names = todo.pop(), ()
         with contextlib.suppress(*gone):
             names = sorted(os.listdir(os.path.join(root, folder)))
-        for relative in [os.path.join(folder, name) for name in names]:
+        for relative in [folder + "/" + name for name in names] if folder else names:
+            path = root + "/" + relative
             with contextlib.suppress(*gone):
-                info = os.lstat(os.path.join(root, relative))
-                yield relative, os.path.join(root, relative), info
+                info = os.lstat(path)
+                yield relative, path, info
                 if stat.S_ISDIR(info.st_mode):
                     todo.append(relative)
 

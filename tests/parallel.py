@@ -1,5 +1,5 @@
-"""Runs the classes of a test suite side by side, in two processes more than there are processors (at most four):
-`python3 -m unittest` of them all.
+"""Runs the classes of a test suite side by side, in twice as many processes as there are processors and one more (at most
+five): `python3 -m unittest` of them all.
 
 Most tests wait for processes of their own or keep a single processor busy, and each has its own ports and directories. A
 class always runs in one process, so that what it shares between its tests is made once. $CBACKUP_TEST_JOBS says how many
@@ -29,7 +29,7 @@ FullDisk Options Verify Damage Memory DiskErrors Run Demo Json KillPoints Catalo
 Browser""".split()
 """Those with which the other half begins: so that no one runs alone at the end."""
 
-JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(4, (os.cpu_count() or 1) + 2))     # some of them wait
+JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(5, 2 * (os.cpu_count() or 1) + 1))    # some of them wait
 
 
 # ---- the process that was started -------------------------------------------------------------------------------

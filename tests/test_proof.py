@@ -13,7 +13,7 @@ import unittest
 from unittest import mock
 
 import cbackup
-from tests.harness import Cluster, copy_wrong_bytes, read_file, some_bytes, wait_for, write_file
+from tests.harness import Cluster, copy_wrong_bytes, read_file, some_bytes, wait_for, walk, write_file
 
 LARGE = 3 << 20         # large enough that copies are confirmed by samples only
 TIME = 1600000000 * 10 ** 9 + 123456789
@@ -53,8 +53,11 @@ class ProofTest(unittest.TestCase):
             self.source = c.source("docs", "s", files)
             for host in "ab":
                 c.backup("b" + host, host, size="1G")
+            # what is old enough to be read is proven at the first look
+            wait_for(lambda: not any(cbackup.is_fresh(info) for _, _, info in walk(self.source)), 20, "always fresh")
             c.start()
-            self.prove(c)
+            c.settle()
+            wait_for(lambda: self.unproven(c) == 0, 60, "not proven")
             yield c
 
     def unproven(self, c):
