@@ -14,14 +14,14 @@ HOUR, DAY = 3600, 86400
 
 
 class SaidCase(Case):
-    """Two files on s, one copy wanted, in the backups of a and b."""
+    """Two files on s, one copy wanted, in the backup of a, or those of a and b."""
 
-    replicas = 1
+    hosts = "a"
 
     def setUp(self):
-        self.c = c = self.cluster("s", "a", "b", replicas=self.replicas, warn_after="2d")
+        self.c = c = self.cluster("s", *self.hosts, replicas=1, warn_after="2d")
         self.source = c.source("docs", "s", {"f": 1000, "g": 2000})
-        for host in "ab":
+        for host in self.hosts:
             c.backup("b" + host, host, "9M")
         c.start()
 
@@ -35,6 +35,8 @@ class SaidCase(Case):
 
 class AsleepTest(SaidCase):
     """Hosts and backups that are not heard of."""
+
+    hosts = "ab"
 
     def test_a_source_that_is_asleep_is_safe_until_warn_after_and_then_named(self):
         self.c.settle()
@@ -82,6 +84,8 @@ class AsleepTest(SaidCase):
 
 class UnreachableTest(SaidCase):
     """`client --json` names every host that could not be reached, and is not settled with them."""
+
+    hosts = "ab"
 
     def test_hosts_without_sources_and_the_own_one_are_named_too(self):
         self.c.settle()
@@ -481,6 +485,8 @@ class HeldListTest(Case):
 
 class ClockTest(SaidCase):
     """A host whose clock is not that of the servers."""
+
+    hosts = "ab"
 
     def test_it_says_so_and_expires_nothing(self):
         self.c.settle()
