@@ -91,6 +91,7 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import re
@@ -493,19 +494,22 @@ def in_pages(rows: "Iterable[Any]") -> "Iterator[List[Any]]":
 
 def _that_have_room(page: "List[Any]") -> int:
     """How many rows, or names, of a page have room in a message: one at least."""
-    rows = [[row] for row in page] if isinstance(page[0], (str, bytes)) else page
+    flat = isinstance(page[0], (str, bytes))
     size = 0
-    for column in itertools.zip_longest(*rows):
-        if not set(map(type, column)).isdisjoint((str, bytes)):
-            size += sum([len(cell) for cell in column if isinstance(cell, (str, bytes))])
+    for column in [page] if flat else itertools.zip_longest(*page):
+        kinds = set(map(type, column))
+        if not kinds.isdisjoint((str, bytes)):
+            size += sum(map(len, column if kinds <= {str, bytes} else
+                            [cell for cell in column if isinstance(cell, (str, bytes))]))
     if size <= PAGE_TEXT:
-        return len(rows)
+        return len(page)
     size = 0
-    for count, row in enumerate(rows):
-        size += sum([len(cell) for cell in row if isinstance(cell, (str, bytes))])
+    for count, row in enumerate(page):
+        size += len(row) if flat else sum([len(cell) for cell in row
+                                           if isinstance(cell, (str, bytes))])
         if count and size > PAGE_TEXT:
             return count
-    return len(rows)
+    return len(page)
 
 
 def first_page(rows: "Iterable[Any]") -> "List[Any]":
@@ -2172,7 +2176,7 @@ def make_cluster_key(path: str) -> None:
 TODO_MOVE, TODO_UPDATE, TODO_RETIRE, TODO_TOUCH = 1, 2, 4, 8
 """What a backup must still hear about one of its copies; bits of `copies.todo`."""
 
-BOOKS_SCHEMA_VERSION = 5
+BOOKS_SCHEMA_VERSION = 6
 
 BOOKS_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -2263,14 +2267,12 @@ CREATE TABLE declines(
 -- files. key: "id+" for a confirmed copy, "id-" for a claim, also of backups that do not count now,
 -- joined by commas; a leading "!" means blocked.  What each backup is to that says `backups`, so
 -- that no file is touched when it changes. n: distinct hosts with a claim or a copy that stays; k:
--- distinct hosts with a copy. Triggers keep files and bytes, and for files that move from one group
--- to another Groups.regroup does.
+-- distinct hosts with a copy. Triggers keep files and bytes; for new files add_entries does, and
+-- for those that move from one group to another Groups.regroup.
 CREATE TABLE groups(
     id INTEGER PRIMARY KEY, source INTEGER, key TEXT, n INTEGER, k INTEGER,
     files INTEGER DEFAULT 0, bytes INTEGER DEFAULT 0, UNIQUE(source, key));
 CREATE INDEX groups_level ON groups(source, n) WHERE files > 0;
-CREATE TRIGGER entries_in AFTER INSERT ON entries WHEN NEW.grp IS NOT NULL BEGIN
-    UPDATE groups SET files = files + 1, bytes = bytes + NEW.size WHERE id = NEW.grp; END;
 CREATE TRIGGER entries_out AFTER DELETE ON entries WHEN OLD.grp IS NOT NULL BEGIN
     UPDATE groups SET files = files - 1, bytes = bytes - OLD.size WHERE id = OLD.grp; END;
 CREATE TRIGGER entries_change AFTER UPDATE OF size ON entries
@@ -2328,6 +2330,8 @@ CREATE TRIGGER entries_change AFTER UPDATE OF size ON entries
 """, 4: """
 DROP INDEX entries_rnd;
 CREATE INDEX entries_grp ON entries(grp) WHERE grp IS NOT NULL;
+""", 5: """
+DROP TRIGGER IF EXISTS entries_in;
 """}
 """Layout -> the SQL that makes the next layout of the server's books of it."""
 
@@ -2687,30 +2691,39 @@ class Groups(Store):
         self._group_ids[(source, key)] = row[0]
         return row[0]
 
+    def _group_of(self, source: int, blocked: "Optional[str]", copies: "Optional[str]") -> int:
+        """The group of files of which `copies` says "backup, state" of each, joined by commas in
+        any order."""
+        members = sorted((int(word[:-1]), word[-1]) for word in (copies or "").split(",") if word)
+        return self._group_id(source, ("!" if blocked else "") + ",".join(
+            "%d%s" % (backup, "+" if state == "k" else "-") for backup, state in members))
+
     def regroup(self, files: "Iterable[int]") -> None:
         """Put files into the group that their rows in `copies` ask for.  Call after every change of
         `copies`."""
         moved: "Dict[int, int]" = {}
-        change: "Dict[int, List[int]]" = {}
+        steps: "Dict[Tuple[int, int], List[int]]" = {}  # from one group to another: files, bytes
+        group_of: "Dict[Tuple[Any, ...], int]" = {}
         for some in in_batches(files):
-            rows = self.rows_among("SELECT e.id, e.source, e.grp, e.size, e.blocked, c.backup, "
-                                   "c.state "
-                                   "FROM entries e LEFT JOIN copies c ON c.file=e.id "
-                                   "AND c.state IN ('k', 'c', 's') "
-                                   "WHERE e.kind='f' AND e.id AMONG ORDER BY e.id, c.backup", some)
-            keys: "Dict[int, str]" = {}
-            for number, *_, backup, state in rows:
-                keys[number] = keys.get(number, "") + (
-                    "" if backup is None else ",%d%s" % (backup, "+" if state == "k" else "-"))
-            for number, source, grp, size, blocked, *_ in rows:
-                group = self._group_id(source, ("!" if blocked else "") + keys[number][1:])
+            for number, grp, size, *shape in self.rows_among(
+                    "SELECT e.id, e.grp, e.size, e.source, e.blocked, "
+                    "(SELECT group_concat(c.backup || c.state) FROM copies c "
+                    "WHERE c.file=e.id AND c.state IN ('k', 'c', 's')) "
+                    "FROM entries e WHERE e.kind='f' AND e.id AMONG", some):
+                group = group_of.get(tuple(shape))
+                if group is None:
+                    group = group_of[tuple(shape)] = self._group_of(*shape)
                 if group != grp and number not in moved:
                     moved[number] = group
-                    for of, one in ((grp, -1), (group, 1)):
-                        sums = change.setdefault(of, [0, 0])
-                        sums[0], sums[1] = sums[0] + one, sums[1] + one * size
+                    step = steps.setdefault((grp, group), [0, 0])
+                    step[0], step[1] = step[0] + 1, step[1] + size
         self.db.executemany("UPDATE entries SET grp=? WHERE id=?",
                             [(group, number) for number, group in moved.items()])
+        change: "Dict[int, List[int]]" = {}
+        for (before, after), (count, size) in steps.items():
+            for group, sign in ((before, -1), (after, 1)):
+                sums = change.setdefault(group, [0, 0])
+                sums[0], sums[1] = sums[0] + sign * count, sums[1] + sign * size
         self.db.executemany("UPDATE groups SET files=files+?, bytes=bytes+? WHERE id=?",
                             [(count, size, group) for group, (count, size) in change.items()])
 
@@ -2757,6 +2770,13 @@ class Groups(Store):
                 shape.files, shape.bytes = row[4:]
                 found.append(shape)
         return found
+
+    def holders_in(self, group: "Optional[int]") -> "Tuple[str, ...]":
+        """The names of the backups that have a copy of each file of a group."""
+        row = self.one("SELECT key FROM groups WHERE id=?", group)
+        words = row[0].lstrip("!").split(",") if row else ()
+        return tuple(self.one("SELECT name FROM backups WHERE id=?", int(word[:-1]))[0]
+                     for word in words if word.endswith("+"))
 
     def underserved(self, source: int, replicas: int, backup: int) -> "List[Group]":
         """The groups that lack copies of which `backup` could have one, the lowest level first."""
@@ -2835,10 +2855,13 @@ class Inventory(Groups):
     def _are_news(self, numbers: "Iterable[int]") -> None:
         """Entries that belong into the next generation: the catalog has their facts, and names
         their holders."""
-        self.db.executemany(
-            "UPDATE entries SET gen=(SELECT gen FROM sources WHERE id=entries.source) "
-            "WHERE id=? AND gen<>(SELECT gen FROM sources WHERE id=entries.source)",
-            [(number,) for number in numbers])
+        self.db.executemany("UPDATE entries SET gen=? WHERE id=?", self.rows_among(
+            "SELECT s.gen, e.id FROM entries e JOIN sources s ON s.id=e.source "
+            "WHERE e.gen<>s.gen AND e.id AMONG", numbers))
+
+    def _open_gen(self, source: int) -> int:
+        """What OPEN_GEN says, for all that is written in one transaction."""
+        return self.db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()[0]
 
     def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,%s)" % self.OPEN_GEN,
@@ -2863,27 +2886,34 @@ class Inventory(Groups):
         """New paths: (row, number of the directory).  A file that lies in backups under this path,
         and was retired, is taken up again."""
         db, number = self.db, source["id"]
-        db.executemany("DELETE FROM graves WHERE source=? AND path=?",
-                       [(number, row["path"]) for row, _ in rows])
+        db.executemany("DELETE FROM graves WHERE source=? AND path=?", self.rows_among(
+            "SELECT source, path FROM graves WHERE source=? AND path AMONG",
+            [row["path"] for row, _ in rows], number))
         known = dict(self.rows_among("SELECT path, id FROM gone WHERE source=? AND path AMONG",
                                      [row["path"] for row, _ in rows if row["kind"] == "f"],
                                      number))
         groups = {blocked: self._group_id(number, "!" if blocked else "")
                   for blocked in {bool(row["blocked"]) for row, _ in rows if row["kind"] == "f"}}
         versions = itertools.count(self._next_version(len(rows)))
+        gen = self._open_gen(number)
         db.executemany(
             "INSERT INTO entries(id, source, parent, path, kind, size, mtime, mode, uid, gid, ino, "
             "ctime, nlink, target, version, blocked, gen, grp, xattrs) "
             "VALUES(%s)"
-            % ",".join(["?"] * 16 + [self.OPEN_GEN] + ["?"] * 2),
+            % ",".join(["?"] * 19),
             [(known.get(row["path"]) if row["kind"] == "f" else None, number, parent, row["path"],
               row["kind"], row["size"],
               row["mtime"], row["mode"], row["uid"], row["gid"], row["ino"], row["ctime"],
               row["nlink"], row["target"])
-             + ((next(versions), row["blocked"], number, groups[bool(row["blocked"])])
+             + ((next(versions), row["blocked"], gen, groups[bool(row["blocked"])])
                 if row["kind"] == "f"
-                else (0, row["blocked"], number, None)) + (row["xattrs"],)
+                else (0, row["blocked"], gen, None)) + (row["xattrs"],)
              for row, parent in rows])
+        for blocked, group in groups.items():
+            sizes = [row["size"] for row, _ in rows
+                     if row["kind"] == "f" and bool(row["blocked"]) == blocked]
+            db.execute("UPDATE groups SET files=files+?, bytes=bytes+? WHERE id=?",
+                       (len(sizes), sum(sizes), group))
         for path, file in known.items():
             db.execute("DELETE FROM gone WHERE id=?", (file,))
             db.execute("UPDATE copies SET state='s', todo=?, expires=?, "
@@ -3105,26 +3135,34 @@ class News(Inventory):
 
     def catalog_entries(self, source: int, since: int, upto: int, after: "Tuple[int, int]",
                         ) -> "Tuple[List[Tuple[Any, ...]], bool]":
-        """A page of live entries of generations in (since, upto], after the cursor (gen, id);
-        whether there may be more.  It is short where names or extended attributes are long."""
-        rows = self.rows(
-            "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, "
-            "CASE WHEN nlink>1 AND kind='f' THEN ino END, target, digest, "
-            "(SELECT group_concat(b.name) FROM copies c JOIN backups b ON b.id=c.backup WHERE "
-            "c.file=entries.id AND c.state='k'), "
-            "kind<>'f' "
-            "OR digest IS NOT NULL AND doubt IS NULL, blocked IS NOT 'unreadable', LENGTH(xattrs) "
-            "FROM entries "
-            "WHERE source=? AND gen>? AND gen<=? AND (gen>? OR gen=? AND id>?) "
-            "AND NOT (kind='l' AND target=x'') "
-            "ORDER BY gen, id LIMIT ?", source, since, upto, after[0], after[0], after[1], PAGE)
+        """A page of live entries of generations in (since, upto], after the cursor (gen, id): these
+        and the first 14 columns of CatalogRow, without the names of user and group; whether there
+        may be more.  It is short where names or extended attributes are long."""
+        rows: "List[Tuple[Any, ...]]" = []
+        parts = [("gen>? AND gen<=?", max(since, after[0]), upto)]
+        if since < after[0] <= upto:  # each part goes by its index
+            parts.insert(0, ("gen=? AND id>?", *after))
+        for which, *values in parts:
+            rows += self.rows(
+                "SELECT gen, id, path, kind, size, mtime, mode, uid, gid, "
+                "CASE WHEN nlink>1 AND kind='f' THEN ino END, target, digest, grp, "
+                "kind<>'f' "
+                "OR digest IS NOT NULL AND doubt IS NULL, LENGTH(xattrs), "
+                "blocked IS NOT 'unreadable' FROM entries "
+                "WHERE source=? AND %s AND NOT (kind='l' AND target=x'') "
+                "ORDER BY gen, id LIMIT ?" % which, source, *values, PAGE - len(rows))
+        holders: "Dict[Optional[int], Tuple[str, ...]]" = {}
         page: "List[Tuple[Any, ...]]" = []
         size = 0
         for row in first_page(rows):
-            size += row[-1] or 0
-            if page and size > XATTRS_PAGE:
-                break
-            page.append(row[:-1] + (row[-1] and self.xattrs_of(row[1]),))
+            if row[12] not in holders:
+                holders[row[12]] = self.holders_in(row[12])
+            if row[14] is not None:
+                size += row[14]
+                if page and size > XATTRS_PAGE:
+                    break
+                row = row[:14] + (json.loads(self.xattrs_of(row[1]) or "null"), row[15])
+            page.append(row[:12] + (holders[row[12]],) + row[13:])
         return page, len(page) == PAGE or len(page) < len(rows)
 
     def catalog_graves(self, source: int, since: int, upto: int,
@@ -3176,7 +3214,7 @@ class Proof(News):
                 "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries "
                 "WHERE kind='f' AND id AMONG",
                 [facts["id"] for facts, _, _ in read])}
-            verdicts, news = [], []
+            verdicts, news, gen = [], [], self._open_gen(source["id"])
             for facts, own, sure in read:
                 row = known.get(facts["id"])
                 if not row or row[:4] != (facts["size"], facts["mtime"], facts["ino"],
@@ -3185,14 +3223,13 @@ class Proof(News):
                 elif row[4] in (None, own):
                     verdicts.append("proven")
                     if row[5] is not None or row[4] is None:
-                        news.append((own, source["id"], facts["id"]))
+                        news.append((own, gen, facts["id"]))
                 else:
                     verdicts.append(self._disprove(source, facts["id"], own, *row[5:], sure))
                     # it is another version now: who names it twice is told so
                     del known[facts["id"]]
-            db.executemany("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=%s "
-                           "WHERE id=?"
-                           % self.OPEN_GEN, news)
+            db.executemany("UPDATE entries SET digest=?, doubt=NULL, basis='p', other=NULL, gen=? "
+                           "WHERE id=?", news)
             return verdicts
 
     def _disprove(self, source: "Dict[str, Any]", number: int, own: bytes, doubt: "Optional[float]",
@@ -3902,22 +3939,21 @@ class Ledger(Placement):
         with self.write() as db:
             numbers = [number for number, _, _ in results]
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT id, version, digest FROM entries WHERE id AMONG", numbers)}
-            tags = dict(self.rows_among(
-                "SELECT file, tag FROM copies WHERE backup=? AND file AMONG", numbers, backup))
+                "SELECT e.id, e.version, e.digest, c.file, c.tag FROM entries e "
+                "LEFT JOIN copies c ON c.file=e.id AND c.backup=? WHERE e.id AMONG",
+                numbers, backup)}
             noted = [(number, version, digest) for number, version, digest in results
                      if number in known and known[number][0] == version
                      and known[number][1] in (None, digest)]
+            gen = self._open_gen(source["id"])
             db.executemany(
-                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=%s "
-                "WHERE id=? AND digest IS NULL"
-                % self.OPEN_GEN,
-                [(digest, clock.now(), "c" if tags.get(number) is None else "r", source["id"],
-                  number)
+                "UPDATE entries SET digest=?, doubt=?, basis=?, other=NULL, gen=? "
+                "WHERE id=? AND digest IS NULL",
+                [(digest, clock.now(), "c" if known[number][3] is None else "r", gen, number)
                  for number, _, digest in noted if known[number][1] is None])
             db.executemany("UPDATE copies SET checked=? WHERE file=? AND backup=?",
                            [(version, number, backup) for number, version, _ in noted])
-            new = {number: version for number, version, _ in noted if number not in tags}
+            new = {number: version for number, version, _ in noted if known[number][2] is None}
             db.executemany("INSERT INTO copies(file, backup, source, state, checked, expires) "
                            "VALUES(?,?,?,'c',?,?)",
                            [(number, backup, source["id"], version, self.up() + CLAIM_LEASE)
@@ -3949,8 +3985,9 @@ class Ledger(Placement):
                            [(tag, size, mtime, TODO_TOUCH, number, backup)
                             for _, tag, number, _, _, size, mtime in counted])
             numbers = [row[2] for row in counted]
-            db.executemany("DELETE FROM declines WHERE file=? AND backup=?",
-                           [(number, backup) for number in numbers])
+            db.executemany("DELETE FROM declines WHERE file=? AND backup=?", self.rows_among(
+                "SELECT file, backup FROM declines WHERE backup=? AND file AMONG", numbers,
+                backup))
             self._are_news(numbers)
             self.regroup(numbers)
             for (number,) in self.rows_among("SELECT DISTINCT file FROM copies "
@@ -4252,7 +4289,7 @@ CREATE TEMP TABLE found(
     path BLOB PRIMARY KEY, above BLOB, known INTEGER, how TEXT, doubt INTEGER, kind TEXT,
     size INTEGER, mtime INTEGER,
     mode INTEGER, uid INTEGER, gid INTEGER, ino INTEGER, ctime INTEGER, nlink INTEGER, target BLOB,
-    blocked TEXT, xattrs TEXT);
+    blocked TEXT, xattrs TEXT) WITHOUT ROWID;
 CREATE TEMP TABLE lost(
     id INTEGER PRIMARY KEY, path BLOB, kind TEXT, size INTEGER, mtime INTEGER, ino INTEGER,
     replaced INTEGER);
@@ -4270,6 +4307,7 @@ REPRESENTABLE = 1 << 62
 FOUND_COLUMNS = ("path", "above", "known", "how", "doubt", "kind", "size", "mtime", "mode", "uid",
                  "gid", "ino", "ctime", "nlink",
                  "target", "blocked", "xattrs")
+_FOUND = operator.itemgetter(*FOUND_COLUMNS)
 
 
 class Held(CBackupError):
@@ -4450,7 +4488,8 @@ class LeftOut:
                 above_it = [b"/".join(parts[:count]) for count in range(1, len(parts) + 1)]
                 out = any(self.entry(one, True) for one in above_it)
                 caches = [one + b"/" + CACHE_TAG for one in above_it if self.is_cache(one)]
-            if not out and not self.entry(path, False) and all(path == tag for tag in caches):
+            if not out and not self.entry(path, False) \
+                    and (not caches or caches == [path]):
                 yield path
 
 
@@ -4489,7 +4528,7 @@ class Findings:
 
     def enter(self, rows: "List[Dict[str, Any]]") -> None:
         self._many("INSERT OR REPLACE INTO found VALUES(%s)" % ",".join("?" * len(FOUND_COLUMNS)),
-                   [tuple(row[column] for column in FOUND_COLUMNS) for row in rows])
+                   list(map(_FOUND, rows)))
         self._many("INSERT OR REPLACE INTO lost SELECT id, path, kind, size, mtime, ino, 1 "
                    "FROM entries WHERE id=?",
                    [(row["known"],) for row in rows if row["how"] == "replaced"])
@@ -4727,9 +4766,8 @@ class Scan:
     def _row_of(self, path: bytes, directory: bytes, info: os.stat_result,
                 known: "Dict[bytes, Tuple[Any, ...]]") -> "Optional[Dict[str, Any]]":
         """The facts of one directory entry; None when it is not for the catalog."""
-        if not all(-REPRESENTABLE < number < REPRESENTABLE
-                   for number in (info.st_mtime_ns, info.st_ctime_ns)) \
-                or info.st_ino >> 63:
+        if not (-REPRESENTABLE < info.st_mtime_ns < REPRESENTABLE
+                and -REPRESENTABLE < info.st_ctime_ns < REPRESENTABLE) or info.st_ino >> 63:
             self._problem(path, "its time cannot be represented (%d s since 1970)" % info.st_mtime
                           if info.st_ino >> 63 == 0
                           else "its inode number cannot be represented (%d)" % info.st_ino)
@@ -6557,6 +6595,9 @@ def loopback_pair() -> "Tuple[socket.socket, socket.socket]":
     return ours, theirs
 
 
+_WILD = re.compile(rb"[*?[\r\n]")
+
+
 def nothing_but(paths: "Iterable[bytes]", also_dotted: bool = False) -> bytes:
     """Rules for `exclude from`, of which the first that matches decides: these paths and the
     directories above them, nothing else; `also_dotted`: under ./, too."""
@@ -6566,7 +6607,7 @@ def nothing_but(paths: "Iterable[bytes]", also_dotted: bool = False) -> bytes:
     for name in sorted(above) + sorted(paths):
         # With a wildcard in it a backslash makes plain what follows; a line's end can only be any
         # character.
-        if re.search(rb"[*?[\r\n]", name):
+        if _WILD.search(name):
             name = re.sub(rb"[\r\n]", b"?", re.sub(rb"([*?[\\])", rb"\\\1", name))
         rules.append(b"+ /" + name + b"\n" + (b"+ /./" + name + b"\n" if also_dotted else b""))
     return b"".join(rules) + b"- /**\n"
@@ -6612,7 +6653,7 @@ def serve_rsync(connection: socket.socket, root: str, only: "Optional[List[bytes
 
 # ==== 11. The backup: a location's own database, catalogs and directory ===========================
 
-VAULT_SCHEMA_VERSION = 3
+VAULT_SCHEMA_VERSION = 4
 
 VAULT_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value);
@@ -6646,20 +6687,14 @@ CREATE TABLE moving(id INTEGER PRIMARY KEY, source TEXT, old BLOB, new BLOB, ino
 -- Granted drops that are being carried out.
 CREATE TABLE dropping(source TEXT, path BLOB, PRIMARY KEY(source, path)) WITHOUT ROWID;
 
+-- Triggers take away what goes; what comes, thousands at a time, hold_all and expect add.
 CREATE TABLE sums(source TEXT PRIMARY KEY, files INTEGER, bytes INTEGER,
     tags INTEGER) WITHOUT ROWID;
 CREATE TABLE used(what TEXT PRIMARY KEY, bytes INTEGER) WITHOUT ROWID;
 INSERT INTO used VALUES('coming', 0), ('attic', 0);
-CREATE TRIGGER held_in AFTER INSERT ON held BEGIN
-    INSERT INTO sums SELECT NEW.source, 0, 0,
-    0 WHERE NOT EXISTS(SELECT 1 FROM sums WHERE source=NEW.source);
-    UPDATE sums SET files=files+1, bytes=bytes+NEW.size,
-    tags=tags+NEW.tag WHERE source=NEW.source; END;
 CREATE TRIGGER held_out AFTER DELETE ON held BEGIN
     UPDATE sums SET files=files-1, bytes=bytes-OLD.size,
     tags=tags-OLD.tag WHERE source=OLD.source; END;
-CREATE TRIGGER coming_in AFTER INSERT ON coming BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE
-    what='coming'; END;
 CREATE TRIGGER coming_out AFTER DELETE ON coming BEGIN UPDATE used SET bytes=bytes-OLD.size WHERE
     what='coming'; END;
 CREATE TRIGGER attic_in AFTER INSERT ON attic BEGIN UPDATE used SET bytes=bytes+NEW.size WHERE
@@ -6672,6 +6707,9 @@ CREATE TRIGGER attic_out AFTER DELETE ON attic BEGIN UPDATE used SET bytes=bytes
 VAULT_UPGRADES: "Dict[int, str]" = {1: """
 """, 2: """
 CREATE INDEX attic_under_way ON attic(source, path) WHERE done=0;
+""", 3: """
+DROP TRIGGER IF EXISTS held_in;
+DROP TRIGGER IF EXISTS coming_in;
 """}
 """Layout -> the SQL that makes the next layout of a backup's database of it."""
 
@@ -6909,14 +6947,16 @@ class BackupDirectory(Store):
 
     def hold_all(self, source: str, rows: "Iterable[Tuple[bytes, int, int, bytes, float]]") -> None:
         """Enter copies: (path, size, mtime, digest, when it was read)."""
-        rows = list(rows)
+        rows = [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest), checked)
+                for path, size, mtime, digest, checked in rows]
         with self.write() as db:
             db.executemany("DELETE FROM held WHERE source=? AND path=?",
-                           self._those_in("held", source, [row[0] for row in rows]))
-            db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)",
-                           [(source, path, size, mtime, digest, tag_of(path, size, mtime, digest),
-                             checked)
-                            for path, size, mtime, digest, checked in rows])
+                           self._those_in("held", source, [row[1] for row in rows]))
+            db.executemany("INSERT INTO held VALUES(?,?,?,?,?,?,?)", rows)
+            db.execute("INSERT OR IGNORE INTO sums VALUES(?,0,0,0)", (source,))
+            db.execute("UPDATE sums SET files=files+?, bytes=bytes+?, tags=tags+? WHERE source=?",
+                       (len(rows), sum(row[2] for row in rows), sum(row[5] for row in rows),
+                        source))
 
     def _those_in(self, table: str, source: str, paths: "Iterable[bytes]",
                   which: str = "1") -> "List[Tuple[str, bytes]]":
@@ -7286,6 +7326,8 @@ class Journal(Attic):
                            "VALUES(?,?,?,?,?,?,?,?,?)",
                            [(source, f.path, f.size, f.mtime, f.mode, f.uid, f.gid, f.version,
                              books) for f in files])
+            db.execute("UPDATE used SET bytes=bytes+? WHERE what='coming'",
+                       (sum(f.size for f in files),))
 
     def give_up(self, source: str, paths: "Iterable[bytes]", keep_parts: bool = False) -> None:
         """Forget files that were on their way, and what arrived of them."""
@@ -7778,6 +7820,30 @@ def _stamp_time(stamp: bytes) -> float:
         return clock.now()
 
 
+def catalog_columns(level: int, path: bytes, kind: "Optional[str]", size: int, mtime: int,
+                    mode: int, uid: int, gid: int, user: str, group: str, link: "Optional[int]",
+                    target: "Optional[bytes]", digest: "Optional[bytes]",
+                    holders: "Iterable[str]", proven: Any, xattrs: Any,
+                    readable: Any) -> "List[Any]":
+    """A CatalogRow for a peer of a level: [path], or the 12 columns that every version reads.  What
+    level 1 does not know is the thirteenth: "proven" and "readable", 0, of a file that is not, and
+    "xattrs".  In a catalog's file it is an object in a line of its own before the row, which level
+    1 passes over."""
+    if kind is None:
+        return [as_text(path)]
+    columns = [as_text(path), kind, size, mtime, mode, uid, gid, user, group, link,
+               digest.hex() if digest else None if target is None else as_text(target),
+               list(holders)]
+    if level > 1 and not (proven and readable and xattrs is None):
+        more: "Dict[str, Any]" = {} if proven else {"proven": 0}
+        if not readable:
+            more["readable"] = 0
+        if xattrs is not None:
+            more["xattrs"] = xattrs
+        columns.append(more)
+    return columns
+
+
 class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid user group link target"
                                           " digest holders proven xattrs readable",
                             defaults=(None, 0, 0, 0, 0, 0, "", "", None, None, None, (), True, None,
@@ -7798,32 +7864,9 @@ class CatalogRow(namedtuple("CatalogRow", "path kind size mtime mode uid gid use
                Every(_is_string, LIST_LIMIT))
     """What stands behind the path in a row."""
 
-    def more(self) -> "Dict[str, Any]":
-        """What level 1 does not know: "proven" and "readable", 0, of a file that is not, and
-        "xattrs"."""
-        more: "Dict[str, Any]" = {} if self.proven else {"proven": 0}
-        if not self.readable:
-            more["readable"] = 0
-        if self.xattrs is not None:
-            more["xattrs"] = self.xattrs
-        return more
-
-    def to_json(self) -> "List[Any]":
-        """[path], or the 12 columns that every version reads.  Where there is more, it is the
-        thirteenth on the wire, and in a file an object in a line of its own before the row, which
-        level 1 passes over."""
-        if self.kind is None:
-            return [as_text(self.path)]
-        extra = self.digest.hex() if self.digest else as_text(self.target) \
-            if self.target is not None else None
-        return [as_text(self.path), self.kind, self.size, self.mtime, self.mode, self.uid, self.gid,
-                self.user,
-                self.group, self.link, extra, list(self.holders)]
-
     def to_wire(self, level: int) -> "List[Any]":
-        """The row for a peer of a level."""
-        more = self.more() if level > 1 and self.kind is not None else {}
-        return self.to_json() + ([more] if more else [])
+        """The row for a peer of a level: catalog_columns."""
+        return catalog_columns(level, *self)
 
     @classmethod
     def are_well(cls, rows: "Sequence[Any]") -> bool:
@@ -8940,13 +8983,10 @@ class Service(Confirmations):
                                  "books": self.books.id}
         if cursor[0] >= 0:
             rows, more = self.books.catalog_entries(row["id"], request["since"], upto, cursor)
-            out["rows"] = [
-                CatalogRow(path, kind, size, mtime, mode, uid, gid, self.names.user(uid),
-                           self.names.group(gid), link, target, digest,
-                           tuple((holders or "").split(",")) if holders else (), bool(proven),
-                           xattrs and json.loads(xattrs), bool(readable)).to_wire(request["level"])
-                for (_, _, path, kind, size, mtime, mode, uid, gid, link, target, digest, holders,
-                     proven, readable, xattrs) in rows]
+            user, group, level = self.names.user, self.names.group, request["level"]
+            out["rows"] = [catalog_columns(level, path, kind, size, mtime, mode, uid, gid,
+                                           user(uid), group(gid), *more)
+                           for (_, _, path, kind, size, mtime, mode, uid, gid, *more) in rows]
             out["cursor"] = list(rows[-1][:2]) if more else [-1, 0]
         else:
             after = as_raw(request["after"]) if isinstance(request["after"], str) else b""

@@ -112,7 +112,7 @@ class VanishingLinkTest(Case):
         """The paths of a whole catalog, each of a form that a backup takes."""
         row = books.source_row("docs")
         upto = books.close_generation(row)
-        return {cbackup.CatalogRow.from_json(cbackup.CatalogRow(path, kind, target=target).to_json()).path for
+        return {cbackup.CatalogRow.from_json(cbackup.CatalogRow(path, kind, target=target).to_wire(1)).path for
                 _, _, path, kind, _, _, _, _, _, _, target, *_ in books.catalog_entries(row["id"], 0, upto, (0, 0))[0]}
 
 
