@@ -2706,14 +2706,15 @@ class Groups(Store):
         steps: "Dict[Tuple[int, int], List[int]]" = {}  # from one group to another: files, bytes
         group_of: "Dict[Tuple[Any, ...], int]" = {}
         for some in in_batches(files):
-            for number, grp, size, *shape in self.rows_among(
+            for number, grp, size, source, blocked, copies in self.rows_among(
                     "SELECT e.id, e.grp, e.size, e.source, e.blocked, "
                     "(SELECT group_concat(c.backup || c.state) FROM copies c "
                     "WHERE c.file=e.id AND c.state IN ('k', 'c', 's')) "
                     "FROM entries e WHERE e.kind='f' AND e.id AMONG", some):
-                group = group_of.get(tuple(shape))
+                group = group_of.get((source, blocked, copies))
                 if group is None:
-                    group = group_of[tuple(shape)] = self._group_of(*shape)
+                    group = self._group_of(source, blocked, copies)
+                    group_of[source, blocked, copies] = group
                 if group != grp and number not in moved:
                     moved[number] = group
                     step = steps.setdefault((grp, group), [0, 0])
@@ -3974,26 +3975,27 @@ class Ledger(Placement):
                     rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         with self.write() as db:
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime "
+                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime, e.gen, "
+                "EXISTS(SELECT 1 FROM copies o WHERE o.file=e.id AND o.state='o'), "
+                "EXISTS(SELECT 1 FROM declines d WHERE d.file=e.id AND d.backup=c.backup) "
                 "FROM entries e CROSS JOIN copies c ON c.file=e.id AND c.backup=? "
                 "WHERE e.source=? AND e.kind='f' AND e.path AMONG",
                 [row[0] for row in rows], backup, source)}
             counted = [(path, tag) + known[path] for path, version, tag in rows
                        if path in known and known[path][1] == known[path][2] == version]
+            gen = self._open_gen(source)
             db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, "
                            "path=NULL, expires=NULL, todo=todo&? "
                            "WHERE file=? AND backup=?",
                            [(tag, size, mtime, TODO_TOUCH, number, backup)
-                            for _, tag, number, _, _, size, mtime in counted])
-            numbers = [row[2] for row in counted]
-            db.executemany("DELETE FROM declines WHERE file=? AND backup=?", self.rows_among(
-                "SELECT file, backup FROM declines WHERE backup=? AND file AMONG", numbers,
-                backup))
-            self._are_news(numbers)
-            self.regroup(numbers)
-            for (number,) in self.rows_among("SELECT DISTINCT file FROM copies "
-                                             "WHERE state='o' AND file AMONG", numbers):
-                self._retire_outdated(number)
+                            for _, tag, number, _, _, size, mtime, *_ in counted])
+            db.executemany("DELETE FROM declines WHERE file=? AND backup=?",
+                           [(row[2], backup) for row in counted if row[9]])
+            self._are_news(row[2] for row in counted if row[7] != gen)
+            self.regroup(row[2] for row in counted)
+            for row in counted:
+                if row[8]:
+                    self._retire_outdated(row[2])
             if counted:
                 db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
         return [row[0] for row in counted]
@@ -7403,10 +7405,15 @@ class Journal(Attic):
                             "changed" if row else "found"))
         return bare
 
+    def under_way(self, source: str) -> "List[Tuple[bytes, bytes]]":
+        """(path, name in the attic) of the versions that `plan_places` sent there and nobody has
+        said are there."""
+        return self.rows("SELECT path, stored FROM attic WHERE source=? AND done=0", source)
+
     def planned(self, source: str) -> "Dict[bytes, Tuple[Any, ...]]":
         """What `plan_places` wrote down and nobody has ended: path -> (mode, uid, gid, mtime, name
         in the attic for what is at the place, or None)."""
-        old = dict(self.rows("SELECT path, stored FROM attic WHERE source=? AND done=0", source))
+        old = dict(self.under_way(source))
         return {row[0]: row[1:] + (old.get(row[0]),) for row in self.rows(
             "SELECT path, mode, uid, gid, mtime FROM coming WHERE source=? AND stage=1", source)}
 
@@ -7439,8 +7446,9 @@ class Journal(Attic):
         now: `recover` is to set them aside."""
         paths = list(paths)
         names = [self.place_of(source, path) for path in paths]
-        names += [META_DIR + b"/" + stored for (stored,) in self.rows_among(
-            "SELECT stored FROM attic WHERE done=0 AND source=? AND path AMONG", paths, source)]
+        here = set(paths)
+        names += [META_DIR + b"/" + stored for path, stored in self.under_way(source)
+                  if path in here]
         try:
             self.tree.sync(names)
         except OSError:
@@ -7461,8 +7469,9 @@ class Journal(Attic):
                 source)], tags)
             db.executemany("DELETE FROM coming WHERE source=? AND path=?",
                            [(source, path) for path in paths])
+            here = set(paths)
             db.executemany("UPDATE attic SET done=1 WHERE source=? AND path=? AND done=0",
-                           self._those_in("attic", source, paths, "done=0"))
+                           [(source, path) for path, _ in self.under_way(source) if path in here])
 
     # -- renames --
 
@@ -10405,6 +10414,8 @@ class Copier(Session):
         """The files for which there is `room`.  The others are given back: the room went while they
         were claimed, and what is claimed next would not fit either.  Where there is an older
         version here, others are asked to take the new one."""
+        if sum(f.size for f in files) <= room:
+            return files
         vault, link = self.vault, self.links[standing.host]
         expected = dict(vault.rows("SELECT path, size FROM coming WHERE source=?", standing.name))
         kept, refused = [], []
@@ -10514,10 +10525,11 @@ class Copier(Session):
         vault, source = self.vault, standing.name
         bare = vault.plan_places(source, [(f.path, digest) for f, digest, _ in good])
         test_point("confirmed")
-        placed, digests, planned = [], [], vault.planned(source)
+        placed, digests, old = [], [], dict(vault.under_way(source))
         for f, digest, info in good:
             try:
-                vault.put_in_place(source, f.path, planned[f.path], f.path in bare, info)
+                vault.put_in_place(source, f.path, (f.mode, f.uid, f.gid, f.mtime, old.get(f.path)),
+                                   f.path in bare, info)
                 placed.append(f)
                 digests.append(digest)
             except OSError as error:
