@@ -66,6 +66,12 @@ class CatalogFilesTest(Case):
             with self.assertRaises(cbackup.DamagedCatalog):
                 list(cbackup.read_catalog(path))
 
+    def test_a_name_may_look_like_what_stands_between_two_lines(self):
+        names = [b"plain", b"],[", b'a],["b', b"dir],[/],[", b"other"]
+        for some in (names[:1] + names[4:], names):
+            self.write(0, len(some), 1000, *[self.row(name, number) for number, name in enumerate(some)])
+            self.assertEqual({name: number for number, name in enumerate(some)}, self.sizes())
+
     def test_what_no_kept_time_needs_is_deleted_and_nothing_else(self):
         now = int(time.time())
         self.fill(start=now - 69)
@@ -138,6 +144,27 @@ class GenerationTest(Case):
         upto, paths = self.news(1)
         self.assertEqual((2, {b"", b"g"}), (upto, paths))
         self.assertLess(0, self.books.generation_time(row["id"], upto))
+
+    def test_page_by_page_each_entry_comes_once(self):
+        for some in ("abcdefg", "hijkl", "mn"):
+            make_tree(self.top, {name: b"2" for name in some})
+            cbackup.run_scan(self.books, self.source)
+            self.news(0)
+        row = self.books.source_row("docs")
+        upto = self.books.close_generation(row)
+        for since in range(upto + 1):
+            whole = self.books.catalog_entries(row["id"], since, upto, (0, 0))[0]
+            with unittest.mock.patch.object(cbackup, "PAGE", 3):
+                found, more, cursor = [], True, (0, 0)
+                while more:
+                    page, more = self.books.catalog_entries(row["id"], since, upto, cursor)
+                    found += page
+                    self.assertLessEqual(len(page), 3)
+                    cursor = page[-1][:2] if page else cursor
+            self.assertEqual(whole, found)
+            self.assertEqual(sorted(found), found)
+            self.assertTrue(all(since < entry[0] <= upto for entry in found))
+        self.assertEqual(15, len({entry[2] for entry in self.books.catalog_entries(row["id"], 0, upto, (0, 0))[0]}))
 
     def test_one_without_a_time_in_older_books_is_known_as_such(self):
         row = self.books.source_row("docs")

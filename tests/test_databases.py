@@ -1,5 +1,6 @@
 """Databases that rot, get lost, or grow: what can be made again is made again, and nothing is copied for it."""
 
+import collections
 import contextlib
 import os
 import random
@@ -252,6 +253,9 @@ class BatchesTest(Case):
         books.record_check(backups[0], row, [(one["id"], one["version"], b"d" * 32) for one in facts.values()])
         books.count_copies(backups[0], row["id"], [(name, facts[name]["version"], 1) for name in sorted(facts)[:600]])
         self.added_up(books, {"k": 600, "c": 800})
+        entries, _ = books.catalog_entries(row["id"], 0, books.close_generation(row), (0, 0))
+        self.assertEqual({("b1",): 600, (): len(entries) - 600},      # who has only claimed it is no holder
+                         collections.Counter(entry[12] for entry in entries))
         for number in range(0, 700, 3):
             write_file(os.path.join(docs, "d%d/f%d" % (number % 7, number)), b"n" * (2000 + number))
         shutil.rmtree(os.path.join(docs, "d1"))

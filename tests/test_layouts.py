@@ -4,6 +4,7 @@
 backup had not yet heard of two changes: a renamed file, and one of which nothing but the ctime is another.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,12 +35,13 @@ def take_over(cluster, archive):
     return source, backup
 
 
+def rows_of(path, sql):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(sql).fetchall()
+
+
 def layout_of(path):
-    db = sqlite3.connect(path)
-    try:
-        return db.execute("PRAGMA user_version").fetchone()[0]
-    finally:
-        db.close()
+    return rows_of(path, "PRAGMA user_version")[0][0]
 
 
 class Layout1Test(unittest.TestCase):
@@ -61,6 +63,12 @@ class Layout1Test(unittest.TestCase):
                              [cbackup.BOOKS_SCHEMA_VERSION, cbackup.VAULT_SCHEMA_VERSION])
             self.assertEqual(c.run("a", "status", "--check").rc, 0)
             self.assertEqual(c.run("a", "verify").rc, 0)
+            make_tree(source, {"later": b"x" * 1000})       # what triggers added up then is added up once
+            self.assertEqual(1, c.client("a").json["copied_files"])
+            for path, sums, sum_of in ((books, "groups", "entries WHERE kind='f'"), (database, "sums", "held")):
+                self.assertEqual(*(rows_of(path, "SELECT SUM(%s), SUM(%s) FROM %s" % (files, size, table)) for files, size, table in
+                                   (("files", "bytes", sums), ("1", "size", sum_of))))
+            self.assertEqual([(0,)], rows_of(database, "SELECT bytes FROM used WHERE what='coming'"))
 
     def test_old_versions_of_the_version_before_can_be_restored(self):
         with Cluster("s", "a", replicas=1) as c:
