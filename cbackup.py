@@ -2824,11 +2824,6 @@ class Inventory(Groups):
 
     # -- what the scanner found --
 
-    def children(self, parent: int) -> "Dict[bytes, Tuple[Any, ...]]":
-        """The entries of one directory: path -> what `entry_at` says."""
-        return {row[0]: row[1:] for row in self.rows(
-            "SELECT path, %s FROM entries WHERE parent=?" % self.ENTRY, parent)}
-
     ENTRY = "id, kind, size, mtime, mode, uid, gid, ino, ctime, nlink, target, blocked, " \
         "CASE WHEN xattrs LIKE ' %' THEN -1 ELSE xattrs LIKE '%:null%' END"
 
@@ -4529,6 +4524,12 @@ class Findings:
 
     # -- what the walk finds --
 
+    def children(self, parent: int) -> "Dict[bytes, Tuple[Any, ...]]":
+        """The entries that the books have of one directory: path -> what `entry_at` says.  One may
+        be large, and nobody waits meanwhile."""
+        return {row[0]: row[1:] for row in self._db.execute(
+            "SELECT path, %s FROM entries WHERE parent=?" % Books.ENTRY, (parent,))}
+
     def enter(self, rows: "List[Dict[str, Any]]") -> None:
         self._many("INSERT OR REPLACE INTO found VALUES(%s)" % ",".join("?" * len(FOUND_COLUMNS)),
                    list(map(_FOUND, rows)))
@@ -4704,7 +4705,7 @@ class Scan:
                         number: "Optional[int]") -> "List[Tuple[bytes, Optional[int]]]":
         """Compare one directory with the books; returns its subdirectories that are to be
         walked."""
-        known = self.books.children(number) if number is not None else {}
+        known = self.found.children(number) if number is not None else {}
         try:
             entries = os.scandir(os.path.join(self.root, directory) if directory else self.root)
         except FileNotFoundError:

@@ -311,14 +311,15 @@ class BatchesTest(Case):
                 return real(found, *args, **options)
             return unittest.mock.patch.object(cbackup.Findings, name, method)
         with contextlib.ExitStack() as stack:
-            for name in ("enter", "lose", "match_moves", "_count", "gone", "changed", "lost", "moves", "new_directories", "rest"):
+            for name in ("children", "enter", "lose", "match_moves", "_count", "gone", "changed", "lost", "moves",
+                         "new_directories", "rest"):
                 stack.enter_context(free(name, getattr(cbackup.Findings, name)))
             cbackup.run_scan(books, source)
             os.rename(os.path.join(docs, "d1"), os.path.join(docs, "new"))
             shutil.rmtree(os.path.join(docs, "d2"))
             cbackup.run_scan(books, source)
         self.assertEqual([], wrong)
-        self.assertEqual(10, len(set(asked)))
+        self.assertEqual(11, len(set(asked)))
         self.assertEqual({b"d0", b"new"}, {path for (path,) in books.rows("SELECT path FROM entries WHERE kind='d' AND path<>x''")})
         self.assertEqual(40, books.file_counts(1)[0])
 
