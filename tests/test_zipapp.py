@@ -11,7 +11,7 @@ import tempfile
 import unittest
 import zipfile
 
-from tests.harness import PROGRAM, TOP, Case, Process, plain_environment, program, read_file, write_file
+from tests.harness import PROGRAM, TOP, Case, Process, plain_environment, program, quick_program, read_file, write_file
 
 
 def build(folder, umask=0o022, **more):
@@ -71,32 +71,48 @@ class BuildTest(Case):
 class RunTest(Case):
     """cbackup.pyz is the same program as cbackup.py."""
 
+    kept = None     # the state of a home in which it was started before: to compile it takes a second
+
     def setUp(self):
         self.base, self.pyz = self.directory(), built()
+        self.home = os.path.join(self.base, "home")
+        if not self.kept:
+            kept = tempfile.TemporaryDirectory(prefix="cbackup-test-zipapp-")
+            self.addClassCleanup(kept.cleanup)
+            os.mkdir(os.path.join(kept.name, "state"))
+            self.assertRc(0, self.run_pyz("--home", kept.name, "--help"))
+            type(self).kept = os.path.join(kept.name, "state")
+            self.assertEqual(1, len(os.listdir(self.kept)))
+        self.begin(self.home)
+
+    def begin(self, home):
+        shutil.copytree(self.kept, os.path.join(home, "state"))
 
     def run_pyz(self, *arguments):
         return Process(program(*arguments, file=self.pyz), plain_environment(self.base), self.base).wait(30)
 
     def test_help_is_the_same(self):
-        result = self.run_pyz("--help")
+        result = self.run_pyz("--home", self.home, "--help")
         self.assertRc(0, result)
-        plain = Process(program("--help"), plain_environment(self.base), self.base).wait(30)
+        plain = Process(quick_program("--help"), plain_environment(self.base), self.base).wait(30)
         self.assertEqual(plain.stdout.replace("cbackup.pyz", "cbackup").replace("cbackup.py", "cbackup").split(),
                          result.stdout.replace("cbackup.pyz", "cbackup").replace("cbackup.py", "cbackup").split())
 
     def test_it_can_be_started_by_its_name(self):
-        result = Process([self.pyz, "--help"], plain_environment(self.base), self.base).wait(30)
+        result = Process([self.pyz, "--home", self.home, "--help"], plain_environment(self.base), self.base).wait(30)
         self.assertRc(0, result)
 
     def test_exit_codes_come_through(self):
-        self.assertRc(2, self.run_pyz("frobnicate"))
-        self.assertRc(2, self.run_pyz("--home", self.base + "/nowhere", "status"))
-        self.assertRc(0, self.run_pyz("--home", self.base + "/home", "init"))
+        self.assertRc(2, self.run_pyz("--home", self.home, "frobnicate"))
+        self.assertRc(2, self.run_pyz("--home", self.home, "status"))
+        self.assertRc(0, self.run_pyz("--home", self.home, "init"))
 
     def test_a_cluster_of_zipapps_backs_up_and_restores(self):
         cluster = self.cluster("s", "a", file=self.pyz, replicas=1)
         source = cluster.source("docs", "s", {"f%d" % number: 1000 for number in range(10)})
         cluster.backup("b1", "a", "1M")
+        for host in "sa":
+            self.begin(cluster.home(host))
         cluster.start()
         cluster.settle()
         self.assertCopies(cluster, "docs", 1)
