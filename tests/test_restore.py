@@ -13,7 +13,7 @@ LEFT_FOR_THE_NEXT = ".cbackup-restore"      # in the target, until a restore is 
 
 def family_photos():
     """A source with some of everything."""
-    files = {"20%02d/%02d/img %d.jpg" % (number % 7, number % 12, number): 300 + 37 * number for number in range(60)}
+    files = {"20%02d/%02d/img %d.jpg" % (number % 7, number % 12, number): 300 + 37 * number for number in range(24)}
     files.update({"empty": b"", "void": DIRECTORY, "a/b/c/void": DIRECTORY, "latest": Link("2001/01"),
                   "gone": Link("x/y"), "etc": Link("/etc"), b"odd \xff\n name*": b"odd", "-rf": b"dash",
                   "large": 3 << 20, "same 1": b"twice the same", "same 2": b"twice the same", "tool": b"#!/bin/sh\n"})
