@@ -38,7 +38,7 @@ def version_of_python(path):
 
 def found_pythons():
     """Paths, one of each minor version, the oldest first."""
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep) + glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin"))
+    folders = glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin")) + os.environ.get("PATH", os.defpath).split(os.pathsep)
     found = {}
     for folder in folders:
         for path in glob.glob(os.path.join(folder, "python3.[0-9]*")):

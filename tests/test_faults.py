@@ -485,7 +485,7 @@ class WrongDirectoryTest(FaultCase):
     """A backup's directory that is not the one it was: nothing is written there until somebody says that it is right."""
 
     def setUp(self):
-        self.c = self.cluster("s", "a", "b", replicas=1)
+        self.c = self.cluster("s", "a", replicas=1)
         self.source = self.c.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
         self.kept = self.c.backup("b1", "a", "9M")
         self.c.start()
@@ -536,6 +536,7 @@ class WrongDirectoryTest(FaultCase):
 
     def test_the_directory_under_another_name_or_on_two_machines_is_refused(self):
         before = tree(self.kept)
+        self.c.add_host("b")
         copy = self.c.path("b", "backup", "b2")
         shutil.copytree(self.kept, copy, symlinks=True)
         self.c.backups["b2"] = self.c.backups["b1"]._replace(name="b2", host="b", path=copy)
