@@ -19,7 +19,7 @@ ENOUGH = 1 << 30
 """Bytes of room: several times as much as the tests have in use at any time."""
 
 TIDY = """while read -r word; do kept=/code; done
-rm -rf "$0$kept" 2>/dev/null || { sleep 2; chmod -R u+rwx "$0$kept"; rm -rf "$0$kept"; } 2>/dev/null"""
+{ rm -rf "$0$kept" || { sleep 2; chmod -R u+rwx "$0$kept"; rm -rf "$0$kept"; }; rmdir "$0"; } 2>/dev/null"""
 """For a shell whose input ends with the last process of a run, however that ends."""
 
 
