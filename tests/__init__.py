@@ -55,8 +55,7 @@ def begin():
 def load_tests(loader, tests, pattern):
     """All tests, as a suite that keeps every processor busy; unittest's discovery asks for it."""
     from tests import parallel
-    here = os.path.dirname(os.path.abspath(__file__))
-    found = loader.discover(here, pattern or "test*.py", os.path.dirname(here))
+    found = loader.discover(os.path.join(TOP, "tests"), pattern or "test*.py", TOP)
     return parallel.ParallelSuite([found]) if parallel.JOBS > 1 else found
 
 
