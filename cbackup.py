@@ -4453,12 +4453,17 @@ class LeftOut:
 
     def __init__(self, source: Source) -> None:
         self.root, self.caches = os.fsencode(source.path), source.exclude_caches
-        self._excluded = compile_excludes(source.exclude)
+        self._patterns, self._excluded = source.exclude, compile_excludes(source.exclude)
 
     def entry(self, path: bytes, directory: bool) -> bool:
         """Whether an entry of a directory that is not left out itself is left out."""
         return path == RESTORE_DIR or path.startswith(BEFORE_RESTORE) and b"/" not in path \
             or self._excluded(path, directory)
+
+    def is_all_of(self, directory: bytes) -> bool:
+        """Whether for each entry of a directory it is known without a look at its name that it is
+        not left out by `entry`."""
+        return directory != b"" and not self._patterns
 
     def is_cache(self, directory: bytes) -> bool:
         """Whether of a directory nothing but its CACHE_TAG is wanted.  Never of the root, which the
@@ -4714,19 +4719,21 @@ class Scan:
             self._problem(directory, reason_of(error))
             return []
         different, below = [], []
-        cache = self.left_out.is_cache(directory)
+        cache, prefix = self.left_out.is_cache(directory), directory + b"/" if directory else b""
+        by_name, paced = not self.left_out.is_all_of(directory), self.pace.rate
         try:
             with entries:
                 for entry in entries:
                     if cache and entry.name != CACHE_TAG:
                         continue
-                    path = directory + b"/" + entry.name if directory else entry.name
-                    info = self._look_at(entry, path, known)
+                    path = prefix + entry.name
+                    info = self._look_at(entry, path, known, by_name)
                     if info is None:
                         continue
-                    if self._is_as_it_was(info, known.get(path)):
+                    if path in known and self._is_as_it_was(info, known[path]):
                         del known[path]
-                        self.pace.spent(512)
+                        if paced:
+                            self.pace.spent(512)
                         continue
                     row = self._row_of(path, directory, info, known)
                     if row is None:
@@ -4745,10 +4752,12 @@ class Scan:
         return below
 
     def _look_at(self, entry: "os.DirEntry[bytes]", path: bytes,
-                 known: "Dict[bytes, Tuple[Any, ...]]") -> "Optional[os.stat_result]":
-        """The stat of one directory entry; None when it is not for the catalog."""
+                 known: "Dict[bytes, Tuple[Any, ...]]",
+                 by_name: bool) -> "Optional[os.stat_result]":
+        """The stat of one directory entry; None when it is not for the catalog.  by_name: its name
+        may say that it is left out."""
         try:
-            if self.left_out.entry(path, entry.is_dir(follow_symlinks=False)):
+            if by_name and self.left_out.entry(path, entry.is_dir(follow_symlinks=False)):
                 return None
             info = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
@@ -4759,10 +4768,10 @@ class Scan:
             return None
         return None if (info.st_dev, info.st_ino) in self.skip else info
 
-    def _is_as_it_was(self, info: os.stat_result, old: "Optional[Tuple[Any, ...]]") -> bool:
+    def _is_as_it_was(self, info: os.stat_result, old: "Tuple[Any, ...]") -> bool:
         """Whether an entry is a file of which nothing is different or to be said: the shortest
         way for most of what a scan looks at."""
-        return old is not None and old[1:9] == (
+        return old[1:9] == (
             "f", info.st_size, info.st_mtime_ns, info.st_mode & 0o7777, info.st_uid, info.st_gid,
             info.st_ino, info.st_ctime_ns) and old[11] is None \
             and old[12] == (0 if self.xattrs else None) and stat.S_ISREG(info.st_mode)
