@@ -6965,9 +6965,10 @@ class BackupDirectory(Store):
         self.hold_all(source, [(path, size, mtime, digest, checked)])
 
     def hold_all(self, source: str, rows: "Iterable[Tuple[bytes, int, int, bytes, float]]",
-                 tags: "Dict[bytes, int]" = {}) -> None:
+                 tags: "Optional[Dict[bytes, int]]" = None) -> None:
         """Enter copies: (path, size, mtime, digest, when it was read).  tags: those that are known,
         of just these facts."""
+        tags = tags or {}
         rows = [(source, path, size, mtime, digest,
                  tags[path] if path in tags else tag_of(path, size, mtime, digest), checked)
                 for path, size, mtime, digest, checked in rows]
@@ -7469,7 +7470,7 @@ class Journal(Attic):
             raise
 
     def arrived(self, source: str, paths: "Iterable[bytes]",
-                tags: "Dict[bytes, int]" = {}) -> None:
+                tags: "Optional[Dict[bytes, int]]" = None) -> None:
         """Files are at their places and counted by the server: they are copies now.  tags: see
         hold_all."""
         paths, now = list(paths), clock.now()
