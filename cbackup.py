@@ -16747,7 +16747,7 @@ def open_closed_streams() -> None:
 
 
 COLLECT_EVERY = 10000
-"""Objects that come into being between two looks for cycles.  A batch is some thousand rows, without
+"""Objects that come into being between two looks for cycles.  A batch is some thousand rows without
 any; to go through them every 700 objects, as Python does by itself, was 5 % of a pass."""
 
 
