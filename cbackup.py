@@ -8310,9 +8310,11 @@ class Scanner(threading.Thread):
                 left = deadline - time.monotonic()
                 if not missing or left <= 0 or self._over:
                     return missing
-                for name in missing:
-                    self._wanted[name] = max(since, self._wanted.get(name, since))
-                self._changed.notify_all()
+                news = {name: since for name in missing
+                        if self._wanted.get(name, float("-inf")) < since}
+                self._wanted.update(news)
+                if news:  # once: clients that wait together would keep each other awake
+                    self._changed.notify_all()
                 self._changed.wait(left)
 
     def look_at(self, names: "List[str]", wait: float) -> None:

@@ -126,6 +126,8 @@ MUTANTS = [
     ("lost-for-ever", '            if row[0]:\n                db.execute("UPDATE backups SET lost=0', 
      '            if False:\n                db.execute("UPDATE backups SET lost=0',
      "a backup that is back counts again", "test_times.LeasesTest"),
+    ("waiting-is-work", "                if news:  # once", "                if True:  # once",
+     "who waits costs nothing", "test_times.LookingTest"),
     ("scan-never", "or now - seen >= every:", "or False:", "scan", "test_times.LookingTest"),
     ("scan-twice-as-often", "or now - seen >= every:", "or now - seen >= every / 2:", "scan", "test_times.LookingTest"),
     ("scan-min-ignored", "self.scanner.look(self.config.scan_min, LOOK_WAIT)", "self.scanner.look(0.0, LOOK_WAIT)",

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 import time
 import unittest
 from unittest import mock
@@ -46,6 +47,17 @@ class LookingTest(Case):
         self.assertEqual(0, c.client("a").json["copied_files"])
         c.advance(600)
         self.assertEqual(1, c.client("a").json["copied_files"])
+
+    def test_clients_that_wait_for_a_look_do_not_keep_each_other_awake(self):
+        asked = []
+        books = mock.Mock(active_sources=lambda: asked.append(1) or ["src"])
+        scanner = cbackup.Scanner(mock.Mock(books=books))       # not started: there is no look
+        waiting = [threading.Thread(target=scanner.look, args=(0.0, 0.3)) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join()
+        self.assertLess(len(asked), 3 * 5)
 
 
 class BooksCase(unittest.TestCase):
