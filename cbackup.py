@@ -8400,7 +8400,8 @@ class Reader(threading.Thread):
         seconds."""
         numbers, deadline = list(numbers), time.monotonic() + wait
         with self._changed:
-            self._wanted += [number for number in numbers if number not in self._wanted]
+            known = set(self._wanted)
+            self._wanted += [number for number in numbers if number not in known]
             self._changed.notify_all()
         if not self.is_alive():  # a Service without a Server
             self._read_wanted()
@@ -10016,6 +10017,9 @@ class Pipeline:
         self._thread = threading.Thread(target=guarded, daemon=True)
         self._thread.start()
 
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def drain(self) -> bool:
         """Wait for the work under way; returns whether there was any.  Raises what that raised."""
         was = self._thread is not None
@@ -10367,8 +10371,10 @@ class Copier(Session):
         outcome = self._transfer(standing, files, need, always)
         test_point("copied")
         self.figures.add(wire_bytes=outcome.wire)
+        # rather than to wait for the batch before it
+        looked = self._look_at_batch(standing, files, outcome) if self.pipeline.busy() else None
         self.pipeline.submit(lambda: self.guarded(
-            standing, lambda s: self.check(s, files, outcome, updating)))
+            standing, lambda s: self.check(s, files, outcome, updating, looked)))
 
     _total = 0
 
@@ -10468,11 +10474,12 @@ class Copier(Session):
                 missed.append(f)
         return rows, arrived, missed, refused
 
-    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull,
-              updating: bool) -> None:
-        """Digest what arrived, have it confirmed, put it into place, have it counted."""
+    def check(self, standing: Standing, files: "List[Wanted]", outcome: Pull, updating: bool,
+              looked: "Optional[Tuple[Any, ...]]" = None) -> None:
+        """Digest what arrived, unless it was `looked` at, have it confirmed, put it into place,
+        have it counted."""
         vault, link = self.vault, self.check_links[standing.host]
-        rows, arrived, missed, refused = self._look_at_batch(standing, files, outcome)
+        rows, arrived, missed, refused = looked or self._look_at_batch(standing, files, outcome)
         blamed = [f for f in missed if outcome.blames(f.path)] or missed
         refused += [(f, self._why_missing(standing, f, outcome)) for f in blamed]
         test_point("digested")
