@@ -397,7 +397,7 @@ class FullDiskTest(FaultCase):
         cluster.source("docs", "s", {"f%d" % number: 300 for number in range(20)})
         cluster.backup("b1", "a", "9M")
         cluster.start()
-        result = cluster.client("a", CBACKUP_TEST_BEFORE="import sqlite3\ndef full(vault, source, paths):\n    if paths:\n"
+        result = cluster.client("a", CBACKUP_TEST_BEFORE="import sqlite3\ndef full(vault, source, paths, *more):\n    if paths:\n"
                                 "        raise sqlite3.OperationalError('database or disk is full')\ncbackup.Vault.arrived = full\n")
         self.assertRc(1, result)
         self.assertEqual((20, 6000), (result.json["copied_files"], result.json["copied_bytes"]))
