@@ -2465,13 +2465,20 @@ class Store:
         self._writing = False
 
     @contextlib.contextmanager
-    def write(self) -> "Iterator[sqlite3.Connection]":
-        """One transaction; nested uses join the outer one.  Committed durably before it returns."""
+    def write(self, lasting: bool = True) -> "Iterator[sqlite3.Connection]":
+        """One transaction; nested uses join the outer one.  Committed durably before it returns.
+
+        lasting: False for what may be forgotten in a power failure: it is durable with the next
+        transaction that is lasting and changes something, and nobody waits for a disk.  Only in a
+        database with a WAL, which a power failure leaves as it was at some commit.
+        """
         with self.lock:
             if self._writing:
                 yield self.db
                 return
             try:
+                if not lasting:
+                    self.db.execute("PRAGMA synchronous=NORMAL")
                 self.db.execute("BEGIN IMMEDIATE")
                 self._writing = True
                 yield self.db
@@ -2483,6 +2490,8 @@ class Store:
                 raise
             finally:
                 self._writing = False
+                if not lasting:
+                    self.db.execute("PRAGMA synchronous=EXTRA")
 
     def _rolled_back(self) -> None:
         """What was remembered of a transaction that comes to nothing is to be forgotten."""
@@ -3206,7 +3215,7 @@ class Proof(News):
 
     def _prove_some(self, source: "Dict[str, Any]",
                     read: "List[Tuple[Dict[str, Any], bytes, bool]]") -> "List[str]":
-        with self.write() as db:
+        with self.write(lasting=False) as db:  # what is forgotten of it is read again
             known = {row[0]: row[1:] for row in self.rows_among(
                 "SELECT id, size, mtime, ino, ctime, digest, doubt, basis FROM entries "
                 "WHERE kind='f' AND id AMONG",
@@ -3794,10 +3803,10 @@ class Ledger(Placement):
               ) -> "List[Tuple[Any, ...]]":
         """Claim a batch of underserved files for `backup`: rows of WANTED, sorted by path.  In
         slices, between which others are served: who is cut off has what is claimed so far, see
-        own_claims."""
+        own_claims.  After a power failure it may be nobody's, and others claim it, too."""
         taken, size = [], 0
         while len(taken) < max_files and size < max_bytes:
-            with self.write() as db:
+            with self.write(lasting=False) as db:
                 some = self._choose(backup, source, free - size, (
                     min(APPLY_CHUNK, max_files - len(taken)), max_bytes - size), not taken)
                 self._insert_claims([number for number, _ in some], backup, source["id"])
@@ -3933,7 +3942,7 @@ class Ledger(Placement):
 
     def _note_checks(self, backup: int, source: "Dict[str, Any]",
                      results: "List[Tuple[int, int, bytes]]") -> "List[int]":
-        with self.write() as db:
+        with self.write(lasting=False) as db:  # what is forgotten of it does not count
             numbers = [number for number, _, _ in results]
             known = {row[0]: row[1:] for row in self.rows_among(
                 "SELECT e.id, e.version, e.digest, c.file, c.tag FROM entries e "
@@ -3962,13 +3971,15 @@ class Ledger(Placement):
                      rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         """The second step of a confirmation: (path, version, tag) are durable at their place in
         `backup`. Returns the paths that count from now on; the others are of a version that is no
-        longer known.  In slices, each durable before the next."""
-        return [path for some in in_batches(rows, APPLY_CHUNK)
-                for path in self._count_some(backup, source, some)]
+        longer known.  In slices; all of them are durable when it returns."""
+        counted = [path for some in in_batches(rows, APPLY_CHUNK)
+                   for path in self._count_some(backup, source, some)]
+        self.save_up()  # a lasting one, and it always changes something
+        return counted
 
     def _count_some(self, backup: int, source: int,
                     rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
-        with self.write() as db:
+        with self.write(lasting=False) as db:
             known = {row[0]: row[1:] for row in self.rows_among(
                 "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime, e.gen, "
                 "EXISTS(SELECT 1 FROM copies o WHERE o.file=e.id AND o.state='o'), "
