@@ -8050,12 +8050,13 @@ def catalog_chains(files: "List[CatalogFile]",
 def _catalog_lines(rows: "List[List[Any]]") -> bytes:
     """The lines of rows; one each, or two where there is a thirteenth column."""
     encode = json.JSONEncoder(separators=(",", ":")).encode
-    parts = [part for row in rows for part in ((row[12], row[:12]) if len(row) > 12 else (row,))]
-    text = encode(parts)[1:-1]
-    # All at once, which costs a third of one by one, unless a name has in it what stands between.
-    if len(parts) == len(rows) and text.count('],["') == len(rows) - 1:
-        return text.replace('],["', ']\n["').encode() + b"\n"
-    return b"".join(encode(part).encode() + b"\n" for part in parts)
+    if all(len(row) <= 12 for row in rows):
+        # At once, which costs a third of one by one, unless a name has in it what stands between.
+        text = encode(rows)[1:-1]
+        if text.count('],["') == len(rows) - 1:
+            return text.replace('],["', ']\n["').encode() + b"\n"
+    return b"".join(encode(part).encode() + b"\n" for row in rows
+                    for part in ((row[12], row[:12]) if len(row) > 12 else (row,)))
 
 
 def write_catalog(directory: str, header: "Dict[str, Any]",
@@ -8068,7 +8069,7 @@ def write_catalog(directory: str, header: "Dict[str, Any]",
         with io.BufferedWriter(gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, filename="",
                                              mtime=0),  # type: ignore
                                READ_BLOCK) as stream:
-            for some in in_batches(rows):
+            for some in in_batches(rows, SLICE):
                 stream.write(_catalog_lines(some))
                 count += len(some)
             stream.write(json.dumps(dict(header, end=count)).encode() + b"\n")

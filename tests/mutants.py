@@ -66,7 +66,7 @@ MUTANTS = [
      "a catalog says who has a copy", "test_databases.BatchesTest"),
     ("page-within-a-generation", 'parts.insert(0, ("gen=? AND id>?", *after))', "pass",
      "a catalog is whole", "test_catalog_files.GenerationTest"),
-    ("lines-by-their-looks", """ and text.count('],["') == len(rows) - 1:""", ":",
+    ("lines-by-their-looks", """text.count('],["') == len(rows) - 1:""", "True:",
      "a catalog is what there was", "test_catalog_files.CatalogFilesTest"),
     ("copies-not-added-up", "(len(rows), sum(row[2] for row in rows), sum(row[5] for row in rows),", "(len(rows), 0, 0,",
      "a backup's sum is that of its copies", "test_vault test_client_pass"),
