@@ -4041,15 +4041,21 @@ class Books(Ledger):
     above is one reason to open it.  Here is what backups tell of their copies and are told of them,
     and what the configuration says."""
 
+    gone = False
+    """Whether damaged books were closed and there are no new ones yet: their disk failed then."""
+
     def start_again(self, config: Config, why: str) -> None:
         """Damaged books are set aside; new ones are filled by the next scans and by what the
-        backups report."""
+        backups report.  What it raises leaves them `gone`: to be called again."""
         with self.lock:
             with contextlib.suppress(sqlite3.Error):
                 self.db.close()
-            set_database_aside(self.path, why)
+            again, self.gone = self.gone, True
+            if not again:
+                set_database_aside(self.path, why)
             self._open()
             self.configure(config)
+            self.gone = False
 
     # -- configuration --
 
@@ -8342,7 +8348,15 @@ class Scanner(threading.Thread):
 
     def run(self) -> None:
         while not self._over:
-            name = self._next()
+            try:
+                name = self._next()
+            except sqlite3.Error as error:
+                if self._over:
+                    return
+                log_failure("the books", error)
+                self.service.mend_books(error)
+                time.sleep(1.0)
+                continue
             if name is None:
                 continue
             begun = clock.steady()
@@ -8352,8 +8366,7 @@ class Scanner(threading.Thread):
                 if self._over:  # the books were closed under it
                     return
                 log_failure("looking at " + name, error)
-                if isinstance(error, sqlite3.Error) and is_damage(error):
-                    self.service.books.start_again(self.service.config, str(error))
+                self.service.mend_books(error)
                 time.sleep(0.2)
             with self._changed:
                 self._seen[name] = begun
@@ -8544,6 +8557,15 @@ class ServerState:
             if not is_damage(error):
                 raise
             self.books.start_again(config, str(error))
+
+    def mend_books(self, error: Exception) -> None:
+        """After an error: new books when it was damage, or when there could be none the last
+        time.  A disk that fails ends nothing here: the next error comes here, too."""
+        if isinstance(error, sqlite3.Error) and (is_damage(error) or self.books.gone):
+            try:
+                self.books.start_again(self.config, str(error))
+            except (sqlite3.Error, OSError, CBackupError) as why:
+                log.error("the books cannot be made again: %s", reason_of(why))
 
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
@@ -9907,8 +9929,7 @@ class Server:
             return not isinstance(error, ProtocolError)
         except sqlite3.Error as error:
             log.error("the books: %s", error)
-            if is_damage(error):
-                self.service.books.start_again(self.service.config, str(error))
+            self.service.mend_books(error)
             answer = {"error": "books", "text": "the server's books cannot be used: %s" % error}
         except OSError as error:
             answer = {"error": "system", "text": reason_of(error)}

@@ -60,6 +60,8 @@ MUTANTS = [
      "what counts is durable before it is told", "test_durability"),
     ("never-lasting-again", 'self.db.execute("PRAGMA synchronous=EXTRA")\n\n    def _rolled_back', 'pass\n\n    def _rolled_back',
      "what counts is durable before it is told", "test_durability"),
+    ("books-gone-for-good", "(is_damage(error) or self.books.gone)", "is_damage(error)",
+     "a disk that fails for a while ends no server", "test_databases"),
     ("new-files-uncounted", "(len(sizes), sum(sizes), group)", "(len(sizes), 0, group)",
      "what is placed is what there is", "test_databases.BatchesTest"),
     ("claims-are-holders", 'for word in words if word.endswith("+"))', "for word in words)",

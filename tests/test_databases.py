@@ -11,7 +11,7 @@ import unittest
 import unittest.mock
 
 import cbackup
-from tests.harness import Case, inodes, make_tree, write_file
+from tests.harness import Case, inodes, make_tree, wait_for, write_file
 
 PAGE = 4096
 KINDS = {"noise": lambda page: random.Random(page).getrandbits(8 * PAGE).to_bytes(PAGE, "little"),
@@ -71,6 +71,22 @@ class GarbageTest(Case):
             service.books.start_again(self.config, str(error))
             found = self.use_books(service)
         self.assertEqual(40, found)
+
+    def test_books_that_cannot_be_made_again_now_are_made_when_their_disk_works(self):
+        with self.service() as service:
+            self.use_books(service)
+            with unittest.mock.patch("cbackup.open_database", side_effect=sqlite3.OperationalError("disk I/O error")):
+                service.mend_books(sqlite3.DatabaseError("database disk image is malformed"))
+            with self.assertRaises(sqlite3.ProgrammingError):
+                service.books.active_sources()
+            scanner = cbackup.Scanner(service)
+            scanner.start()
+            wait_for(lambda: not service.books.gone, 20, "there are no books")
+            self.assertEqual([], scanner.look(0.0, 20))
+            scanner.stop()
+            scanner.join()
+            self.assertEqual(40, self.use_books(service))
+            self.assertEqual(1, sum("damaged" in name for name in os.listdir(os.path.dirname(self.path))))
 
     def test_every_page_of_the_servers_books(self):
         with self.service() as service:
