@@ -2867,7 +2867,7 @@ class Inventory(Groups):
 
     def _open_gen(self, source: int) -> int:
         """What OPEN_GEN says, for all that is written in one transaction."""
-        return self.db.execute("SELECT gen FROM sources WHERE id=?", (source,)).fetchone()[0]
+        return self.db.execute("SELECT " + self.OPEN_GEN, (source,)).fetchone()[0]
 
     def _grave(self, source: "Dict[str, Any]", path: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO graves VALUES(?,?,%s)" % self.OPEN_GEN,
