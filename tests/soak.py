@@ -252,7 +252,8 @@ class History:
             return
         for name, facts in self.c.status(host)["sources"].items():
             if self.c.sources[name].host not in self.c.servers or facts["state"] != "ok" or facts["underserved_files"] \
-                    or facts["unproven_files"] != 0 or facts["last_scan"] > time.monotonic() - begun:
+                    or facts["unproven_files"] != 0 \
+                    or facts["last_scan"] is None or facts["last_scan"] > time.monotonic() - begun:
                 continue
             lines = ["%s is on %s" % (path, sorted(hosts)) for path, hosts in faults.holders(self.c, name).items()
                      if len(hosts) < 2 and len(self.hosts_with(name, path)) < 2]
