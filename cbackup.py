@@ -2462,7 +2462,7 @@ class Store:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._writing = False
+        self._writing, self._lasting = False, True  # the latter: how its transactions are committed
 
     @contextlib.contextmanager
     def write(self, lasting: bool = True) -> "Iterator[sqlite3.Connection]":
@@ -2477,8 +2477,9 @@ class Store:
                 yield self.db
                 return
             try:
-                if not lasting:
-                    self.db.execute("PRAGMA synchronous=NORMAL")
+                if lasting != self._lasting:  # before, not after: what comes between may fail
+                    self.db.execute("PRAGMA synchronous=" + ("EXTRA" if lasting else "NORMAL"))
+                    self._lasting = lasting
                 self.db.execute("BEGIN IMMEDIATE")
                 self._writing = True
                 yield self.db
@@ -2490,8 +2491,6 @@ class Store:
                 raise
             finally:
                 self._writing = False
-                if not lasting:
-                    self.db.execute("PRAGMA synchronous=EXTRA")
 
     def _rolled_back(self) -> None:
         """What was remembered of a transaction that comes to nothing is to be forgotten."""
@@ -2526,6 +2525,11 @@ class Store:
             db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, value))
 
 
+def members_of(key: str) -> "List[Tuple[int, bool]]":
+    """(backup, True for a copy, False for a claim) of a group's key."""
+    return [(int(word[:-1]), word[-1] != "-") for word in key.lstrip("!").split(",") if word]
+
+
 class Group:
     """What is known of one row of `groups`.
 
@@ -2545,8 +2549,7 @@ class Group:
         self.leaving: "set[int]" = set()
         self.hosts: "set[str]" = set()
         self.copy_hosts: "set[str]" = set()
-        for word in filter(None, key.lstrip("!").split(",")):
-            backup, copy = int(word[:-1]), word[-1] != "-"
+        for backup, copy in members_of(key):
             host, counts, leaving = facts_of(backup)
             if not counts or leaving and not copy:
                 continue
@@ -2730,13 +2733,9 @@ class Groups(Store):
                     step[0], step[1] = step[0] + 1, step[1] + size
         self.db.executemany("UPDATE entries SET grp=? WHERE id=?",
                             [(group, number) for number, group in moved.items()])
-        change: "Dict[int, List[int]]" = {}
         for (before, after), (count, size) in steps.items():
-            for group, sign in ((before, -1), (after, 1)):
-                sums = change.setdefault(group, [0, 0])
-                sums[0], sums[1] = sums[0] + sign * count, sums[1] + sign * size
-        self.db.executemany("UPDATE groups SET files=files+?, bytes=bytes+? WHERE id=?",
-                            [(count, size, group) for group, (count, size) in change.items()])
+            self.db.executemany("UPDATE groups SET files=files+?, bytes=bytes+? WHERE id=?",
+                                [(-count, -size, before), (count, size, after)])
 
     def recount_groups(self) -> None:
         """After a backup began or ceased to count, or moved to another host."""
@@ -2785,9 +2784,8 @@ class Groups(Store):
     def holders_in(self, group: "Optional[int]") -> "Tuple[str, ...]":
         """The names of the backups that have a copy of each file of a group."""
         row = self.one("SELECT key FROM groups WHERE id=?", group)
-        words = row[0].lstrip("!").split(",") if row else ()
-        return tuple(self.one("SELECT name FROM backups WHERE id=?", int(word[:-1]))[0]
-                     for word in words if word.endswith("+"))
+        return tuple(self.one("SELECT name FROM backups WHERE id=?", backup)[0]
+                     for backup, copy in (members_of(row[0]) if row else ()) if copy)
 
     def underserved(self, source: int, replicas: int, backup: int) -> "List[Group]":
         """The groups that lack copies of which `backup` could have one, the lowest level first."""
@@ -3974,14 +3972,15 @@ class Ledger(Placement):
         longer known.  In slices; all of them are durable when it returns."""
         counted = [path for some in in_batches(rows, APPLY_CHUNK)
                    for path in self._count_some(backup, source, some)]
-        self.save_up()  # a lasting one, and it always changes something
+        if counted:
+            self.save_up()  # a lasting one, and it always changes something
         return counted
 
     def _count_some(self, backup: int, source: int,
                     rows: "List[Tuple[bytes, int, int]]") -> "List[bytes]":
         with self.write(lasting=False) as db:
             known = {row[0]: row[1:] for row in self.rows_among(
-                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime, e.gen, "
+                "SELECT e.path, e.id, e.version, c.checked, e.size, e.mtime, "
                 "EXISTS(SELECT 1 FROM copies o WHERE o.file=e.id AND o.state='o'), "
                 "EXISTS(SELECT 1 FROM declines d WHERE d.file=e.id AND d.backup=c.backup) "
                 "FROM entries e CROSS JOIN copies c ON c.file=e.id AND c.backup=? "
@@ -3989,19 +3988,19 @@ class Ledger(Placement):
                 [row[0] for row in rows], backup, source)}
             counted = [(path, tag) + known[path] for path, version, tag in rows
                        if path in known and known[path][1] == known[path][2] == version]
-            gen = self._open_gen(source)
             db.executemany("UPDATE copies SET state='k', tag=?, held_size=?, held_mtime=?, "
                            "path=NULL, expires=NULL, todo=todo&? "
                            "WHERE file=? AND backup=?",
                            [(tag, size, mtime, TODO_TOUCH, number, backup)
                             for _, tag, number, _, _, size, mtime, *_ in counted])
             db.executemany("DELETE FROM declines WHERE file=? AND backup=?",
-                           [(row[2], backup) for row in counted if row[9]])
-            self._are_news(row[2] for row in counted if row[7] != gen)
-            self.regroup(row[2] for row in counted)
-            for row in counted:
-                if row[8]:
-                    self._retire_outdated(row[2])
+                           [(number, backup) for _, _, number, *_, declined in counted if declined])
+            numbers = [row[2] for row in counted]
+            self._are_news(numbers)
+            self.regroup(numbers)
+            for _, _, number, *_, outdated, _ in counted:
+                if outdated:
+                    self._retire_outdated(number)
             if counted:
                 db.execute("UPDATE backups SET fruitless=0 WHERE id=? AND fruitless>0", (backup,))
         return [row[0] for row in counted]
@@ -4737,7 +4736,7 @@ class Scan:
             return []
         different, below = [], []
         cache, prefix = self.left_out.is_cache(directory), directory + b"/" if directory else b""
-        by_name, paced = not self.left_out.is_all_of(directory), self.pace.rate
+        by_name = not self.left_out.is_all_of(directory)
         try:
             with entries:
                 for entry in entries:
@@ -4749,8 +4748,7 @@ class Scan:
                         continue
                     if path in known and self._is_as_it_was(info, known[path]):
                         del known[path]
-                        if paced:
-                            self.pace.spent(512)
+                        self.pace.spent(512)
                         continue
                     row = self._row_of(path, directory, info, known)
                     if row is None:
@@ -6998,13 +6996,12 @@ class BackupDirectory(Store):
                        (len(rows), sum(row[2] for row in rows), sum(row[5] for row in rows),
                         source))
 
-    def _those_in(self, table: str, source: str, paths: "Iterable[bytes]",
-                  which: str = "1") -> "List[Tuple[str, bytes]]":
-        """(source, path) of what a table has of many paths, in rows for which the condition `which`
-        (SQL) is true: to ask costs less than to change what is not there, one by one."""
+    def _those_in(self, table: str, source: str,
+                  paths: "Iterable[bytes]") -> "List[Tuple[str, bytes]]":
+        """(source, path) of what a table has of many paths: to ask costs less than to change what
+        is not there, one by one."""
         return [(source, path) for (path,) in self.rows_among(
-            "SELECT path FROM %s WHERE %s AND source=? AND path AMONG" % (table, which),
-            paths, source)]
+            "SELECT path FROM %s WHERE source=? AND path AMONG" % table, paths, source)]
 
     def held(self, source: str, path: bytes) -> "Optional[Tuple[int, int, bytes, int]]":
         """(size, mtime, digest, tag) of a copy; None when we have none."""
@@ -8348,29 +8345,22 @@ class Scanner(threading.Thread):
 
     def run(self) -> None:
         while not self._over:
+            name = None
             try:
                 name = self._next()
-            except sqlite3.Error as error:
-                if self._over:
-                    return
-                log_failure("the books", error)
-                self.service.mend_books(error)
-                time.sleep(1.0)
-                continue
-            if name is None:
-                continue
-            begun = clock.steady()
-            try:
-                self.service.scan(name)
+                begun = clock.steady()
+                if name is not None:
+                    self.service.scan(name)
             except Exception as error:
                 if self._over:  # the books were closed under it
                     return
-                log_failure("looking at " + name, error)
+                log_failure("looking at " + (name or "the sources"), error)
                 self.service.mend_books(error)
-                time.sleep(0.2)
-            with self._changed:
-                self._seen[name] = begun
-                self._changed.notify_all()
+                time.sleep(0.2 if name else 1.0)
+            if name is not None:
+                with self._changed:
+                    self._seen[name] = begun
+                    self._changed.notify_all()
 
     def _next(self) -> "Optional[str]":
         """Wait until a source is due, and return it; None from time to time, for a look at the
@@ -10056,8 +10046,8 @@ class Pipeline:
     def drain(self) -> bool:
         """Wait for the work under way; returns whether there was any.  Raises what that raised."""
         was = self._thread is not None
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(0.5)
+        while self.busy():
+            self._thread.join(0.5)  # type: ignore[union-attr]
         self._thread = None
         error, self._error = self._error, None
         if error is not None:
