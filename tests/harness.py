@@ -124,6 +124,7 @@ class Starter:
             self.process = subprocess.Popen([sys.executable, "-B", "-m", module, str(theirs.fileno())], cwd=TOP,
                                             env=dict(os.environ, **dict(environment)), stdin=subprocess.DEVNULL,
                                             pass_fds=[theirs.fileno()], start_new_session=True)
+        self.pem = self.connection.recv()
         multiprocessing.util.Finalize(None, self.close, exitpriority=0)
 
     def close(self):
@@ -273,8 +274,8 @@ def free_port():
 
 @functools.lru_cache(None)
 def cluster_pem():
-    """The bytes of a cluster.pem, made by the program's own `init`, once for each test process."""
-    return new_cluster_pem()
+    """The bytes of a cluster.pem, made by the program once for each test process: the one that the starter is used to."""
+    return Starter.ours().pem or new_cluster_pem()
 
 
 def new_cluster_pem():

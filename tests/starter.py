@@ -2,10 +2,11 @@
 library are imported already, and what each would make again is made: they do the same as those that are started in the
 ordinary way, at a tenth of the cost.
 
-Run by the harness as `python3 -m tests.starter FD`, FD being its end of a pipe of multiprocessing. It asks for a process by
-{"command", "environment", "cwd", "confined"}, followed by the descriptors for standard output and error; the answer is its pid.
-It asks by a pid whether that process has ended; the answer is None or the exit code, negative for a signal's. At the end of the
-pipe, however the other end has died, what still runs is killed. This process has a single thread, as one that forks must have.
+Run by the harness as `python3 -m tests.starter FD`, FD being its end of a pipe of multiprocessing. It says at first the
+cluster.pem that it is used to. It is asked for a process by {"command", "environment", "cwd", "confined"}, followed by the
+descriptors for standard output and error; the answer is its pid. It is asked by a pid whether that process has ended; the
+answer is None or the exit code, negative for a signal's. At the end of the pipe, however the other end has died, what still runs
+is killed. This process has a single thread, as one that forks must have.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ def confine(umask=None, user=None, memory=None):
 
 def rehearse(program):
     """What each process would do again, and what stays the same, is done here: expressions are compiled, the parsers of the
-    usual commands are made, the libraries for TLS and databases are set up, rsync is asked for its version."""
+    usual commands are made, the libraries for TLS and databases are set up, rsync is asked for its version. Returns a cluster.pem."""
     for name in IMPORTED:
         importlib.import_module(name)
     program.parse_config(CONFIGURATION, "cbackup.conf").lines_about("s")
@@ -66,16 +67,36 @@ def rehearse(program):
         made[tuple(names)] = build(names)
         made[tuple(names)].parse_args(["--home", "/nowhere"] + names + ["docs"] * (names == ["restore"]))
     program.build_parser = lambda names=program.COMMANDS: made.get(tuple(names)) or build(names)
-    with contextlib.suppress(program.UsageError), tempfile.TemporaryDirectory(prefix="cbackup-test-") as folder:
-        home = program.Home(folder, "s")
-        program.make_cluster_key(home.key_path)
-        home.cluster_id()
-        shake_hands(*[program.tls_context(home, server_side) for server_side in (False, True)])
+    pem = share_contexts(program)
     sqlite3.connect(":memory:").close()
     with contextlib.suppress(program.UsageError):
         program.find_rsync()        # of each path it is asked once
     gc.collect()
     gc.freeze()
+    return pem
+
+
+def share_contexts(program):
+    """Whoever has the key that is made here finds the contexts for TLS made, and tried. Returns it; b"" without openssl."""
+    make, made, pem = program.tls_context, {}, b""
+    with contextlib.suppress(program.UsageError), tempfile.TemporaryDirectory(prefix="cbackup-test-") as folder:
+        home = program.Home(folder, "s")
+        program.make_cluster_key(home.key_path)
+        home.cluster_id()
+        pem = key_of(home)
+        made = {(pem, server_side): make(home, server_side) for server_side in (False, True)}
+        shake_hands(*made.values())
+
+    def tls_context(home, server_side):
+        home.check_key()
+        return made.get((key_of(home), server_side)) or make(home, server_side)
+    program.tls_context = tls_context
+    return pem
+
+
+def key_of(home):
+    with contextlib.suppress(OSError), open(home.key_path, "rb") as file:
+        return file.read()
 
 
 def shake_hands(*contexts):
@@ -143,7 +164,7 @@ def begin(request, descriptors):
 
 def main():
     connection, running = Connection(int(sys.argv[1])), set()
-    rehearse(cbackup)
+    connection.send(rehearse(cbackup))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         while True:
