@@ -19,6 +19,7 @@ import unittest
 
 import cbackup
 from tests.harness import PROGRAM, TOP, digest_of, free_port, read_file, walk
+from tests.members import Member
 
 BOOKKEEPING = re.compile(r"(backup\.db.*|identity.*|lock|config.*|cbackup\.conf.*|catalog(/.*)?)\Z")
 """What lies below .cbackup and is no file of a source, nor part of one: it does not count for a backup's `size`."""
@@ -328,7 +329,10 @@ def _violations_of(cluster, source, settled, added):
     if settled:
         lines += ["%s/%s is on %d hosts only: %s" % (source.name, name, len(hosts), sorted(hosts))
                   for name, hosts in there.items() if len(hosts) < wanted]
-    counted = cluster.status()["sources"].get(source.name, {}) if source.host in cluster.servers else {}
+    counted = {}
+    if source.host in cluster.servers:
+        with Member(cluster, next(iter(cluster.backups)), source.name, source.host) as member:
+            counted = member.ask("status")["sources"].get(source.name, {})
     for level in range(1, wanted + 1):
         believed = sum(files for copies, files in counted.get("copies", {}).items() if int(copies) >= level)
         real = sum(len(hosts) >= level for hosts in there.values())
