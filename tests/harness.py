@@ -147,7 +147,7 @@ class Starter:
     def ask(self, request, *files):
         """Its answer to a request, for which it gets the descriptors of the files."""
         with self.lock:
-            self.connection.send(request)
+            self.connection.send(dict(request, files=len(files)) if files else request)
             for file in files:
                 send_handle(self.connection, file.fileno(), self.process.pid)
             return self.connection.recv()
@@ -156,10 +156,10 @@ class Starter:
 class Process:
     """One process in its own session, with its output in files, so that no reader can be held up by its children.
 
-    confined: umask, user or memory, see confine() in tests/starter.py.
+    terminal: a file for its input and output instead; confined: umask, user or memory, see confine() in tests/starter.py.
     """
 
-    def __init__(self, command, env=None, cwd=None, **confined):
+    def __init__(self, command, env=None, cwd=None, terminal=None, **confined):
         self.command = list(command)
         self.started = time.monotonic()
         self._out = tempfile.TemporaryFile()
@@ -167,7 +167,7 @@ class Process:
         self._starter, self._code, self._result = Starter.ours(), None, None
         self.pid = self._starter.ask({
             "command": self.command, "environment": dict(os.environ if env is None else env), "cwd": cwd or os.getcwd(),
-            "confined": confined}, self._out, self._err)
+            "confined": confined}, *([terminal] * 3 if terminal else (self._out, self._err)))
 
     @staticmethod
     def _text(file):

@@ -3,10 +3,10 @@ library are imported already, and what each would make again is made: they do th
 ordinary way, at a tenth of the cost.
 
 Run by the harness as `python3 -m tests.starter FD`, FD being its end of a pipe of multiprocessing. It says at first the
-cluster.pem that it is used to. It is asked for a process by {"command", "environment", "cwd", "confined"}, followed by the
-descriptors for standard output and error; the answer is its pid. It is asked by a pid whether that process has ended; the
-answer is None or the exit code, negative for a signal's. At the end of the pipe, however the other end has died, what still runs
-is killed. This process has a single thread, as one that forks must have.
+cluster.pem that it is used to. It is asked for a process by {"command", "environment", "cwd", "confined", "files"}, followed by
+as many descriptors, for standard output and error and before them maybe for the input; the answer is its pid. It is asked by a
+pid whether that process has ended; the answer is None or the exit code, negative for a signal's. At the end of the pipe, however
+the other end has died, what still runs is killed. This process has a single thread, as one that forks must have.
 """
 
 import contextlib
@@ -113,7 +113,7 @@ def shake_hands(*contexts):
 def become(request, descriptors):
     """In the new process: what subprocess would do, and for the program what an interpreter that was started with it would."""
     os.setsid()
-    for number, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY)] + descriptors):
+    for number, descriptor in enumerate(([os.open(os.devnull, os.O_RDONLY)] + descriptors)[-3:]):
         os.dup2(descriptor, number)
     os.closerange(3, 256)
     os.environ.clear()
@@ -170,7 +170,7 @@ def main():
         while True:
             request = connection.recv()
             if isinstance(request, dict):
-                answer = begin(request, [recv_handle(connection) for _ in range(2)])
+                answer = begin(request, [recv_handle(connection) for _ in range(request["files"])])
                 running.add(answer)
             else:
                 pid, status = os.waitpid(request, os.WNOHANG)

@@ -310,9 +310,8 @@ class AllKeysLostTest(Case):
     def on_a_terminal(c, answer, *words):
         """Runs a command that asks one question on a terminal; returns its exit code."""
         control, terminal = pty.openpty()
-        process = subprocess.Popen(quick_program("--home", c.home("a"), *words), stdin=terminal, stdout=terminal,
-                                   stderr=terminal, env=c.environment("a"), cwd=c.path("a"), close_fds=True)
-        os.close(terminal)
+        with open(terminal, "rb", 0) as file:
+            process = Process(quick_program("--home", c.home("a"), *words), c.environment("a"), c.path("a"), terminal=file)
         seen = b""
         with contextlib.suppress(OSError):
             while True:
@@ -321,7 +320,7 @@ class AllKeysLostTest(Case):
                     os.write(control, answer.encode() + b"\n")
                     answer = ""
         os.close(control)
-        return process.wait(60)
+        return process.wait().rc
 
 
 class ServiceTest(Case):

@@ -112,9 +112,9 @@ class AtATerminalTest(Case):
         """(status, what stands on the terminal, without what was overwritten)."""
         ours, theirs = pty.openpty()
         self.c.write_config()
-        process = subprocess.Popen(quick_program("--home", self.c.home("a"), *words), stdin=theirs, stdout=theirs,
-                                   stderr=theirs, env=self.c.environment("a", TERM="xterm", **more), start_new_session=True)
-        os.close(theirs)
+        with open(theirs, "rb", 0) as terminal:
+            process = Process(quick_program("--home", self.c.home("a"), *words), self.c.environment("a", TERM="xterm", **more),
+                              terminal=terminal)
         text = b""
         try:
             while True:
@@ -127,7 +127,7 @@ class AtATerminalTest(Case):
         os.close(ours)
         screen = Screen()
         screen.write(text.decode().replace("\r\n", "\n"))
-        return process.wait(60), screen.lines()
+        return process.wait().rc, screen.lines()
 
     def test_a_pass_ends_with_what_it_did_and_whether_all_is_safe(self):
         status, lines = self.at_terminal("client")
