@@ -7,23 +7,35 @@ import subprocess
 import unittest
 
 import cbackup
-from tests.faults import tmpfs_or_skip
-from tests.harness import Case, make_tree, quick_program, wait_for, write_file
+from tests.faults import mount_or_skip
+from tests.harness import Case, Process, make_tree, quick_program, wait_for, write_file
+from tests.test_travel import exchange, is_everywhere
 
 HOUR, DAY = 3600, 86400
 
 
 class SaidCase(Case):
-    """Two files on s, one copy wanted, in the backup of a, or those of a and b."""
+    """Two files on s, one copy wanted, in the backup of a, or those of a and b; one cluster for all tests."""
 
     hosts = "a"
 
+    @classmethod
+    def setUpClass(cls):
+        cls.c = cls.begin(cls.share_cluster("s", *cls.hosts, replicas=1, warn_after="2d"))
+        cls.source = cls.c.sources["docs"].path
+
+    @staticmethod
+    def begin(cluster):
+        cluster.source("docs", "s", {"f": 1000, "g": 2000})
+        for host in cluster.hosts[1:]:
+            cluster.backup("b" + host, host, "9M")
+        cluster.start()
+        return cluster
+
     def setUp(self):
-        self.c = c = self.cluster("s", *self.hosts, replicas=1, warn_after="2d")
-        self.source = c.source("docs", "s", {"f": 1000, "g": 2000})
-        for host in self.hosts:
-            c.backup("b" + host, host, "9M")
-        c.start()
+        if set(self.c.hosts) - set(self.c.servers):
+            self.c.start()
+        self.c.settle()
 
     def check(self, rc, host="a"):
         result = self.c.run(host, "status", "--check")
@@ -34,12 +46,11 @@ class SaidCase(Case):
 
 
 class AsleepTest(SaidCase):
-    """Hosts and backups that are not heard of."""
+    """Hosts and backups that are not heard of; `client --json` names every host that could not be reached."""
 
     hosts = "ab"
 
     def test_a_source_that_is_asleep_is_safe_until_warn_after_and_then_named(self):
-        self.c.settle()
         self.c.stop("s")
         self.c.advance(3 * HOUR)
         self.assertIn("2 files of 1 source have all their copies; s asleep since 3 hours; safe then", self.check(0))
@@ -55,12 +66,12 @@ class AsleepTest(SaidCase):
         self.check(0)
 
     def test_what_was_not_safe_when_it_fell_asleep_is_not_called_safe(self):
+        self.c = self.begin(self.cluster("s", "a", replicas=1, warn_after="2d"))
         self.assertIn("docs", self.check(1))
         self.c.stop("s")
         self.assertRegex(self.check(1), "s asleep since .*; then: 2 of 2 files in docs have fewer than 1 copies")
 
     def test_a_backup_that_was_not_heard_of_is_named_and_by_passes_when_its_host_cannot_be_reached(self):
-        self.c.settle()
         self.c.advance(2 * DAY + HOUR)
         self.assertRc(0, self.c.client("a"))        # b is up, its client does not run
         self.assertIn("bb on b was last heard of 2 days ago", self.check(1))
@@ -75,20 +86,12 @@ class AsleepTest(SaidCase):
         self.assertOneError(result, "bb on b was last heard of 3 days ago")
 
     def test_what_state_has_of_hosts_may_be_garbage(self):
-        self.c.settle()
         self.c.stop("s")
         for garbage in (b"\0", b"[]", b'{"s": 1}', b'{"s": [1, {"sources": {"docs": 5}}]}'):
             write_file(os.path.join(self.c.home("a"), "state", "heard.json"), garbage)
             self.assertIn("nothing is known of it here", self.check(1))
 
-
-class UnreachableTest(SaidCase):
-    """`client --json` names every host that could not be reached, and is not settled with them."""
-
-    hosts = "ab"
-
     def test_hosts_without_sources_and_the_own_one_are_named_too(self):
-        self.c.settle()
         self.c.stop("b")
         result = self.c.client("a")
         self.assertRc(0, result)
@@ -110,8 +113,6 @@ class BackupStateTest(SaidCase):
         self.assertNotEqual("ok", self.c.status("s")["backups"]["ba"]["state"])
 
     def test_not_there_of_another_backup_or_cluster_over_its_size(self):
-        self.c.settle("a")
-        self.c.settle()
         self.check(0)
         path = self.c.backups["ba"].path
         os.rename(path, path + ".away")
@@ -127,6 +128,8 @@ class BackupStateTest(SaidCase):
             write_file(identity, json.dumps(dict(right, **{key: value})))
             self.wrong(words)
         write_file(identity, json.dumps(right))
+        self.addCleanup(self.c.stop, "a")
+        self.addCleanup(self.c.backups.update, self.c.backups.copy())
         self.c.backups["ba"] = self.c.backups["ba"]._replace(options={"size": "500"})
         self.c.stop("a")
         self.c.start("a")
@@ -134,76 +137,10 @@ class BackupStateTest(SaidCase):
 
     def test_read_only(self):
         path = self.c.backups["ba"].path
-        tmpfs_or_skip(self, path, "8m")
-        self.c.settle()
+        mount_or_skip(self, "--bind", path, path)
         self.check(0)
-        subprocess.check_call(["mount", "-o", "remount,ro", path])
+        subprocess.check_call(["mount", "-o", "remount,bind,ro", path])
         self.wrong("read-only")
-
-
-class ScanTest(Case):
-    """A look at a source that fails, or that is too old, is said; one odd file stops only itself."""
-
-    def test_a_scan_that_fails_makes_the_source_unsafe_and_every_pass_says_so(self):
-        c = self.cluster("s", "a", replicas=1)
-        c.source("docs", "s", {"f": 1000})
-        c.backup("ba", "a", "9M")
-        c.start()
-        c.settle()
-        c.stop("s")
-        c.servers["s"] = c.spawn("s", "server", CBACKUP_TEST_BEFORE=FAILING_SCAN % c.path("break"))
-        c._wait_ready("s")
-        self.assertRc(0, c.client("a"))
-        write_file(c.path("break"), "")
-        for _ in range(2):
-            result = c.client("a")
-            self.assertRc(1, result)
-            self.assertOneError(result, "docs cannot be looked at: database or disk is full")
-        check = c.run("a", "status", "--check")
-        self.assertRc(1, check)
-        self.assertIn("docs cannot be looked at", check.stdout)
-        os.unlink(c.path("break"))
-        self.assertRc(0, c.client("a"))
-        self.assertRc(0, c.run("a", "status", "--check"))
-
-    def test_a_look_that_is_too_old_is_not_safe(self):
-        c = self.cluster("s", "a", replicas=1, scan="15m")
-        c.source("docs", "s", {"f": 1000})
-        c.backup("ba", "a", "9M")
-        c.start()
-        c.settle()
-        c.stop("s")
-        c.keys["read_rate"] = "1"       # the next look takes many minutes
-        c.start("s")
-        self.assertRc(0, c.run("a", "status", "--check"))
-        c.advance(40 * 60)
-        self.assertRc(0, c.run("a", "status", "--check"))
-        c.advance(40 * 60)
-        check = c.run("a", "status", "--check")
-        self.assertRc(1, check)
-        self.assertIn("docs was last looked at 1 hour ago", check.stdout)
-
-    def test_a_file_that_cannot_be_represented_is_named_and_the_others_go_on(self):
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"f": 1000, "odd": 10, "dir/odd": 10, "dir/g": 10})
-        c.backup("ba", "a", "9M")
-        far = (1 << 62) + 10 ** 18
-        for name in ("odd", "dir/odd"):
-            os.utime(os.path.join(source, name), ns=(far, far))
-        if os.stat(os.path.join(source, "odd")).st_mtime_ns != far:
-            self.skipTest("this file system has no such times")
-        c.start()
-        for _ in range(2):
-            result = c.client("a")
-            self.assertRc(1, result)
-            self.assertOneError(result, "docs: 2 paths could not be read: ", "odd: its time cannot be represented")
-        self.assertEqual({"f": ["ba"], "dir/g": ["ba"], "odd": [], "dir/odd": []}, c.copies_on_disk("docs"))
-        self.assertRc(1, c.run("a", "status", "--check"))
-        for name in ("odd", "dir/odd"):
-            os.utime(os.path.join(source, name))
-        self.assertRc(0, c.client("a"))
-        self.assertCopies(c, "docs", 1)
-        self.assertRc(0, c.run("a", "status", "--check"))
 
 
 FAILING_SCAN = """
@@ -215,6 +152,73 @@ def run_scan(*words):
     return whole(*words)
 cbackup.run_scan = run_scan
 """
+
+
+class ScanTest(Case):
+    """A look at a source that fails, or that is too old, is said; one odd file stops only itself."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1, scan="15m")
+        c.variables["CBACKUP_TEST_BEFORE"] = FAILING_SCAN % c.path("break")
+        cls.source = c.source("docs", "s", {"f": 1000})
+        c.backup("ba", "a", "9M")
+        c.start()
+
+    def setUp(self):
+        self.assertRc(0, self.c.client("a"))
+
+    def assertCheck(self, rc, *words):
+        check = self.c.run("a", "status", "--check")
+        self.assertRc(rc, check)
+        for word in words:
+            self.assertIn(word, check.stdout)
+
+    def test_a_scan_that_fails_makes_the_source_unsafe_and_every_pass_says_so(self):
+        c = self.c
+        write_file(c.path("break"), "")
+        for _ in range(2):
+            result = c.client("a")
+            self.assertRc(1, result)
+            self.assertOneError(result, "docs cannot be looked at: database or disk is full")
+        self.assertCheck(1, "docs cannot be looked at")
+        os.unlink(c.path("break"))
+        self.assertRc(0, c.client("a"))
+        self.assertCheck(0)
+
+    def test_a_look_that_is_too_old_is_not_safe(self):
+        c = self.c
+        c.stop("s")
+        c.keys["read_rate"] = "1"       # the next look takes many minutes
+        c.start("s")
+        self.addCleanup(c.start, "s")
+        self.addCleanup(c.stop, "s")
+        self.addCleanup(c.keys.pop, "read_rate")
+        self.assertCheck(0)
+        c.advance(40 * 60)
+        self.assertCheck(0)
+        c.advance(40 * 60)
+        self.assertCheck(1, "docs was last looked at 1 hour ago")
+
+    def test_a_file_that_cannot_be_represented_is_named_and_the_others_go_on(self):
+        c = self.c
+        make_tree(self.source, {"odd": 10, "dir/odd": 10, "dir/g": 10})
+        far = (1 << 62) + 10 ** 18
+        for name in ("odd", "dir/odd"):
+            os.utime(os.path.join(self.source, name), ns=(far, far))
+        if os.stat(os.path.join(self.source, "odd")).st_mtime_ns != far:
+            self.skipTest("this file system has no such times")
+        for _ in range(2):
+            result = c.client("a")
+            self.assertRc(1, result)
+            self.assertOneError(result, "docs: 2 paths could not be read: ", "odd: its time cannot be represented")
+        self.assertEqual({"f": ["ba"], "dir/g": ["ba"], "odd": [], "dir/odd": []}, c.copies_on_disk("docs"))
+        self.assertCheck(1)
+        for name in ("odd", "dir/odd"):
+            os.utime(os.path.join(self.source, name))
+        self.assertRc(0, c.client("a"))
+        self.assertCopies(c, "docs", 1)
+        self.assertCheck(0)
 
 
 class ProofTest(unittest.TestCase):
@@ -233,39 +237,48 @@ class ProofTest(unittest.TestCase):
 class UnreadTest(Case):
     """What could not be read, or taken, is never called safe, and is named in every pass until it is mended."""
 
-    def humble(self, files):
-        """A cluster of which the source's server may not read everything, and the source."""
-        without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
-        if os.geteuid() == 0 and (not shutil.which("setpriv") or subprocess.call(
-                without + ["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) != 0):
-            self.skipTest("root can read everything, and there is no setpriv that would take that from it")
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", files)
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        cls.source = c.source("docs", "s", {"other": 100})
+        cls.part = c.source("part", "s", {"f": 1000})
         c.backup("ba", "a", "9M")
-        c.prefix["s"] = without if os.geteuid() == 0 else []
-        return c, source
+        without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+        cls.humble = os.geteuid() != 0 or bool(shutil.which("setpriv")) and subprocess.call(
+            without + ["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+        if cls.humble and os.geteuid() == 0:
+            c.prefix["s"] = without
+        c.start()
+
+    def shut(self, *names):
+        """Takes away what the source's server needs to read it, until the end of the test."""
+        if not self.humble:
+            self.skipTest("root can read everything, and there is no setpriv that would take that from it")
+        path = os.path.join(*names)
+        self.addCleanup(os.chmod, path, 0o755)
+        os.chmod(path, 0)
 
     def test_a_restore_counts_what_could_not_be_read(self):
-        c, source = self.humble({"f": 1000, "never": 10, "later": 10})
-        os.chmod(os.path.join(source, "never"), 0)
-        c.start()
+        c = self.c
+        make_tree(self.part, {"never": 10, "later": 10})
+        self.shut(self.part, "never")
         self.assertRc(1, c.client("a"))
-        os.chmod(os.path.join(source, "later"), 0)
+        self.shut(self.part, "later")
         self.assertRc(1, c.client("a"))
         to = c.path("to")
-        result = c.restore("a", "docs", to=to, options=["--json"])
+        result = c.restore("a", "part", to=to, options=["--json"])
         self.assertRc(1, result)
         self.assertEqual(["later", "never"], result.json["unreadable"])
         self.assertEqual([["never", True]], [[one["path"], "its own host could not read it" in one["reason"]]
                                              for one in result.json["missing"]])
         self.assertEqual(["f", "later"], sorted(name for name in os.listdir(to) if name[0] != "."))
-        result = c.restore("a", "docs", to=to)
+        result = c.restore("a", "part", to=to)
         self.assertIn("; 2 could not be read by their own host at that time", result.stdout)
 
     def test_an_unreadable_directory(self):
-        c, source = self.humble({"f": 1000, "shut/g": 10})
-        os.chmod(os.path.join(source, "shut"), 0)
-        c.start()
+        c = self.c
+        make_tree(self.source, {"shut/g": 10})
+        self.shut(self.source, "shut")
         for _ in range(2):
             result = c.client("a")
             self.assertRc(1, result)
@@ -274,18 +287,15 @@ class UnreadTest(Case):
         self.assertRc(1, check)
         self.assertEqual("NOT SAFE: docs: 1 path could not be read: shut: Permission denied\n", check.stdout)
         self.assertIn("    could not be read: shut: Permission denied\n", c.run("a", "status").stdout)
-        os.chmod(os.path.join(source, "shut"), 0o755)
+        os.chmod(os.path.join(self.source, "shut"), 0o755)
         self.assertRc(0, c.client("a"))
         self.assertRc(0, c.run("a", "status", "--check"))
 
     def test_what_no_backup_can_take(self):
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"other": 100})
-        c.backup("ba", "a", "9M")
-        c.start()
-        c.settle()
+        c = self.c
+        self.assertRc(0, c.client("a"))
         write_file(c.kept_as("ba", "docs", "way"), "not of the program")
-        make_tree(source, {"way/f": 100})
+        make_tree(self.source, {"way/f": 100})
         self.assertRc(1, c.client("a"))
         result = c.client("a")      # it is not offered again, and named all the same
         self.assertRc(1, result)
@@ -319,7 +329,7 @@ class NothingConfiguredTest(Case):
         c.source("docs", "s", {"f": 10})
         c.backup("ba", "a", "9M")
         c.start()
-        c.settle()
+        self.assertRc(0, c.client("a"))
         write_file(os.path.join(c.home("a"), "cbackup.conf"), c.config().replace("[backups]", "more = s:/more\n[backups]"))
         check = c.run("a", "status", "--check")
         self.assertRc(1, check)
@@ -327,17 +337,29 @@ class NothingConfiguredTest(Case):
 
 
 class HeldConfigTest(Case):
-    """A configuration that removes too much is held back on every machine that it comes to."""
+    """A configuration that removes too much is held back on every machine that it comes to.
 
-    def setUp(self):
-        self.c = c = self.cluster("s", "a", "b", replicas=1)
+    One cluster for all tests; each begins with a right text that is in force on all machines."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=1)
         for name in ("one", "two", "three", "four"):
             c.source(name, "s", {"f": name})
         for host in "ab":
             c.backup("b" + host, host, "9M")
         c.start()
-        c.settle()
-        self.before = c.config()
+
+    def setUp(self):
+        c = self.c
+        self.before = "# %s\n%s" % (self.id(), c.config())
+        for host in c.hosts:
+            self.edit(host, self.before)
+        wait_for(lambda: exchange(c, "a") or exchange(c, "b") or is_everywhere(c, self.before.encode()), 20, "not in force everywhere")
+        self.version = self.state("s")["version"]
+
+    def state(self, host):
+        return cbackup.Home(self.c.home(host)).config_state()
 
     def edit(self, host, text):
         """An edit on one machine, later than all before it."""
@@ -390,7 +412,7 @@ class HeldConfigTest(Case):
         self.edit("a", self.without("one", "two", "three"))
         c.client("a")
         self.edit("s", self.without("one"))
-        wait_for(lambda: c.run("s", "status", "--json").json["config_version"] == 3, 20, "the edit is not taken")
+        wait_for(lambda: self.state("s")["version"] == self.version + 2, 20, "the edit is not taken")
         self.assertRc(0, c.client("b"))
         self.assertRc(0, c.client("a"))
         self.assertEqual([self.without("one")] * 3, [self.text(host) for host in "sab"])
@@ -409,7 +431,7 @@ class HeldConfigTest(Case):
         self.assertRc(2, result)
         self.assertIn("is empty", result.stderr)
         home = cbackup.Home(c.home("b"))
-        offer = dict(home.config_offer(), text="\n", version=9)
+        offer = dict(home.config_offer(), text="\n", version=self.version + 9)
         offer["sha256"] = cbackup.sha256_of(offer["text"])
         with self.assertRaises(cbackup.ConfigError):
             home.take_config(offer)
@@ -419,12 +441,18 @@ class HeldConfigTest(Case):
 class HeldListTest(Case):
     """Which files a source is held for, and what `accept` lets through."""
 
-    def test_the_files_are_named_the_first_at_once_and_all_with_v(self):
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"f%02d" % number: 100 for number in range(40)})
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        for name in ("docs", "known"):
+            c.source(name, "s", {"f%02d" % number: 10 for number in range(40)})
+        c.source("one", "s", {"f": 100})
         c.backup("ba", "a", "9M")
         c.start()
         c.settle()
+
+    def test_the_files_are_named_the_first_at_once_and_all_with_v(self):
+        c, source = self.c, self.c.sources["docs"].path
         for number in range(20):
             os.unlink(os.path.join(source, "f%02d" % number))
         write_file(os.path.join(source, "f30"), "changed")
@@ -444,11 +472,7 @@ class HeldListTest(Case):
 
     def test_copies_that_new_books_do_not_know(self):
         """The books are lost while most of the source is gone: what the backups have of it is named."""
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"f%02d" % number: 10 for number in range(40)})
-        c.backup("ba", "a", "9M")
-        c.start()
-        c.settle()
+        c, source = self.c, self.c.sources["known"].path
         c.stop("s")
         shutil.rmtree(os.path.join(c.home("s"), "state"))
         for number in range(30):
@@ -460,47 +484,37 @@ class HeldListTest(Case):
             named = [line.strip() for line in c.run("a", "status", "-v").stdout.splitlines()
                      if line.endswith((" is gone", " has changed"))]
             self.assertEqual(["f%02d is gone" % number for number in range(30)] + ["f30 has changed"], named)
-        self.assertRc(0, c.run("s", "accept", "docs", "--yes"))
+        self.assertRc(0, c.run("s", "accept", "known", "--yes"))
         c.settle()
 
     def test_at_a_terminal_accept_asks(self):
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"f": 100})
-        c.backup("ba", "a", "9M")
-        c.start()
-        c.settle()
-        os.unlink(os.path.join(source, "f"))
+        c = self.c
+        os.unlink(os.path.join(c.sources["one"].path, "f"))
         c.client("a")
         for answer, code, state in ((b"no\n", 1, "held"), (b"yes\n", 0, "ok")):
             master, slave = os.openpty()
-            try:
+            self.addCleanup(os.close, master)
+            with open(slave, "rb", 0) as terminal:
                 os.write(master, answer)
-                done = subprocess.run(quick_program("--home", c.home("a"), "accept", "docs"), stdin=slave, env=c.environment("a"),
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
-            finally:
-                os.close(master)
-                os.close(slave)
-            self.assertEqual((code, state), (done.returncode, c.status()["sources"]["docs"]["state"]), done.stdout)
+                done = Process(quick_program("--home", c.home("a"), "accept", "one"), c.environment("a"), terminal=terminal).wait()
+            self.assertEqual((code, state), (done.rc, c.status()["sources"]["one"]["state"]), os.read(master, 10000))
+        self.assertRc(0, c.client("a"))
 
 
 class ClockTest(SaidCase):
     """A host whose clock is not that of the servers."""
 
-    hosts = "ab"
-
     def test_it_says_so_and_expires_nothing(self):
-        self.c.settle()
         write_file(os.path.join(self.source, "f"), "changed")
-        self.c.settle()
-        old = sum("attic" in name for backup in "ab" for name in kept_files(self.c, backup))
+        self.assertRc(0, self.c.client("a"))
+        old = sum("attic" in name for name in kept_files(self.c, "a"))
         self.assertTrue(old)
         ahead = self.c.path("ahead")
         write_file(ahead, "%d\n" % (366 * DAY))
-        for host in "ab":
-            result = self.c.run(host, "client", CBACKUP_TEST_CLOCK=ahead)
-            self.assertRc(1, result)
-            self.assertIn("this machine's clock is 366 days ahead of that of ", result.stderr)
-        self.assertEqual(old, sum("attic" in name for backup in "ab" for name in kept_files(self.c, backup)))
+        result = self.c.run("a", "client", CBACKUP_TEST_CLOCK=ahead)
+        self.assertRc(1, result)
+        self.assertIn("this machine's clock is 366 days ahead of that of ", result.stderr)
+        self.assertEqual(old, sum("attic" in name for name in kept_files(self.c, "a")))
         self.assertRc(0, self.c.client("a"))
 
 

@@ -57,6 +57,13 @@ def exchange(cluster, host):
     cbackup.Client(home, home.config(), host, cbackup.Progress(True)).exchange_config()
 
 
+def is_everywhere(cluster, text):
+    """Whether every machine has this text, in the same version."""
+    states = [cbackup.Home(cluster.home(host)).config_state() for host in cluster.hosts]
+    return len(set(map(cbackup.config_order, states))) == 1 and states[0]["sha256"] == cbackup.sha256_of(text) \
+        and set(texts(cluster).values()) == {text}
+
+
 class TravelCase(Case):
     """Hosts s and t have sources, a and b have backups; s and t never talk to each other, nor do a and b. c is new.
 
@@ -83,8 +90,8 @@ class TravelCase(Case):
             for name in os.listdir(c.home(host)):
                 if ".conflict-" in name:
                     os.unlink(os.path.join(c.home(host), name))
-        for host in "abc":
-            exchange(c, host)
+        wait_for(lambda: exchange(c, "a") or exchange(c, "c") or is_everywhere(c, read_file(conf(c, "a"))), TAKEN_OVER,
+                 "not in force everywhere")
 
     def edit(self, c, host, old, new):
         """One edit by hand on one machine, of that machine's own text; returns the new text."""
@@ -105,8 +112,20 @@ class TravelCase(Case):
     def in_force(c, host):
         return cbackup.Home(c.home(host)).config_state().get("sha256") == cbackup.sha256_of(texts(c)[host])
 
-    def version(self, c, host):
-        return c.status(host)["config_version"]
+    @staticmethod
+    def version(c, host):
+        return cbackup.Home(c.home(host)).config_state()["version"]
+
+    def sources(self, host, config):
+        """What a host's server says of its sources."""
+        return self.peer(host, config).call("status")["sources"]
+
+    def peer(self, host, config):
+        """A member that talks to a host's server, and whose configuration may be an older one."""
+        link = cbackup.Link(host, cbackup.parse_config(config),
+                            cbackup.Dialer(cbackup.Home(self.c.home("a"))))
+        self.addCleanup(link.close)
+        return link
 
 
 @one_in(2, "test_an_edit_on_a_machine_with_a_backup_reaches_the_others_in_one_round_of_passes",
@@ -129,16 +148,16 @@ class OneTextTest(TravelCase):
         text = self.edit(self.c, "a", "[hosts]", "# edited on a\n[hosts]")
         self.carried("ab")
         self.assertOneText(self.c, text)
-        self.assertEqual(1, len({self.version(self.c, host) for host in "stab"}))
+        self.assertEqual({self.c.status()["config_version"]}, {self.version(self.c, host) for host in "stab"})
 
     def test_an_edit_on_a_machine_with_a_source_is_noticed_by_its_server_and_then_carried(self):
         text = self.edit(self.c, "t", "[hosts]", "# edited on t\n[hosts]")
         before = self.version(self.c, "a")
-        # status on another machine tells that t's server has it: nobody runs a client on t.
+        # Nobody runs a client on t.
         wait_for(lambda: text in history(self.c, "t"), TAKEN_OVER, "the server of t did not notice")
-        self.carried("b")
+        exchange(self.c, "b")
         self.assertOneText(self.c, text, "stb")     # from t to s, which never talk to each other, in one pass of b
-        self.carried("a")
+        exchange(self.c, "a")
         self.assertOneText(self.c, text)
         self.assertEqual(before + 1, self.version(self.c, "a"))
 
@@ -147,7 +166,7 @@ class OneTextTest(TravelCase):
         rest = rest[rest.index("[hosts]"):]
         text = (rest + STRANGE_LAYOUT).encode()
         write_file(conf(self.c, "b"), text)
-        self.carried("ba")
+        exchange(self.c, "b")
         self.assertOneText(self.c, text)
 
     def test_old_versions_are_kept_in_state_on_every_machine(self):
@@ -181,15 +200,9 @@ class OneTextTest(TravelCase):
 
     # -- running servers take it over without a restart --
 
-    def peer(self, host, config):
-        """A member that talks to a host's server and still has an older configuration."""
-        link = cbackup.Link(host, cbackup.parse_config(config),
-                            cbackup.Dialer(cbackup.Home(self.c.home("a"))))
-        self.addCleanup(link.close)
-        return link
-
     def test_a_new_source_is_looked_at_and_served_and_a_removed_one_is_not(self):
         c, old = self.c, self.c.config()
+        c.round()
         self.peer("s", old).stream(of="source", name="docs", source="docs").close()
         kept = c.kept("ba")
         new = c.source("new", "s", {"n%d" % number: b"3" for number in range(5)})
@@ -206,7 +219,7 @@ class OneTextTest(TravelCase):
         make_tree(new, {"later": b"4"})
         c.sources["docs"] = removed
         c.write_config("s")
-        wait_for(lambda: "docs" in c.status("s")["sources"], TAKEN_OVER, "the server did not notice the edit")
+        wait_for(lambda: "docs" in self.sources("s", old), TAKEN_OVER, "the server did not notice the edit")
         c.settle()
         self.assertBackedUp("docs")
 
@@ -223,7 +236,7 @@ class OneTextTest(TravelCase):
         self.assertIn("t", c.client("a").json["unreachable"])           # nobody can ask t at its new address
         self.assertRc(0, c.client("t"))                                 # but t can tell them
         make_tree(c.sources["pics"].path, {"p2": b"22"})
-        c.settle()
+        c.round()
         self.assertBackedUp("pics")
         self.assertOneText(c, c.config().encode())
 
@@ -239,7 +252,7 @@ class OneTextTest(TravelCase):
         c._wait_ready("s")
         wait_for(lambda: home.config_state()["sha256"] == cbackup.sha256_of(text.decode()), TAKEN_OVER,
                  "the server never noticed")
-        c.passes("ab")
+        exchange(c, "a")
         self.assertOneText(c, text)
 
     # -- a wrong file changes nothing anywhere --
@@ -262,12 +275,12 @@ class OneTextTest(TravelCase):
                 self.assertEqual("", result.stdout)
                 self.assertEqual(numbers, [int(n) for n in re.findall(r"cbackup.conf line (\d+): ", result.stderr)])
         make_tree(c.sources["docs"].path, {"f2": b"22"})         # the server goes on
-        c.settle()
+        c.round()
         self.assertBackedUp("docs")
         self.assertEqual(dict(right, s=wrong.encode()), texts(c))
         self.assertEqual([], conflicts(c, "s"))
         text = self.edit(c, "a", "[hosts]", "# a right edit elsewhere\n[hosts]")
-        c.passes("ab")
+        exchange(c, "a")
         self.assertOneText(c, text)
         self.assertEqual([wrong.encode()], conflicts(c, "s"))
         self.assertIn("cbackup.conf.conflict-", c.run("s", "status").stdout)
@@ -280,7 +293,7 @@ class OneTextTest(TravelCase):
             result = c.run("a", "client")
             self.assertRc(2, result)
             self.assertOneError(result, conf(c, "a"), "empty", "config-history")
-            c.passes("b")
+            exchange(c, "b")
             self.assertEqual(dict(right, a=rest), texts(c))
         # The way out that it names.
         write_file(conf(c, "a"), history(c, "a")[-1])
@@ -297,7 +310,8 @@ class OneTextTest(TravelCase):
         c = self.c
         both = self.both_edited(c)
         os.utime(conf(c, "s"), (2e9, 2e9))                      # the later one
-        c.passes("bab")
+        exchange(c, "b")
+        exchange(c, "a")
         self.assertOneText(c, both[0])
         self.assertEqual([[], [], [], [both[1]]], [conflicts(c, host) for host in "stab"])
         said = c.run("b", "status").stdout
@@ -334,7 +348,8 @@ class OneTextTest(TravelCase):
         c.advance(31 * 86400)
         self.assertEqual(old, read_file(conf(c, "c")))
         os.utime(conf(c, "c"), (2e9, 2e9))                      # however new its date
-        c.passes("ca")
+        c.passes("c")
+        exchange(c, "a")
         self.assertOneText(c, text, "stabc")
         self.assertEqual([], conflicts(c, "c"))                  # nobody edited anything there
 
@@ -380,13 +395,13 @@ class OneTextTest(TravelCase):
         self.addCleanup(c.sources.update, c.sources.copy())
         for name in set(c.sources) - {"docs"}:
             del c.sources[name]
-        c.settle()
+        self.assertRc(0, c.client("a"))
         c.kill("s")
         place = c.path("a", "restored")
         self.assertRc(0, c.restore("a", "docs", to=place))
         c.sources["docs"] = c.sources["docs"]._replace(host="a", path=place)
         c.write_config("a")
-        wait_for(lambda: c.status("a")["sources"]["docs"]["state"] == "ok", TAKEN_OVER, "not taken over by a")
+        wait_for(lambda: self.sources("a", c.config()).get("docs", {}).get("state") == "ok", TAKEN_OVER, "not taken over by a")
         self.assertRc(0, c.client("a"))
         self.assertEqual(texts(c, "a")["a"], texts(c, "b")["b"])
         c.settle("b")
@@ -396,9 +411,10 @@ class OneTextTest(TravelCase):
         c = self.c
         self.addCleanup(c.sources.update, pics=c.sources.pop("pics"))
         c.write_config("a")
-        c.passes("a")
+        exchange(c, "a")
         self.assertOneText(c, c.config().encode())
         self.assertNotIn("pics", c.status("t")["sources"])
+        self.assertNotIn("pics", self.sources("t", c.config()))
 
     # -- whatever is edited where, in whatever order passes run: no edit vanishes --
 
@@ -428,7 +444,7 @@ class OneTextTest(TravelCase):
                 exchange(c, host)
         c.start()
         self.addCleanup(c.stop, "c")
-        for _ in range(3):
+        for _ in range(2):
             for host in chance.sample(c.hosts, len(c.hosts)):
                 exchange(c, host)
         final = texts(c)
@@ -461,7 +477,7 @@ class OneTextTest(TravelCase):
             self.assertRc(0, c.client(chance.choice("ab")))
         for host in c.servers:
             wait_for(lambda: self.in_force(c, host), TAKEN_OVER, "%s has not taken over what was edited there" % host)
-        for host in chance.sample("ab", 2) + chance.sample("abc", 3):
+        for host in chance.sample("abc", 3):
             self.assertRc(0, c.client(host))
         self.assertEqual(1, len(set(texts(c).values())), "CBACKUP_TEST_SEED=%d" % seed)
 
