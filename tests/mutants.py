@@ -389,7 +389,7 @@ MUTANTS = [
     ("restore-is-backed-up", "if RESTORE_DIR in names and restore_unfinished(self.root):", "if False:",
      "a source under restore is held", "test_restore_says.FinishedTest"),
     ("unreadable-is-deleted", "            self._problem(directory, reason_of(error))\n            return []\n        different",
-     "            self._lose(list(known.items()))\n            return []\n        different",
+     "            self._lose(known)\n            return []\n        different",
      "what cannot be read is not taken for deleted", "test_said.UnreadTest.test_an_unreadable_directory test_held.UnreadableTest"),
     ("strangers-stay", 'STRANGER_SILENCE if guest.kind == "silent" else STRANGER_TIME)]', "1e9)]",
      "who says nothing is turned away", "test_door.CrowdTest.test_who_says_nothing_is_turned_away_soon"),

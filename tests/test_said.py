@@ -278,6 +278,7 @@ class UnreadTest(Case):
     def test_an_unreadable_directory(self):
         c = self.c
         make_tree(self.source, {"shut/g": 10})
+        self.assertRc(0, c.client("a"))
         self.shut(self.source, "shut")
         for _ in range(2):
             result = c.client("a")
@@ -287,6 +288,7 @@ class UnreadTest(Case):
         self.assertRc(1, check)
         self.assertEqual("NOT SAFE: docs: 1 path could not be read: shut: Permission denied\n", check.stdout)
         self.assertIn("    could not be read: shut: Permission denied\n", c.run("a", "status").stdout)
+        self.assertTrue(os.path.exists(c.kept_as("ba", "docs", "shut/g")), "taken for deleted")
         os.chmod(os.path.join(self.source, "shut"), 0o755)
         self.assertRc(0, c.client("a"))
         self.assertRc(0, c.run("a", "status", "--check"))
