@@ -15,8 +15,9 @@ from tests.harness import Case, make_tree, read_file, write_file
 FILES = {"f%d" % number: 100000 for number in range(8)}
 
 
-class SaysCase(Case):
-    """A source `docs` on s, with backups on a and b."""
+class WhereToTest(Case):
+    """Without --to it goes to the source's own path, but only on the source's own host, or what is
+    to be it. What cannot end well is not begun."""
 
     @classmethod
     def setUpClass(cls):
@@ -25,12 +26,7 @@ class SaysCase(Case):
         for host in "ab":
             cls.c.backup("b" + host, host, "10M")
         cls.c.start()
-        cls.c.settle()
-
-
-class WhereToTest(SaysCase):
-    """Without --to it goes to the source's own path, but only on the source's own host, or what is
-    to be it."""
+        cls.c.passes("ab")
 
     def test_on_another_machine_it_asks_for_a_place(self):
         self.c.fresh_home("new")
@@ -73,10 +69,6 @@ class WhereToTest(SaysCase):
         self.assertEqual(["x"], [record.getMessage().split(":")[0] for record in named.records])
         restore.plan.close()
 
-
-class RoomTest(SaysCase):
-    """What cannot end well is not begun."""
-
     def target(self, size):
         target = self.c.path("target")
         tmpfs_or_skip(self, target, size)
@@ -105,117 +97,118 @@ class RoomTest(SaysCase):
 class FinishedTest(Case):
     """The next status, and the next pass, know that a restore has begun, and that it is over."""
 
-    def test_status_is_right_at_once(self):
-        c = self.cluster("s", "a", replicas=1, scan_min="1h")
-        source = c.source("docs", "s", FILES)
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1, scan_min="1h")
+        cls.docs = c.source("docs", "s", FILES)
+        cls.other = c.source("other", "s", FILES)
         c.backup("ba", "a", "10M")
         c.start()
-        c.settle()
-        work = os.path.join(source, ".cbackup-restore")
+        c.round()
+
+    def test_status_is_right_at_once(self):
+        work = os.path.join(self.docs, ".cbackup-restore")
         make_tree(work, {"whole": b""})
-        self.assertEqual("held", c.status()["sources"]["docs"]["state"])
-        self.assertRc(1, c.client("a"))
-        os.unlink(os.path.join(source, "f1"))
-        self.assertRc(0, c.restore("s", "docs"))
-        self.assertEqual("ok", c.status()["sources"]["docs"]["state"])
-        self.assertRc(0, c.client("a"))
+        self.assertEqual("held", self.c.status()["sources"]["docs"]["state"])
+        self.assertRc(1, self.c.client("a"))
+        os.unlink(os.path.join(self.docs, "f1"))
+        self.assertRc(0, self.c.restore("s", "docs"))
+        self.assertEqual("ok", self.c.status()["sources"]["docs"]["state"])
+        self.assertRc(0, self.c.client("a"))
 
     def test_what_was_moved_aside_is_not_backed_up(self):
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", FILES)
-        c.backup("ba", "a", "10M")
-        c.start()
-        c.settle()
-        write_file(os.path.join(source, "f1"), b"other")
-        self.assertRc(0, c.restore("s", "docs", options=["--force"]))
-        aside = [name for name in os.listdir(source) if name.startswith(".cbackup-before-")]
-        self.assertEqual(b"other", read_file(os.path.join(source, aside[0], "f1")))
-        c.settle()
-        self.assertFalse(os.path.lexists(os.path.join(c.kept_as("ba", "docs"), aside[0])))
+        write_file(os.path.join(self.other, "f1"), b"other")
+        self.assertRc(0, self.c.restore("s", "other", options=["--force"]))
+        aside = [name for name in os.listdir(self.other) if name.startswith(".cbackup-before-")]
+        self.assertEqual(b"other", read_file(os.path.join(self.other, aside[0], "f1")))
+        self.c.advance(7200)
+        self.c.round()
+        self.assertFalse(os.path.lexists(os.path.join(self.c.kept_as("ba", "other"), aside[0])))
 
 
-class LineGoneTest(Case):
-    """A source without a line is restored and found as long as there are copies."""
+class FoundCase(Case):
+    """One cluster for the class: `docs` with a note that changes each day; `gone`, which has no line on the last day; and
+    `many`, in which something is called otherwise on that day."""
 
     @classmethod
     def setUpClass(cls):
-        cls.c = c = cls.share_cluster("s", "a", replicas=1)
-        cls.source = c.source("docs", "s", FILES)
-        c.source("other", "s", {"x": b"1"})
-        c.backup("ba", "a", "10M")
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=2)
+        docs = c.source("docs", "s", {"f": b"f", "note": b"day 0"})
+        cls.gone = c.source("gone", "s", {"f1": 1000, "f2": 2000})
+        many = c.source("many", "s", {"x/%d" % number: b"%d" % number for number in range(20)})
+        make_tree(many, {"x y/a": b"1", "x/deep/b": b"2", "xx": b"3", "z[1]": b"4", "y/deep/c": b"5"})
+        for host in "ab":
+            c.backup("b" + host, host, "10M")
         c.start()
-        c.settle()
-        del c.sources["docs"]
-        c.settle()
+        c.passes("ab")
+        for day in (1, 2):
+            c.advance(86400)
+            write_file(os.path.join(docs, "note"), b"day %d" % day)
+            os.utime(os.path.join(docs, "note"), (1500 * day, 1500 * day))
+            if day == 2:
+                os.rename(os.path.join(many, "y/deep"), os.path.join(many, "moved"))
+                del c.sources["gone"]
+            c.passes("ab")
+
+
+class LineGone(FoundCase):
+    """A source without a line is restored and found as long as there are copies."""
 
     def test_restore_and_find(self):
-        self.assertOneError(self.c.restore("s", "docs"), "--to DIR")
+        self.assertOneError(self.c.restore("s", "gone"), "--to DIR")
         to = self.c.path("to")
-        self.assertRc(0, self.c.restore("s", "docs", to=to))
-        self.assertSameTree(self.source, to)
-        self.assertIn("docs/f1    (docs has no line in the configuration any more)", self.c.run("s", "find", "f1").stdout)
+        self.assertRc(0, self.c.restore("s", "gone", to=to))
+        self.assertSameTree(self.gone, to)
+        self.assertIn("gone/f1    (gone has no line in the configuration any more)", self.c.run("s", "find", "f1").stdout)
 
     def test_status_says_how_to_get_it_back_before_how_to_lose_it(self):
         text = self.c.run("s", "status").stdout
-        self.assertRegex(text, "restore docs --to DIR` brings them back, `cbackup.pyz forget docs` deletes")
+        self.assertRegex(text, "restore gone --to DIR` brings them back, `cbackup.pyz forget gone` deletes")
 
     def test_a_name_of_which_nobody_has_anything(self):
         result = self.c.restore("s", "dosc", to=self.c.path("nowhere"))
         self.assertRc(2, result)
-        self.assertOneError(result, "dosc", "other")
+        self.assertOneError(result, "dosc", "many")
         self.assertFalse(os.path.exists(self.c.path("nowhere")))
 
 
-class FindTest(Case):
+class Find(FoundCase):
     """What find prints is what restore takes."""
 
     def test_each_old_version_comes_back_as_of_the_time_that_is_said(self):
-        c = self.cluster("s", "a", "b", replicas=2)
-        source = c.source("docs", "s", dict(FILES, note=b"day 0"))
-        for host in "ab":
-            c.backup("b" + host, host, "10M")
-        c.start()
-        for day in range(4):
-            c.settle()
-            c.advance(86400)
-            write_file(os.path.join(source, "note"), b"day %d" % (day + 1))
-            os.utime(os.path.join(source, "note"), (1000 * day, 1000 * day))
-        c.settle()
-        versions = c.run("s", "find", "note", "--json").json["files"][0]["versions"]
-        self.assertEqual([True] * 2 + [False] * 8, [found["until"] is None for found in versions])
-        self.assertEqual([3000.0] * 2 + [2000.0] * 2, [found["mtime"] for found in versions[:4]])
-        text = c.run("s", "find", "note").stdout
+        versions = self.c.run("s", "find", "note", "--json").json["files"][0]["versions"]
+        self.assertEqual([True] * 2 + [False] * 4, [found["until"] is None for found in versions])
+        self.assertEqual([3000.0] * 2 + [1500.0] * 2, [found["mtime"] for found in versions[:4]])
+        text = self.c.run("s", "find", "note").stdout
         whens = [line.partition("; --at ")[2].strip("'") for line in text.splitlines() if "; --at " in line]
-        self.assertEqual(8, len(whens), text)
-        for number, when in self.todays(enumerate(whens), 4):
-            to = c.path("to%d" % number)
-            self.assertRc(0, c.restore("s", "docs", "note", to=to, options=["--at", when]))
-            self.assertEqual(b"day %d" % (3 - number // 2), read_file(os.path.join(to, "note")))
+        self.assertEqual(4, len(whens), text)
+        for number, when in self.todays(enumerate(whens), 2):
+            to = os.path.join(self.directory(), "to")
+            self.assertRc(0, self.c.restore("s", "docs", "note", to=to, options=["--at", when]))
+            self.assertEqual(b"day %d" % (1 - number // 2), read_file(os.path.join(to, "note")))
         self.assertRegex(text, r"    ba on a: a copy, 5 bytes, of 1970-01-01 00:50:00\+00:00\n")
 
 
-class PartTest(Case):
+class Part(FoundCase):
     """Some paths of a source: only what concerns them is read, and all that is needed is found."""
 
     def test_a_directory_a_pattern_and_what_is_called_otherwise_now(self):
-        c = self.cluster("s", "a", replicas=1)
-        source = c.source("docs", "s", {"x/%d" % number: b"%d" % number for number in range(20)})
-        make_tree(source, {"x y/a": b"1", "x/deep/b": b"2", "xx": b"3", "z[1]": b"4"})
-        c.backup("ba", "a", "10M")
-        c.start()
-        c.settle()
         for paths, names in self.todays(((["x"], 21), (["x/"], 21), (["x*/?"], 12), (["x/deep", "xx"], 2), (["z[[]1]"], 1),
-                                         (["z[1]"], 1), (["*"], 24), (["x/1*", "x y"], 12), (["*/b", "*x"], 2)), 4):
+                                         (["z[1]"], 1), (["*"], 25), (["x/1*", "x y"], 12), (["*/b", "*x"], 2)), 2):
             with self.subTest(paths=paths):
                 to = os.path.join(self.directory(), "to")
-                self.assertRc(0, c.restore("s", "docs", *paths, to=to))
+                self.assertRc(0, self.c.restore("s", "many", *paths, to=to))
                 self.assertEqual(names, sum(len(files) for _, _, files in os.walk(to)), paths)
-        os.rename(os.path.join(source, "x/deep"), os.path.join(source, "moved"))
-        c.advance(86400)
-        c.settle()
-        to = c.path("then")
-        self.assertRc(0, c.restore("s", "docs", "x/deep", to=to, options=["--at", "1d"]))
-        self.assertEqual(b"2", read_file(os.path.join(to, "x/deep/b")))
+        to = self.c.path("then")
+        self.assertRc(0, self.c.restore("s", "many", "y/deep", to=to, options=["--at", "1d"]))
+        self.assertEqual(b"5", read_file(os.path.join(to, "y/deep/c")))
+
+
+class FindTest(Find, LineGone, Part):
+    """All of these with one cluster."""
+
+
+del Find, LineGone, Part        # not to be run each for itself
 
 
 class DeadDiskTest(unittest.TestCase):
