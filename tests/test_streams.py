@@ -6,7 +6,7 @@ import subprocess
 import unittest
 
 from tests import COMPILED
-from tests.harness import Case, plain_environment, program, quick_program
+from tests.harness import Case, plain_environment, program
 
 
 class StreamsTest(Case):
@@ -41,34 +41,32 @@ class StreamsTest(Case):
 
     def test_each_closed_by_itself(self):
         self.c.write_config()
-        for redirection, code in (("<&-", 0), (">&-", 1), ("2>&-", 0)):
+        for redirection, code in self.todays((("<&-", 0), (">&-", 1), ("2>&-", 0)), 1):
             with self.subTest(redirection=redirection):
                 self.assertEqual(code, self.shell(["status"], redirection).returncode)
 
     def test_output_to_a_full_device(self):
-        self.c.write_config()
         self.new_file("full")
-        done = self.shell(["client", "--json"], ">/dev/full")
-        self.assertEqual((1, b"cbackup: not all could be printed: No space left on device\n"), (done.returncode, done.stderr))
+        full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+        done = self.c.client("a", CBACKUP_TEST_BEFORE=full)
+        self.assertEqual((1, "cbackup: not all could be printed: No space left on device\n"), (done.rc, done.stderr))
         self.assertBackedUp("full")
         self.assertEqual(2, self.shell(["restore"], "2>/dev/full").returncode)
 
     def test_a_reader_that_has_seen_enough_is_no_complaint(self):
-        self.c.write_config()
-        done = subprocess.run(["sh", "-c", '"$@" | :', "sh"] + quick_program("--help"), check=False,
+        done = subprocess.run(["sh", "-c", '"$@" | :', "sh"] + program("--help", file=COMPILED), check=False,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=plain_environment("/"))
         self.assertEqual(b"", done.stderr)
 
     def test_temporary_directories_with_odd_names(self):
-        self.c.write_config()
         for number, name in self.todays(enumerate(("it's", 'a "b"', "new\nline", " blanks ", "#x", "not there")), 2):
             with self.subTest(name=name):
                 directory = os.path.join(self.directory(), name)
                 if name != "not there":
                     os.mkdir(directory)
                 self.new_file("odd%d" % number)
-                done = self.shell(["client"], "", TMPDIR=directory)
-                self.assertEqual((0, b"", b""), (done.returncode, done.stdout, done.stderr))
+                self.assertSilent(self.c.run("a", "client", TMPDIR=directory,
+                                             CBACKUP_TEST_BEFORE="cbackup.tempfile.tempdir = None"))     # as at a start
                 self.assertBackedUp("odd%d" % number)
 
 
