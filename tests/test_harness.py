@@ -51,24 +51,31 @@ class ProcessTest(Case):
 class TemporaryTest(Case):
     """Temporary files are in memory where that is possible, and nothing stays of a run unless a test failed."""
 
-    def run_of_tests(self, code, **variables):
+    def run_of_tests(self, code, top=TOP, **variables):
         """A Process that is the first one of its run, and the directory that it says."""
-        env = plain_environment(self.directory(), **variables)
+        env = plain_environment(self.directory(), **dict(variables, PYTHONPATH=top))
         for name in {"CBACKUP_TEST_CODE", "TMPDIR"} - set(variables):
             env.pop(name)
         process = Process([sys.executable, "-B", "-c", "import os, tempfile, tests\n"
                            "print(os.path.dirname(os.environ['CBACKUP_TEST_CODE']), tempfile.gettempdir(), flush=True)\n" + code],
-                          env, TOP)
+                          env, top)
         folder, temporary = wait_for(lambda: process.stdout.split(), 20, lambda: process.stderr)
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         return process, folder, temporary
 
+    def without_program(self):
+        """The tests in a directory of their own, with a program that is compiled at once."""
+        top = self.directory()
+        os.symlink(os.path.join(TOP, "tests"), os.path.join(top, "tests"))
+        write_file(os.path.join(top, "cbackup.py"), "")
+        return top
+
     def test_they_are_in_memory_unless_it_is_said_where(self):
-        wanted = self.directory()
-        process, folder, temporary = self.run_of_tests("")
+        wanted, top = self.directory(), self.without_program()
+        process, folder, temporary = self.run_of_tests("", top)
         self.assertRc(0, process.wait(20))
         self.assertEqual(tests.IN_MEMORY, os.path.dirname(temporary) if temporary == folder else None)
-        process, folder, temporary = self.run_of_tests("", TMPDIR=wanted)
+        process, folder, temporary = self.run_of_tests("", top, TMPDIR=wanted)
         self.assertRc(0, process.wait(20))
         self.assertEqual((wanted, wanted), (temporary, os.path.dirname(folder)))
 
@@ -81,12 +88,12 @@ class TemporaryTest(Case):
         self.assertIsNone(tests.in_memory(os.path.join(place, "none")))
 
     def test_a_run_that_is_killed_leaves_nothing_and_one_whose_test_failed_only_what_that_left(self):
-        make = "from tests.harness import Cluster; one = Cluster('a')\n"
-        killed, folder, _ = self.run_of_tests(make + "import time; print('made', flush=True); time.sleep(1000)\n")
+        make = "from tests.harness import Cluster; one = Cluster(%s)\n"
+        killed, folder, _ = self.run_of_tests(make % "'a'" + "import time; print('made', flush=True); time.sleep(1000)\n")
         wait_for(lambda: "made" in killed.stdout, 20, lambda: killed.stderr)
         killed.kill()
         wait_for(lambda: not os.path.exists(folder), 10, "it is still there")
-        failed, folder, _ = self.run_of_tests(make + "one.close(); one.say_where(); print(one.base)\n")
+        failed, folder, _ = self.run_of_tests(make % "" + "one.close(); one.say_where(); print(one.base)\n", self.without_program())
         result = failed.wait(20)
         self.addCleanup(shutil.rmtree, result.stdout.split()[-1], ignore_errors=True)
         wait_for(lambda: not os.path.exists(folder + "/code"), 10, "the code is still there")
@@ -118,7 +125,7 @@ class ClusterTest(Case):
                 "from tests.harness import Case\n"
                 "class T(Case):\n"
                 "    def test(self):\n"
-                "        print(json.dumps(self.cluster('a').base), flush=True)\n"
+                "        print(json.dumps(self.cluster().base), flush=True)\n"
                 "        self.fail()\n"
                 "unittest.main(argv=['x'])\n")
         result = Process([sys.executable, "-B", "-c", code], plain_environment("/"), TOP)
