@@ -7,6 +7,7 @@ import unittest
 
 from tests.faults import lose_state, mount_or_skip, regular_files, violations
 from tests.harness import Case, make_tree, read_file, some_bytes, write_file
+from tests.members import Member
 
 
 def flip(path, at=None):
@@ -28,22 +29,31 @@ def untouched(path):
 
 class DecayCase(Case):
 
-    def start(self, files, **keys):
-        cluster = self.cluster("s", "a", "b", **dict({"replicas": 2}, **keys))
-        self.source = cluster.source("docs", "s", files)
-        cluster.backup("b1", "a", "9M")
-        cluster.backup("b2", "b", "9M")
-        cluster.start()
-        cluster.settle()
-        return cluster
+    files, keys = {}, {}
 
-    def counted(self, cluster):
+    @classmethod
+    def setUpClass(cls):
+        """One cluster, in which each test has files of its own, and leaves everything well."""
+        cls.c = cls.share_cluster("s", "a", "b", **dict({"replicas": 2}, **cls.keys))
+        cls.source = cls.c.source("docs", "s", cls.files)
+        cls.c.backup("b1", "a", "9M")
+        cls.c.backup("b2", "b", "9M")
+        cls.c.start()
+        cls.c.settle()
+
+    def settle(self, *hosts):
+        """Passes of these hosts until they have nothing more to do; then all must hold."""
+        self.assertTrue(all(figures["settled"] for figures in self.c.round("--until-settled", hosts=hosts)))
+        self.assertEqual([], violations(self.c))
+
+    def counted(self):
         """How many files the server believes to have all their copies."""
-        return cluster.status()["sources"]["docs"]["copies"].get("2", 0)
+        with Member(self.c, "b1", "docs") as member:
+            return member.ask("status")["sources"]["docs"]["copies"].get("2", 0)
 
-    def aside(self, cluster, backup):
+    def aside(self, backup):
         """The contents of what was set aside below .cbackup, old versions not regarded."""
-        root = os.path.join(cluster.backups[backup].path, ".cbackup")
+        root = os.path.join(self.c.backups[backup].path, ".cbackup")
         return [read_file(os.path.join(root, name)) for name in regular_files(root)
                 if not name.startswith(("attic/", "catalog/", "backup.db", "incoming/"))
                 and name not in ("identity", "lock")]
@@ -52,12 +62,16 @@ class DecayCase(Case):
 class VerifyTest(DecayCase):
     """`verify` reads every copy of this host now."""
 
-    SMALL, LARGE = 3000, 400000
+    LARGE = 400000
+    NAMES = ("flipped", "large", "tail", "cut", "grown", "edited", "deleted", "folder/deleted", "link", "dir", "fine")
+    files = {"all/" + name: 3000 for name in NAMES}
+    files.update({"%s/%s" % (folder, name): 3000 for folder in ("each", "lost", "both lost") for name in "fg"})
+    files.update({"some/f%d" % number: 3000 for number in range(4)})
+    files.update({"all/large": LARGE, "all/tail": LARGE, "both lost/f": 3 << 20})
 
     def test_all_that_is_wrong_with_copies_is_noticed_and_put_right(self):
-        names = ("flipped", "large", "tail", "cut", "grown", "edited", "deleted", "folder/deleted", "link", "dir", "fine")
-        cluster = self.start({name: self.LARGE if name in ("large", "tail") else self.SMALL for name in names})
-        kept = cluster.kept_as("b1", "docs")
+        cluster, names = self.c, self.NAMES
+        kept = cluster.kept_as("b1", "docs", "all")
         flip(os.path.join(kept, "flipped"))
         flip(os.path.join(kept, "large"))
         flip(os.path.join(kept, "tail"), self.LARGE - 1)
@@ -76,82 +90,79 @@ class VerifyTest(DecayCase):
         result = cluster.run("a", "verify")
         self.assertRc(1, result)
         for name in set(names) - {"fine"}:
-            self.assertIn(name, result.stderr)
+            self.assertIn("all/" + name, result.stderr)
         self.assertNotIn("fine", result.stderr)
-        self.assertEqual(1, self.counted(cluster), "what is wrong does not count")
+        self.assertEqual(len(self.files) - len(names) + 1, self.counted(), "what is wrong does not count")
         self.assertEqual(before["b2"], cluster.kept_inodes("b2"))
         for content in rotten:
-            self.assertIn(content, self.aside(cluster, "b1"))
-        cluster.settle()
-        self.assertEqual([], violations(cluster))
-        self.assertEqual(len(names), self.counted(cluster))
+            self.assertIn(content, self.aside("b1"))
+        self.settle("a")
+        self.assertEqual(len(self.files), self.counted())
         self.assertEqual(before["fine"], untouched(os.path.join(kept, "fine")))
         self.assertSilent(cluster.run("a", "verify"))
 
     def test_rot_in_every_copy_is_put_right_from_the_source(self):
-        cluster = self.start({"f": self.SMALL, "g": self.SMALL})
         for backup, host in (("b1", "a"), ("b2", "b")):
-            flip(cluster.kept_as(backup, "docs", "f"))
-            self.assertRc(1, cluster.run(host, "verify"))
-        cluster.settle()
-        self.assertEqual([], violations(cluster))
+            flip(self.c.kept_as(backup, "docs", "each/f"))
+            self.assertRc(1, self.c.run(host, "verify"))
+        self.settle("a", "b")
 
     def test_rot_in_a_backup_that_lost_its_database_is_put_right(self):
-        cluster = self.start({"f": self.SMALL, "g": self.SMALL})
-        flip(cluster.kept_as("b1", "docs", "f"))
-        os.unlink(os.path.join(cluster.backups["b1"].path, ".cbackup", "backup.db"))
+        flip(self.c.kept_as("b1", "docs", "lost/f"))
+        os.unlink(os.path.join(self.c.backups["b1"].path, ".cbackup", "backup.db"))
         for _ in range(2):
-            cluster.client("a")
-        self.assertTrue(cluster.client("a").json["settled"])
-        self.assertEqual([], violations(cluster))
+            self.c.client("a")
+        self.settle("a")
 
     def test_rot_in_a_backup_that_lost_its_database_is_not_taken_for_the_truth_by_a_server_that_lost_its_state(self):
-        cluster = self.start({"f": 3 << 20, "g": self.SMALL})       # large: random samples of it miss the flipped byte
-        flip(cluster.kept_as("b1", "docs", "f"))
-        os.unlink(os.path.join(cluster.backups["b1"].path, ".cbackup", "backup.db"))
-        lose_state(cluster, "s")
+        flip(self.c.kept_as("b1", "docs", "both lost/f"))       # large: random samples of it miss the flipped byte
+        os.unlink(os.path.join(self.c.backups["b1"].path, ".cbackup", "backup.db"))
+        lose_state(self.c, "s")
         for host in "abab":
-            self.assertNotIn("rotted", cluster.client(host).stderr)
-        cluster.settle()
-        self.assertEqual([], violations(cluster))
+            self.assertNotIn("rotted", self.c.client(host).stderr)
+        self.settle("a", "b")
 
     def test_a_restore_does_not_take_a_rotten_copy(self):
-        cluster = self.start({"f%d" % number: self.SMALL for number in range(4)})
         for number in range(4):
-            flip(cluster.kept_as("b1" if number % 2 else "b2", "docs", "f%d" % number))
-        target = cluster.path("target")
-        self.assertRc(0, cluster.restore("a", "docs", to=target))
-        self.assertSameTree(self.source, target)
+            path = self.c.kept_as("b1" if number % 2 else "b2", "docs", "some/f%d" % number)
+            flip(path)
+            self.addCleanup(flip, path)
+        target = self.c.path("target")
+        self.assertRc(0, self.c.restore("a", "docs", "some", to=target))
+        self.assertSameTree(os.path.join(self.source, "some"), os.path.join(target, "some"))
 
 
 class ScrubTest(DecayCase):
     """Every copy is read once in the scrub period, a few in each pass."""
 
+    files, keys = {"f%02d" % number: 2000 for number in range(12)}, {"scrub": "30d"}
+
     def test_rot_is_found_within_the_scrub_period_by_passes_alone(self):
-        cluster = self.start({"f%02d" % number: 2000 for number in range(12)}, scrub="30d")
+        cluster = self.c
         flip(cluster.kept_as("b1", "docs", "f07"))
         cluster.client("a")
-        self.assertEqual(12, self.counted(cluster), "nothing is due yet")
+        self.assertEqual(12, self.counted(), "nothing is due yet")
         seen = []
-        for _ in range(8):
-            cluster.advance(5 * 86400)
+        for _ in range(5):
+            cluster.advance(8 * 86400)
             result = cluster.client("a")
             cluster.client("b")
             seen += [line for line in result.error_lines if "f07" in line]
         self.assertEqual(1, len(seen), "it is said once")
-        cluster.settle()
-        self.assertEqual([], violations(cluster))
-        self.assertEqual(12, self.counted(cluster))
+        self.settle("a", "b")
+        self.assertEqual(12, self.counted())
 
 
 class StrangersTest(DecayCase):
     """What somebody put into a backup by hand is not ours."""
 
+    files = {"sub/f": 2000, "g": 2000}
+
     def test_files_added_by_hand_are_left_alone(self):
-        cluster = self.start({"sub/f": 2000, "g": 2000})
+        cluster = self.c
         root = cluster.backups["b1"].path
-        make_tree(root, {"docs/sub/added": b"mine", "docs/own/folder/added": b"mine", "beside": b"mine", "other/deep": b"mine"})
         added = ("docs/sub/added", "docs/own/folder/added", "beside", "other/deep")
+        make_tree(root, dict.fromkeys(added, b"mine"))
         before = {name: untouched(os.path.join(root, name)) for name in added}
 
         def check():
@@ -176,17 +187,18 @@ class StrangersTest(DecayCase):
         for _ in range(3):
             cluster.client("a")
         check()
+        for name in added:
+            os.unlink(os.path.join(root, name))
+        self.assertEqual([], violations(cluster))
 
     def test_a_file_of_the_source_takes_the_place_of_one_added_by_hand_without_losing_it(self):
-        cluster = self.start({"f": 2000})
-        make_tree(cluster.kept_as("b1", "docs"), {"later": b"mine"})
+        make_tree(self.c.kept_as("b1", "docs"), {"later": b"mine"})
         make_tree(self.source, {"later": 3000})
-        cluster.settle()
-        self.assertEqual([], violations(cluster))
-        self.assertIn(b"mine", [content for _, content in cluster.attic("b1", "docs")])
+        self.settle("a", "b")
+        self.assertIn(b"mine", [content for _, content in self.c.attic("b1", "docs")])
 
 
-class RottenSourceTest(DecayCase):
+class RottenSourceTest(Case):
     """A source's file whose content changed while size and times did not is no new version: it is not spread."""
 
     def test_rot_at_the_source_is_reported_and_not_spread(self):
