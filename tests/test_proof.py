@@ -13,7 +13,8 @@ import unittest
 from unittest import mock
 
 import cbackup
-from tests.harness import Cluster, copy_wrong_bytes, read_file, some_bytes, wait_for, walk, write_file
+from tests.harness import Case, copy_wrong_bytes, read_file, some_bytes, wait_for, walk, write_file
+from tests.members import Member
 
 LARGE = 3 << 20         # large enough that copies are confirmed by samples only
 TIME = 1600000000 * 10 ** 9 + 123456789
@@ -42,174 +43,208 @@ def put(path, data):
     os.rename(path + ".new", path)
 
 
-class ProofTest(unittest.TestCase):
-    """One source on s, and a backup on each of the other hosts, with all files."""
+class ProofTest(Case):
+    """A source on s for each story, and a backup on each of the other hosts, with all files."""
 
     maxDiff = 2000
     hosts = "a"
+    sources = {}
 
-    @contextlib.contextmanager
-    def cluster(self, files, **keys):
-        with Cluster("s", *self.hosts, replicas=len(self.hosts), **keys) as c:
-            self.source = c.source("docs", "s", files)
-            for host in self.hosts:
-                c.backup("b" + host, host, size="1G")
-            # what is old enough to be read is proven at the first look
-            wait_for(lambda: not any(cbackup.is_fresh(info) for _, _, info in walk(self.source)), 20, "always fresh")
-            c.start()
-            c.settle()
-            wait_for(lambda: self.unproven(c) == 0, 60, "not proven")
-            yield c
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", *cls.hosts, replicas=len(cls.hosts))
+        for name, files in cls.sources.items():
+            c.source(name, "s", files)
+        for host in cls.hosts:
+            c.backup("b" + host, host, size="1G")
+        cls.begin()
+        c.start()
+        cls.prove()
 
-    def unproven(self, c):
-        return c.status()["sources"]["docs"]["unproven_files"]
+    @classmethod
+    def begin(cls):
+        """What is old enough to be read is proven at the first look."""
+        cls.wait_till_old(cls.c)
 
-    def prove(self, c, order=None):
+    @staticmethod
+    def wait_till_old(c):
+        for source in c.sources.values():
+            wait_for(lambda: not any(cbackup.is_fresh(info) for _, _, info in walk(source.path)), 20, "always fresh")
+
+    def story(self, name):
+        self.name, self.source = name, self.c.sources[name].path
+
+    @classmethod
+    def said(cls, c=None):
+        """What the server says of its sources."""
+        c = c or cls.c
+        with Member(c, next(iter(c.backups)), None) as member:
+            return member.ask("status")["sources"]
+
+    @classmethod
+    def unproven(cls, c=None):
+        return sum(facts["unproven_files"] for facts in cls.said(c).values())
+
+    @classmethod
+    def prove(cls, c=None, order=None):
         """Passes, and waiting for the server's reading, until all is proven and settled."""
+        c = c or cls.c
+
         def settled():
-            quiet = all([r.rc == 0 and r.json["settled"] for r in c.passes(order or self.hosts)])
-            if not self.unproven(c):
+            quiet = all([r.rc == 0 and r.json["settled"] for r in c.passes(order or cls.hosts)])
+            if not cls.unproven(c):
                 return quiet
             # What is fresh is read after two seconds: passes do not hasten it.
-            return wait_for(lambda: self.unproven(c) == 0, 60, "not proven") is None
+            cls.wait_till_old(c)
+            return wait_for(lambda: cls.unproven(c) == 0, 60, "not proven") is None
         wait_for(settled, 60, "not settled and proven")
 
-    def assertTrue_copies(self, c):
-        wrong = copy_wrong_bytes(c, "docs", len(c.backups))
-        self.assertEqual(wrong, [])
+    def assertTrue_copies(self, c=None, source=None):
+        c = c or self.c
+        self.assertEqual(copy_wrong_bytes(c, source or self.name, len(c.backups)), [])
 
 
 class Inferred(ProofTest):
     """What is inferred from inode, size and time is read."""
 
     NAMES = ["pkg/%02d" % n for n in range(12)]
+    STORIES = "alone", "renamed", "linked", "chmod"
+    sources = {"again": {}, "release": {}, "moved": {"one": 5000, "other": 10},
+               "edited": dict({name: LARGE for name in STORIES}, back=LARGE), "lost": {"large": LARGE, "small": 1000},
+               "disk": dict({"d/%d" % n: 2000 for n in range(30)}, large=1 << 20), "slow": {"f0": 1 << 20, "f1": 1 << 20}}
 
-    def lay_down(self, names, release):
+    @classmethod
+    def begin(cls):
+        for source in "again", "release":
+            cls.lay_down(source, cls.NAMES, "")
+        super().begin()
+
+    @classmethod
+    def lay_down(cls, source, names, release):
         """A release of a package, as it is unpacked over what is there no more."""
-        os.makedirs(os.path.join(self.source, "pkg"), exist_ok=True)
+        root = cls.c.sources[source].path
+        os.makedirs(os.path.join(root, "pkg"), exist_ok=True)
         for name in names:
-            put(os.path.join(self.source, name), some_bytes(5000, name + release))
+            put(os.path.join(root, name), some_bytes(5000, name + release))
 
     def install_again(self, release):
         """The files are removed and laid down in another order, so that their inodes are given again."""
         for name in self.NAMES:
             os.unlink(os.path.join(self.source, name))
-        self.lay_down(reversed(self.NAMES), release)
+        self.lay_down(self.name, reversed(self.NAMES), release)
 
     def test_a_package_that_was_installed_again_has_right_copies_and_costs_no_network(self):
-        with self.cluster({}) as c:
-            self.lay_down(self.NAMES, "")
-            self.prove(c)
-            self.install_again("")
-            result = c.client("a")
-            self.assertEqual(result.json["copied_files"] + result.json["updated_files"], 0)
-            self.assertEqual(result.json["wire_bytes"], 0)
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("again")
+        self.install_again("")
+        result = self.c.client("a")
+        self.assertEqual(result.json["copied_files"] + result.json["updated_files"], 0)
+        self.assertEqual(result.json["wire_bytes"], 0)
+        self.prove()
+        self.assertTrue_copies()
 
     def test_the_next_release_of_a_package_reaches_the_backups(self):
-        with self.cluster({}) as c:
-            self.lay_down(self.NAMES, "")
-            self.prove(c)
-            self.install_again(" 2")
-            self.prove(c)
-            self.assertTrue_copies(c)
-            restored = c.path("restored")
-            self.assertEqual(c.restore("a", "docs", to=restored).rc, 0)
-            for n in self.NAMES:
-                self.assertEqual(read_file(os.path.join(restored, n)), some_bytes(5000, n + " 2"))
+        self.story("release")
+        self.install_again(" 2")
+        self.prove()
+        self.assertTrue_copies()
+        restored = self.c.path("restored")
+        self.assertEqual(self.c.restore("a", "release", to=restored).rc, 0)
+        for n in self.NAMES:
+            self.assertEqual(read_file(os.path.join(restored, n)), some_bytes(5000, n + " 2"))
 
     def test_a_file_under_another_name_with_another_s_inode_size_and_time_is_not_that_file(self):
         """As when one file was deleted and another made: moved copies are compared."""
-        with self.cluster({"one": 5000, "other": 10}) as c:
-            path = os.path.join(self.source, "one")
-            info = os.stat(path)
-            os.rename(path, os.path.join(self.source, "two"))
-            overwrite(os.path.join(self.source, "two"), some_bytes(5000, "two"))
-            self.assertEqual(os.stat(os.path.join(self.source, "two")).st_ino, info.st_ino)
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("moved")
+        path = os.path.join(self.source, "one")
+        info = os.stat(path)
+        os.rename(path, os.path.join(self.source, "two"))
+        overwrite(os.path.join(self.source, "two"), some_bytes(5000, "two"))
+        self.assertEqual(os.stat(os.path.join(self.source, "two")).st_ino, info.st_ino)
+        self.prove()
+        self.assertTrue_copies()
 
     def test_an_edit_that_keeps_its_time_is_found_whatever_else_happens_to_the_file(self):
+        self.story("edited")
+
         def rename(path):
             os.rename(path, path + " renamed")
 
         def link(path):
             os.link(path, path + " linked")
 
-        def away_and_back(path, c):
-            os.rename(path, c.path("away"))
-            c.client("a")
-            hide_a_change(c.path("away"))
-            os.rename(c.path("away"), path)
+        def away_and_back(path):
+            away = self.c.path("away")
+            os.rename(path, away)
+            self.c.client("a")
+            hide_a_change(away)
+            os.rename(away, path)
 
-        stories = {"alone": None, "renamed": rename, "linked": link, "chmod": lambda path: os.chmod(path, 0o600)}
-        with self.cluster(dict({name: LARGE for name in stories}, back=LARGE)) as c:
-            for name, story in stories.items():
-                hide_a_change(os.path.join(self.source, name))
-                if story:
-                    story(os.path.join(self.source, name))
-            away_and_back(os.path.join(self.source, "back"), c)
-            self.prove(c)
-            self.assertTrue_copies(c)
+        stories = dict(zip(self.STORIES, (None, rename, link, lambda path: os.chmod(path, 0o600))))
+        for name, story in stories.items():
+            hide_a_change(os.path.join(self.source, name))
+            if story:
+                story(os.path.join(self.source, name))
+        away_and_back(os.path.join(self.source, "back"))
+        self.prove()
+        self.assertTrue_copies()
 
     def test_an_edit_that_keeps_its_time_is_found_when_the_books_are_lost_meanwhile(self):
-        with self.cluster({"large": LARGE, "small": 1000}) as c:
-            c.stop("s")
-            hide_a_change(os.path.join(self.source, "large"))
-            shutil.rmtree(os.path.join(c.home("s"), "state"))
-            c.start("s")
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("lost")
+        self.c.stop("s")
+        hide_a_change(os.path.join(self.source, "large"))
+        shutil.rmtree(os.path.join(self.c.home("s"), "state"))
+        self.c.start("s")
+        self.prove()
+        self.assertTrue_copies()
 
     def test_a_replaced_source_disk_costs_one_reading_and_no_network(self):
-        with self.cluster({"d/%d" % n: 2000 for n in range(30)}) as c:
-            write_file(os.path.join(self.source, "large"), some_bytes(LARGE, "large"))
-            self.prove(c)
-            os.rename(self.source, self.source + " old")
-            shutil.copytree(self.source + " old", self.source, symlinks=True)   # as `cp -a`
-            result = c.client("a")
-            self.assertEqual(result.rc, 0, result)
-            self.assertEqual(result.json["wire_bytes"], 0)
-            self.assertEqual(result.json["moved_files"] + result.json["updated_files"], 0)
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("disk")
+        os.rename(self.source, self.source + " old")
+        shutil.copytree(self.source + " old", self.source, symlinks=True)   # as `cp -a`
+        result = self.c.client("a")
+        self.assertEqual(result.rc, 0, result)
+        self.assertEqual(result.json["wire_bytes"], 0)
+        self.assertEqual(result.json["moved_files"] + result.json["updated_files"], 0)
+        self.prove()
+        self.assertTrue_copies()
 
     def test_reading_goes_on_after_a_restart_and_until_then_nothing_is_called_proven(self):
         """With a rate of 20 KiB a second the first file is being read when the server is killed."""
-        with self.cluster({"f%d" % n: LARGE for n in range(2)}) as c:
-            c.keys["read_rate"] = "20K"
-            c.write_config()
-            c.stop("s")
-            for n in range(2):
-                os.chmod(os.path.join(self.source, "f%d" % n), 0o600)
-            c.start("s")
-            wait_for(lambda: self.unproven(c) == 2, 20, "nothing is presumed")
-            c.kill("s")
-            c.start("s")
-            self.assertEqual(self.unproven(c), 2)
-            c.keys.pop("read_rate")
-            c.write_config()
-            c.stop("s")
-            c.start("s")
-            self.prove(c)
+        self.story("slow")
+        c = self.c
+        c.keys["read_rate"] = "20K"
+        c.write_config()
+        c.stop("s")
+        for n in range(2):
+            os.chmod(os.path.join(self.source, "f%d" % n), 0o600)
+        c.start("s")
+        wait_for(lambda: self.unproven() == 2, 20, "nothing is presumed")
+        c.kill("s")
+        c.start("s")
+        self.assertEqual(self.unproven(), 2)
+        c.keys.pop("read_rate")
+        c.write_config()
+        c.stop("s")
+        c.start("s")
+        self.prove()
 
 
 class Lies(ProofTest):
     """Copies that are not what they are said to be."""
 
     hosts = "ab"
+    sources = {"stale": {"large": LARGE, "small": 100}, "older": {"old name": 3000, "new name": 4000}}
 
     def test_a_first_copy_that_was_damaged_on_its_way_does_not_outlive_the_proof(self):
-        with Cluster("s", "a", "b", "d", replicas=3) as c:
-            self.source = c.source("docs", "s", {"large": LARGE})
-            for host in "abd":
-                c.backup("b" + host, host, size="1G")
-            c.start()
-            self.damage(c, "a")
-            self.prove(c, "bda")        # true copies come while the wrong digest is the only one
-            self.assertTrue_copies(c)
-            self.assertEqual(c.run("a", "verify").rc, 0)
+        c = self.cluster("s", "a", "b", "d", replicas=3)
+        self.source = c.source("docs", "s", {"large": LARGE})
+        for host in "abd":
+            c.backup("b" + host, host, size="1G")
+        c.start()
+        self.damage(c, "a")
+        self.prove(c, "bda")        # true copies come while the wrong digest is the only one
+        self.assertTrue_copies(c, "docs")
+        self.assertEqual(c.run("a", "verify").rc, 0)
 
     def damage(self, c, host):
         """A pass in which a file is changed between its arrival and its digest, where no sample looks."""
@@ -233,108 +268,113 @@ class Lies(ProofTest):
         self.fail("the damaged copy was never taken: %s" % result)
 
     def test_a_stale_disk_that_reports_first_to_new_books_does_not_outlive_the_proof(self):
-        with self.cluster({"large": LARGE, "small": 100}) as c:
-            stale = c.backups["ba"].path
-            shutil.copytree(stale, stale + " old", symlinks=True)
-            hide_a_change(os.path.join(self.source, "large"))
-            self.prove(c)
-            c.stop("s")
-            shutil.rmtree(stale)
-            os.rename(stale + " old", stale)
-            shutil.rmtree(os.path.join(c.home("s"), "state"))
-            c.start("s")
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("stale")
+        c, stale = self.c, self.c.backups["ba"].path
+        shutil.copytree(stale, stale + " old", symlinks=True)
+        hide_a_change(os.path.join(self.source, "large"))
+        self.prove()
+        c.stop("s")
+        shutil.rmtree(stale)
+        os.rename(stale + " old", stale)
+        shutil.rmtree(os.path.join(c.home("s"), "state"))
+        c.start("s")
+        self.prove()
+        self.assertTrue_copies()
 
     def test_an_older_state_of_a_disk_with_another_file_at_the_new_name_is_no_copy(self):
-        with self.cluster({"old name": 3000, "new name": 4000}) as c:
-            disk = c.backups["ba"].path
-            self.prove(c)
-            shutil.copytree(disk, disk + " old", symlinks=True)
-            os.unlink(os.path.join(self.source, "new name"))
-            self.prove(c)
-            os.rename(os.path.join(self.source, "old name"), os.path.join(self.source, "new name"))
-            c.passes("b")       # the server knows of the rename, a has not carried it out
-            shutil.rmtree(disk)
-            os.rename(disk + " old", disk)
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("older")
+        disk = self.c.backups["ba"].path
+        shutil.copytree(disk, disk + " old", symlinks=True)
+        os.unlink(os.path.join(self.source, "new name"))
+        self.prove()
+        os.rename(os.path.join(self.source, "old name"), os.path.join(self.source, "new name"))
+        self.c.passes("b")       # the server knows of the rename, a has not carried it out
+        shutil.rmtree(disk)
+        os.rename(disk + " old", disk)
+        self.prove()
+        self.assertTrue_copies()
 
 
 class MassChange(ProofTest):
     """What is found by reading is subject to the rule of mass changes, too."""
 
     FILES = {"f%02d" % n: 1000 for n in range(24)}
+    sources = {"all": FILES, "back": FILES, "half": FILES}
 
-    def spoil(self, c, count):
-        self.before = {name: read_file(c.kept_as("ba", "docs", name)) for name in self.FILES}
+    def spoil(self, count):
+        self.before = {name: read_file(self.c.kept_as("ba", self.name, name)) for name in self.FILES}
         for name in sorted(self.FILES)[:count]:
             overwrite(os.path.join(self.source, name), some_bytes(1000, "spoiled " + name))
 
-    def state(self, c):
-        return c.status()["sources"]["docs"]["state"]
+    def state(self, c=None, source=None):
+        return self.said(c)[source or self.name]["state"]
 
     def test_an_overwrite_of_everything_that_keeps_times_is_held(self):
-        with self.cluster(self.FILES) as c:
-            self.spoil(c, 24)
-            self.assertEqual(c.client("a").rc, 1)
-            self.assertEqual(self.state(c), "held")
-            for name, data in self.before.items():
-                self.assertEqual(read_file(c.kept_as("ba", "docs", name)), data)
-            self.assertEqual(c.client("a").rc, 1)       # another scan does not let go of it
-            listed = ["f%02d has changed" % n for n in range(24)]
-            self.assertEqual(listed, [line.strip() for line in c.run("a", "status", "-v").stdout.splitlines()
-                                      if line.endswith("has changed")])
-            self.assertEqual(c.run("a", "accept", "docs").rc, 0)
-            self.prove(c)
-            self.assertTrue_copies(c)
+        self.story("all")
+        c = self.c
+        self.spoil(24)
+        self.assertEqual(c.client("a").rc, 1)
+        self.assertEqual(self.state(), "held")
+        for name, data in self.before.items():
+            self.assertEqual(read_file(c.kept_as("ba", "all", name)), data)
+        self.assertEqual(c.client("a").rc, 1)       # another scan does not let go of it
+        listed = ["f%02d has changed" % n for n in range(24)]
+        self.assertEqual(listed, [line.strip() for line in c.run("a", "status", "-v").stdout.splitlines()
+                                  if line.endswith("has changed")])
+        self.assertEqual(c.run("a", "accept", "all").rc, 0)
+        self.prove()
+        self.assertTrue_copies()
 
     def test_when_the_files_are_back_it_is_held_no_longer(self):
-        with self.cluster(self.FILES) as c:
-            self.spoil(c, 24)
-            c.client("a")
-            self.assertEqual(self.state(c), "held")
-            for name, data in self.before.items():
-                overwrite(os.path.join(self.source, name), data)
-            c.client("a")
-            self.prove(c)
-            self.assertEqual(self.state(c), "ok")
-            self.assertTrue_copies(c)
+        self.story("back")
+        self.spoil(24)
+        self.c.client("a")
+        self.assertEqual(self.state(), "held")
+        for name, data in self.before.items():
+            overwrite(os.path.join(self.source, name), data)
+        self.c.client("a")
+        self.prove()
+        self.assertEqual(self.state(), "ok")
+        self.assertTrue_copies()
 
     def test_half_of_the_files_are_changes_like_others(self):
-        with self.cluster(self.FILES) as c:
-            self.spoil(c, 12)
-            self.prove(c)
-            self.assertEqual(self.state(c), "ok")
-            self.assertTrue_copies(c)
+        self.story("half")
+        self.spoil(12)
+        self.prove()
+        self.assertEqual(self.state(), "ok")
+        self.assertTrue_copies()
 
     def test_consent_is_for_one_scan_however_it_ends(self):
-        with self.cluster(self.FILES) as c:
-            c.stop("s")
-            kept = self.source + " kept"
-            os.rename(self.source, kept)
-            os.mkdir(self.source)
-            c.start("s")
-            c.client("a")
-            self.assertEqual(self.state(c), "held")
-            c.kill("s")
-            os.rmdir(self.source)
-            shutil.copytree(kept, self.source)
-            for name in sorted(self.FILES)[:20]:
-                os.unlink(os.path.join(self.source, name))
-            c.servers["s"] = c.spawn("s", "server", CBACKUP_TEST_KILL="scan-half:1")
-            c._wait_ready("s")
-            wait_for(lambda: self.state(c) == "held", 20, "not held")
-            self.assertEqual(c.run("a", "accept", "docs").rc, 1)        # the server dies in the middle of it
-            c.servers.pop("s").wait()
-            for name in sorted(self.FILES)[20:]:
-                os.unlink(os.path.join(self.source, name))
-            os.rename(self.source, self.source + " unmounted")
-            os.mkdir(self.source)
-            c.start("s")
-            c.client("a")
-            self.assertEqual(self.state(c), "held")
-            self.assertTrue(os.path.exists(c.kept_as("ba", "docs", sorted(self.FILES)[23])))
+        c = self.cluster("s", "a", replicas=1)
+        self.name, self.source = "docs", c.source("docs", "s", self.FILES)
+        c.backup("ba", "a", size="1G")
+        c.start()
+        self.prove(c)
+        c.stop("s")
+        kept = self.source + " kept"
+        os.rename(self.source, kept)
+        os.mkdir(self.source)
+        c.start("s")
+        c.client("a")
+        self.assertEqual(self.state(c), "held")
+        c.kill("s")
+        os.rmdir(self.source)
+        shutil.copytree(kept, self.source)
+        for name in sorted(self.FILES)[:20]:
+            os.unlink(os.path.join(self.source, name))
+        c.servers["s"] = c.spawn("s", "server", CBACKUP_TEST_KILL="scan-half:1")
+        c._wait_ready("s")
+        wait_for(lambda: self.state(c) == "held", 20, "not held")
+        self.assertEqual(c.run("a", "accept", "docs").rc, 1)        # the server dies in the middle of it
+        c.servers.pop("s").wait()
+        for name in sorted(self.FILES)[20:]:
+            os.unlink(os.path.join(self.source, name))
+        os.rename(self.source, self.source + " unmounted")
+        os.mkdir(self.source)
+        c.start("s")
+        c.client("a")
+        self.assertEqual(self.state(c), "held")
+        self.assertTrue(os.path.exists(c.kept_as("ba", "docs", sorted(self.FILES)[23])))
 
 
 class FreshTest(unittest.TestCase):
