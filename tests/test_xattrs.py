@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gzip
 import io
 import json
@@ -84,31 +85,38 @@ class RoundTripTest(Case):
         if os.geteuid() == 0:
             os.setxattr(top + "/l", "trusted.link", b"1", follow_symlinks=False)
         c.start()
-        c.settle()
+        c.round()
 
-    def brought_back(self, source="docs", **more):
-        to = self.c.path("to %d" % len(os.listdir(self.c.base)))
-        result = self.c.restore("a", source, to=to, **more)
-        self.assertRc(0, result)
-        return to, result
+    def brought_back(self, source="docs", to=None):
+        to = to or self.c.path("to %d" % len(os.listdir(self.c.base)))
+        self.assertRc(0, self.c.restore("a", source, to=to))
+        return to
+
+    @classmethod
+    @functools.lru_cache(None)
+    def first(cls):
+        """(Result, where, how it differs from the source, its attributes, the source's) of a restore, made once for the class."""
+        to = cls.c.path("first")
+        result = cls.c.restore("a", "docs", to=to)
+        return result, to, differences(tree(cls.docs), tree(to)), all_attributes(to), all_attributes(cls.docs)
 
     def test_everything_comes_back_as_it_was(self):
-        to, result = self.brought_back()
-        self.assertEqual(all_attributes(self.docs), all_attributes(to))
-        self.assertEqual([], differences(tree(self.docs), tree(to)))
+        result, _, lines, found, expected = self.first()
+        self.assertRc(0, result)
+        self.assertEqual(expected, found)
+        self.assertEqual([], lines)
         self.assertEqual("", result.stderr)
-        self.assertEqual(b"\0\xff\n", os.getxattr(to + "/f", "user.one"))
+        self.assertEqual(b"\0\xff\n", found["f"]["user.one"])
 
     def test_a_source_whose_line_does_not_ask_has_none(self):
-        to, _ = self.brought_back("other")
-        self.assertEqual({}, attributes(to + "/o"))
+        self.assertEqual({}, attributes(self.brought_back("other") + "/o"))
 
     def test_what_is_in_place_gets_them_and_loses_those_that_are_not_wanted(self):
-        to, _ = self.brought_back()
+        to = self.first()[1]
         os.removexattr(to + "/f", "user.one")
         os.setxattr(to + "/plain", ACCESS, acl(77))
         os.setxattr(to + "/d/e", "user.long", b"another")
-        self.assertRc(0, self.c.restore("a", "docs", to=to))
+        self.brought_back(to=to)
         self.assertEqual(all_attributes(self.docs), all_attributes(to))
         self.assertEqual([], differences(tree(self.docs), tree(to)))
 
@@ -117,7 +125,7 @@ class RoundTripTest(Case):
         self.assertEqual({}, {path: one for path, one in found.items() if one})
 
     def test_a_change_of_attributes_alone_is_seen_and_copies_nothing(self):
-        self.c.settle()
+        self.c.round()
         before = inodes(self.c.kept_as("ba", "docs"))
         os.setxattr(self.docs + "/plain", "user.later", b"1")
         os.removexattr(self.docs + "/d", DEFAULT)
@@ -126,7 +134,7 @@ class RoundTripTest(Case):
         self.assertEqual([0, 0, 0], [result.json[key] for key in (
             "copied_files", "updated_files", "wire_bytes")])
         self.assertEqual(before, inodes(self.c.kept_as("ba", "docs")))
-        to, _ = self.brought_back()
+        to = self.brought_back()
         self.assertEqual(b"1", os.getxattr(to + "/plain", "user.later"))
         self.assertEqual(all_attributes(self.docs), all_attributes(to))
 
@@ -136,11 +144,11 @@ class RoundTripTest(Case):
                 options={"xattrs": True} if asked else {})
             self.c.write_config()
             self.c.settle()
-            to, _ = self.brought_back("other")
+            to = self.brought_back("other")
             self.assertEqual({"user.a": b"1"} if asked else {}, attributes(to + "/o"))
 
     def test_catalogs_that_the_version_before_fetched_are_fetched_again(self):
-        self.c.settle()
+        self.c.round()
         directory = os.path.join(self.c.backups["ba"].path, ".cbackup")
         for name in os.listdir(os.path.join(directory, "catalog", "docs")):
             path = os.path.join(directory, "catalog", "docs", name)
@@ -149,9 +157,10 @@ class RoundTripTest(Case):
             write_file(path, gzip.compress(b"".join(lines)))
         with contextlib.closing(sqlite3.connect(os.path.join(directory, "backup.db"))) as db, db:
             self.assertEqual(1, db.execute("DELETE FROM meta WHERE key='catalog-level:docs'").rowcount)
-        self.assertNotEqual(all_attributes(self.docs), all_attributes(self.brought_back()[0]))
-        self.c.settle()
-        self.assertEqual(all_attributes(self.docs), all_attributes(self.brought_back()[0]))
+        to = self.brought_back()
+        self.assertNotEqual(all_attributes(self.docs), all_attributes(to))
+        self.c.round()
+        self.assertEqual(all_attributes(self.docs), all_attributes(self.brought_back(to=to)))
 
     def test_the_version_before_reads_the_catalogs_in_a_backup(self):
         directory = os.path.join(self.c.backups["ba"].path, ".cbackup", "catalog", "docs")
