@@ -8,6 +8,7 @@ import unittest
 
 from tests.faults import share_failing, violations
 from tests.harness import Case, make_tree, some_bytes, tree, write_file
+from tests.members import Member
 
 ROUNDS = int(os.environ.get("CBACKUP_TEST_ROUNDS", "1"))
 CALLS = ["read,pread", "write,pwrite", "fsync", "syncfs", "rename", "link", "readdir"]
@@ -55,7 +56,8 @@ class DiskErrorsTest(Case):
 
     def copies(self):
         """{how many copies: files}, as the server counts them."""
-        return {int(copies): files for copies, files in self.c.status()["sources"]["docs"]["copies"].items()}
+        with Member(self.c, "ba", "docs") as member:
+            return {int(copies): files for copies, files in member.ask("status")["sources"]["docs"]["copies"].items()}
 
     # -- the source's disk
 
@@ -174,7 +176,7 @@ class DiskErrorsTest(Case):
         dice = random.Random(12)
         turns = [(turn, dice.choice(CALLS), dice.choice(WHERE), dice.randrange(12), dice.choice([errno.EIO, errno.ENOSPC]),
                   dice.choice([1, 1, 3])) for turn in range(6 * ROUNDS)]
-        for turn, calls, where, skip, number, every in self.todays(turns, 2 * ROUNDS):
+        for turn, calls, where, skip, number, every in self.todays(turns, ROUNDS):
             with self.subTest(turn=turn, calls=calls, where=where, skip=skip):
                 edited, before = "d1/f%d" % (1 + 3 * (turn % 4)), self.c.copies_on_disk("docs")
                 self.new(2)
