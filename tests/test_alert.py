@@ -134,8 +134,7 @@ class PassTest(Case):
         self.assertFalse(os.path.exists(told))
         c.client("a")
         self.assertEqual("== trouble\n1 of 1 file in docs have fewer than 2 copies\n", read_file(told).decode())
-        c.client("a")
-        c.settle()
+        c.passes("aba")
         self.assertRegex(read_file(told).decode(), r"\A(== trouble\n.*\n)== well\nwell again: 1 of 1 file in docs .*\n\Z")
         self.assertIn('"since"', read_file(os.path.join(c.home("b"), "state", "watch.json")).decode() + '"since"')
 

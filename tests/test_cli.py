@@ -1,5 +1,6 @@
 """The command line, the home and the configuration: what is refused, how, and that nothing is changed by it."""
 
+import functools
 import os
 import re
 import shutil
@@ -12,8 +13,9 @@ from unittest import mock
 
 import cbackup
 
-from tests.harness import (Case, Process, cluster_pem, inodes, listening, plain_environment, program, quick_program,
-                           read_file, tree, wait_for, write_file)
+from tests import COMPILED
+from tests.harness import (Case, Process, cluster_pem, inodes, listening, make_tree, plain_environment, program,
+                           quick_program, read_file, tree, wait_for, write_file)
 
 
 class Home:
@@ -47,7 +49,7 @@ class UsageTest(Case):
         return Process(start(*arguments), plain_environment(base), base).wait(30)
 
     def test_help_goes_to_standard_output_and_names_every_command(self):
-        result = self.run_program("--help", start=program)      # as a user does
+        result = self.run_program("--help", start=functools.partial(program, file=COMPILED))      # no fork of ours
         self.assertRc(0, result)
         self.assertEqual("", result.stderr)
         for command in ("init", "server", "client", "status", "restore", "demo"):
@@ -344,7 +346,7 @@ class QuotingTest(Case):
                        path=cluster.path("s", "my # documents"), exclude="My Cache")
         cluster.backup("b1", "a", "1M", path=cluster.path("a", "big disk", "it's \"cb\""))
         cluster.start()
-        cluster.settle()
+        self.assertRc(0, cluster.client("a"))
         self.assertEqual({"a file": ["b1"], "b#1": ["b1"], "My Cache/x": []}, cluster.copies_on_disk("docs"))
 
 
@@ -439,13 +441,22 @@ class MissingProgramsTest(Case):
 class QuietTest(Case):
     """Without a terminal, what has nothing wrong to report prints nothing: cron mails what is printed."""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        cls.path = c.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
+        c.backup("b1", "a", "1M")
+        c.start()
+
+    def setUp(self):
+        if "s" not in self.c.servers:
+            self.c.start("s")
+
     def test_a_pass_with_nothing_wrong_prints_nothing(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        path = cluster.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
-        cluster.backup("b1", "a", "1M")
-        cluster.start()
+        cluster, path = self.c, self.path
+        make_tree(path, {"f%d" % number: b"2" for number in range(5)})
         self.assertSilent(cluster.run("a", "client"))
-        self.assertEqual({"f%d" % number: ["b1"] for number in range(5)}, cluster.copies_on_disk("docs"))
+        self.assertEqual([["b1"]] * 5, [cluster.copies_on_disk("docs")["f%d" % number] for number in range(5)])
         self.assertSilent(cluster.run("a", "client"))
         write_file(os.path.join(path, "f1"), "changed")
         os.unlink(os.path.join(path, "f2"))
@@ -453,23 +464,17 @@ class QuietTest(Case):
         self.assertSilent(cluster.run("s", "client"))       # a host without any backup
 
     def test_with_json_the_object_is_all_that_is_printed(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        cluster.source("docs", "s", {"f": b"1"})
-        cluster.backup("b1", "a", "1M")
-        cluster.start()
-        result = cluster.client("a")
+        self.c.client("a")
+        make_tree(self.path, {"f": b"1"})
+        result = self.c.client("a")
         self.assertRc(0, result)
         self.assertEqual(("", 1), (result.stderr, len(result.stdout.splitlines())), str(result))
         self.assertEqual(1, result.json["copied_files"])
 
     def test_a_server_prints_its_ready_line_and_nothing_else(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        cluster.source("docs", "s", {"f": b"1"})
-        cluster.backup("b1", "a", "1M")
-        cluster.start()
-        cluster.settle()
-        server = cluster.servers["s"]
-        cluster.stop()
+        self.assertSilent(self.c.run("a", "client"))
+        server = self.c.servers["s"]
+        self.c.stop("s")
         self.assertRegex(server.wait().stdout, r"\Acbackup server s: listening on \S+:\d+\n\Z")
         self.assertEqual("", server.wait().stderr)
 
@@ -512,22 +517,24 @@ class SignalsTest(Case):
 class SecondServerTest(Case):
     """A home has one server: a second one is refused, and the first goes on."""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "other", replicas=1)
+        c.source("docs", "s", {"f": b"1"})
+        c.backup("b1", "a", "1M")
+        c.start("s")
+
     def test_a_second_server_on_the_same_home_is_refused(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        cluster.source("docs", "s", {"f": b"1"})
-        cluster.backup("b1", "a", "1M")
-        cluster.start()
+        cluster = self.c
         result = cluster.run("s", "server", timeout=20)
         self.assertRc(1, result)
         self.assertOneError(result, "is in use by another cbackup")
         self.assertEqual("", result.stdout)
-        cluster.settle()
+        self.assertRc(0, cluster.client("a"))
         self.assertEqual({"f": ["b1"]}, cluster.copies_on_disk("docs"))
 
     def test_nor_with_another_port(self):
-        cluster = self.cluster("s", "other", replicas=1)
-        cluster.source("docs", "s", {"f": b"1"})
-        cluster.start("s")
+        cluster = self.c
         # The same home, but the port of a host that is not running: only the home can tell.
         result = cluster.run("s", "--host", "other", "server", timeout=20)
         self.assertRc(1, result)

@@ -1,5 +1,6 @@
 """demo: the main job on one machine, shown to somebody who has just built the program."""
 
+import functools
 import os
 import signal
 import unittest
@@ -7,8 +8,8 @@ import unittest
 import cbackup
 from tests import COMPILED
 from tests.faults import processes_with
-from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program, tree,
-                           wait_for)
+from tests.harness import (DIRECTORY, Case, Link, Process, inodes, make_tree, plain_environment, program,
+                           quick_program, tree, wait_for)
 
 
 class CompareTest(Case):
@@ -43,8 +44,8 @@ class DemoTest(Case):
         make_tree(self.files, {"d%d/f%d" % (number % 5, number): 500 * number for number in range(60)})
         make_tree(self.files, {"link": Link("d1/f1"), "void": DIRECTORY, "empty": b""})
 
-    def start(self, *arguments):
-        return Process(program("demo", *arguments, file=COMPILED), plain_environment(self.user, TMPDIR=self.tmp), self.user)
+    def start(self, *arguments, words=functools.partial(program, file=COMPILED)):
+        return Process(words("demo", *arguments), plain_environment(self.user, TMPDIR=self.tmp), self.user)
 
     def assertNothingLeft(self):
         self.assertEqual([], os.listdir(self.tmp))
@@ -75,7 +76,7 @@ class DemoTest(Case):
         self.assertNothingLeft()
 
     def test_a_directory_that_is_not_there_is_named(self):
-        result = self.start(self.files + " not").wait(30)
+        result = self.start(self.files + " not", words=quick_program).wait(30)
         self.assertRc(2, result)
         self.assertOneError(result, self.files + " not")
         self.assertNothingLeft()

@@ -95,7 +95,7 @@ class JoinTest(JoiningCase):
         self.assertNotEqual(command, printed[-1])
         self.assertRc(0, Process(shlex.split(command), c.environment(new), c.path(new)).wait())
         self.assertRc(0, c.client("a"))
-        self.assertRc(0, Process(shlex.split(command), c.environment(new), c.path(new)).wait())
+        self.assertRc(0, c.client(new))
         status = c.status("a")
         self.assertEqual({"1": 0, "2": 5}, dict({"1": 0}, **{
             key: value for key, value in status["sources"]["docs"]["copies"].items() if value}))
@@ -285,7 +285,7 @@ class AllKeysLostTest(Case):
         c.source("docs", "s", {"f%d" % number: 100 for number in range(30)})
         kept = c.backup("ba", "a", "9M")
         c.start()
-        c.settle()
+        self.assertRc(0, c.client("a"))
         before = c.kept_inodes("ba")
         c.stop()
         for host in "sa":

@@ -50,7 +50,7 @@ class PageCase(Case):
         for host in "ab":
             c.backup("b" + host, host, "7M")
         c.start()
-        c.settle()
+        c.round()
 
     def web(self, host="a", *words):
         """(process, address, port) of a page that is ready."""
@@ -231,8 +231,7 @@ class HtmlTest(PageCase):
         self.assertRc(1, c.run("a", "status", "--html", path))
         self.assertIn("not known", Reader(read_file(path).decode()).text)
 
-
-class MetricsTest(PageCase):
+    # -- the same facts for a program that watches: --metrics
 
     def test_every_line_is_of_the_text_format(self):
         result = self.c.run("a", "status", "--metrics")

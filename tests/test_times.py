@@ -9,6 +9,7 @@ from unittest import mock
 
 import cbackup
 from tests.harness import Case, make_tree, wait_for, write_file
+from tests.members import Member
 
 HOUR, DAY = 3600, 86400
 
@@ -20,15 +21,18 @@ class LookingTest(Case):
         self.c = self.cluster("s", "a", replicas=1, **keys)
         self.root = self.c.source("src", "s", {"one": b"1"})
         self.c.backup("ba", "a", "8M")
-        self.c.start()
+        self.c.start("s")
+        member = Member(self.c, "ba", "src")
+        self.addCleanup(member.channel.close)
+        self.facts = lambda: member.ask("status")["sources"]["src"]
         wait_for(lambda: self.looked() is not None, 20, "no first look")
         return self.c
 
     def looked(self):
-        return self.c.status("s")["sources"]["src"]["last_scan"]
+        return self.facts()["last_scan"]
 
     def files(self):
-        return self.c.status("s")["sources"]["src"]["files"]
+        return self.facts()["files"]
 
     def test_a_server_looks_again_after_scan_and_not_before(self):
         c = self.start(scan="1h")
