@@ -110,8 +110,7 @@ class VerifyTest(DecayCase):
     def test_rot_in_a_backup_that_lost_its_database_is_put_right(self):
         flip(self.c.kept_as("b1", "docs", "lost/f"))
         os.unlink(os.path.join(self.c.backups["b1"].path, ".cbackup", "backup.db"))
-        for _ in range(2):
-            self.c.client("a")
+        self.c.client("a", "--until-settled")
         self.settle("a")
 
     def test_rot_in_a_backup_that_lost_its_database_is_not_taken_for_the_truth_by_a_server_that_lost_its_state(self):
@@ -143,10 +142,11 @@ class ScrubTest(DecayCase):
         cluster.client("a")
         self.assertEqual(12, self.counted(), "nothing is due yet")
         seen = []
-        for _ in range(5):
+        for turn in range(5):
             cluster.advance(8 * 86400)
             result = cluster.client("a")
-            cluster.client("b")
+            if turn % 2:
+                cluster.client("b")
             seen += [line for line in result.error_lines if "f07" in line]
         self.assertEqual(1, len(seen), "it is said once")
         self.settle("a", "b")
@@ -178,14 +178,13 @@ class StrangersTest(DecayCase):
                 self.assertSilent(result)
         write_file(os.path.join(self.source, "sub/f"), "changed")
         make_tree(self.source, {"sub/new": 100})
-        cluster.settle()
+        cluster.round("--until-settled", hosts="a")
         check()
         shutil.rmtree(os.path.join(self.source, "sub"))
         cluster.settle()
         check()
         os.unlink(os.path.join(root, ".cbackup", "backup.db"))      # is to be rebuilt from what lies there
-        for _ in range(3):
-            cluster.client("a")
+        cluster.client("a", "--until-settled")
         check()
         for name in added:
             os.unlink(os.path.join(root, name))
