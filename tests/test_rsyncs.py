@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import socket
-import tempfile
+import sys
 import unittest
 
 import cbackup
@@ -18,11 +18,11 @@ OPENRSYNC = """\
 case "$*" in
 *--version*) echo "openrsync: protocol version 29"; echo "rsync version 2.6.9 compatible"; exit 0 ;;
 *--daemon*)
-    python3 -c 'import socket, sys; sys.exit(socket.socket(fileno=0).family != socket.AF_INET)' || exit 134
+    %(python)s -IS -c 'import socket, sys; sys.exit(socket.socket(fileno=0).family != socket.AF_INET)' || exit 134
     exec %(rsync)s "$@" ;;
 esac
 for word; do    # it hands names on without ./, and a server of its kind takes some for comments then
-    case "$word" in --files-from=*) python3 -c 'import sys; name = sys.argv[1].partition("=")[2]
+    case "$word" in --files-from=*) %(python)s -IS -c 'import sys; name = sys.argv[1].partition("=")[2]
 names = [one for one in open(name, "rb").read().split(b"\\0") if one[:3] not in (b"./#", b"./;")]
 open(name, "wb").write(b"\\0".join(names))' "$word" ;;
     esac
@@ -35,21 +35,21 @@ exit $code
 """
 
 
+FILES = dict({"f%d" % number: 3000 for number in range(20)}, **{"large": some_bytes(300000, 1), "#odd name": b"1", "d/e f": b"2"})
+
+
+def with_tools(script, rsync):
+    return script % {"rsync": shlex.quote(rsync), "python": shlex.quote(sys.executable)} if "%" in script else script
+
+
 class RsyncCase(Case):
     def own_rsync(self, script):
         """A PATH on which rsync is this script; %(rsync)s in it is the real one."""
         folder = os.path.join(self.directory(), "tools")
         os.mkdir(folder)
-        write_file(os.path.join(folder, "rsync"), script % {"rsync": shlex.quote(shutil.which("rsync"))} if "%" in script else script)
+        write_file(os.path.join(folder, "rsync"), with_tools(script, shutil.which("rsync")))
         os.chmod(os.path.join(folder, "rsync"), 0o755)
         return folder + os.pathsep + os.environ["PATH"]
-
-    def make(self, *hosts, **keys):
-        cluster = self.cluster(*hosts, replicas=1, **keys)
-        self.source = cluster.source("docs", "s", {"f%d" % number: 3000 for number in range(20)})
-        make_tree(self.source, {"large": some_bytes(300000, 1), "#odd name": b"1", "d/e f": b"2"})
-        cluster.backup("b1", "a", "10M")
-        return cluster
 
 
 class OpenRsyncTest(RsyncCase):
@@ -57,17 +57,18 @@ class OpenRsyncTest(RsyncCase):
 
     def test_it_serves_a_source_and_a_backup_and_its_figures_are_read(self):
         path = self.own_rsync(OPENRSYNC)
-        cluster = self.make("s", "a")
-        make_tree(self.source, {"#dir/[x]/a*?": b"3", ";semi": b"4", "#back\\slash": b"5"})
-        for host in "sa":
-            cluster.prefix[host] = ["env", "PATH=" + path]
+        cluster = self.cluster("s", "a", replicas=1)
+        source = cluster.source("docs", "s", FILES)
+        cluster.backup("b1", "a", "10M")
+        make_tree(source, {"#dir/[x]/a*?": b"3", ";semi": b"4", "#back\\slash": b"5"})
+        cluster.variables["PATH"] = path
         cluster.start()
         figures = cluster.settle()
         self.assertCopies(cluster, "docs", 1)
         self.assertGreater(sum(one["wire_bytes"] for one in figures), 300000)
         to = cluster.path("restored")
         self.assertRc(0, cluster.restore("a", "docs", to=to))
-        self.assertSameTree(self.source, to)
+        self.assertSameTree(source, to)
 
     def test_nobody_else_can_take_the_other_end(self):
         # A stranger who connects first: to the listener, as soon as there is one.
@@ -95,12 +96,13 @@ class OpenRsyncTest(RsyncCase):
 
 
 MEDDLER = """\
-#!/usr/bin/env python3
-# A server's rsync that sends a file under another name than the one that it was asked for.
+#!%s -IS
+# A server's rsync that sends a file under another name than the one that it was asked for, when and as the file ORDER says.
 import os, socket, subprocess, sys, threading
-REAL, OLD, NEW, SEEN = %r
-if "--daemon" not in sys.argv:
+REAL, ORDER = %r
+if "--daemon" not in sys.argv or not os.path.exists(ORDER):
     os.execv(REAL, [REAL] + sys.argv[1:])
+OLD, NEW, SEEN = eval(open(ORDER).read())
 ours, theirs = socket.socketpair()
 process = subprocess.Popen([REAL] + sys.argv[1:], stdin=theirs, stdout=theirs)
 theirs.close()
@@ -121,52 +123,72 @@ process.wait()
 class MeddlingServerTest(RsyncCase):
     """What a server's rsync sends under names that were not asked for comes to no place in a backup, nor anywhere else."""
 
-    def sent_as(self, name):
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        for name in "other", "up", "root":
+            c.source(name, "s")
+        c.backup("b1", "a", "10M")
+        tools, cls.order = c.path("tools"), c.path("order")
+        os.mkdir(tools)
+        write_file(tools + "/rsync", MEDDLER % (sys.executable, (shutil.which("rsync"), cls.order)))
+        os.chmod(tools + "/rsync", 0o755)
+        c.servers["s"] = c.spawn("s", "server", PATH=tools + os.pathsep + os.environ["PATH"])
+        c._wait_ready("s")
+        c.start("a")
+
+    def sent_as(self, source, name):
         """A pass whose server sends the file of a directory as one of the directory `name`; then one with a server that does
         not."""
-        cluster, asked = self.cluster("s", "a", replicas=1), b"a" * len(name)
-        cluster.source("docs", "s", {os.fsdecode(asked) + "/file": b"asked for", "plain": b"1"})
-        backup, seen = cluster.backup("b1", "a", "10M"), cluster.path("seen")
-        path = self.own_rsync(MEDDLER.replace("%r", repr((shutil.which("rsync"), asked, name, seen)))).replace("%", "%%")
-        cluster.prefix["s"] = ["env", "PATH=" + path]
-        cluster.start()
-        cluster.client("a")
+        c, asked, seen = self.c, b"a" * len(name), self.c.path("seen " + source)
+        make_tree(c.sources[source].path, {os.fsdecode(asked) + "/file": b"asked for", "plain": b"1"})
+        before = self.files()
+        write_file(self.order, repr((asked, name, seen)))
+        c.client("a")
+        os.unlink(self.order)
         self.assertTrue(os.path.exists(seen))
-        self.assertLessEqual(self.files_in(backup), {"docs/plain"})
-        cluster.stop("s")
-        del cluster.prefix["s"]
-        cluster.start("s")
-        cluster.settle()
-        self.assertCopies(cluster, "docs", 1)
-        self.assertEqual({"docs/plain", "docs/%s/file" % os.fsdecode(asked)}, self.files_in(backup))
+        self.assertLessEqual(self.files() - before, {source + "/plain"})
+        self.assertRc(0, c.client("a"))
+        self.assertCopies(c, source, 1)
+        self.assertEqual({source + "/plain", "%s/%s/file" % (source, os.fsdecode(asked))}, self.files() - before)
+        self.assertLessEqual(before, self.files())
 
-    @staticmethod
-    def files_in(backup):
-        """The files in a backup's directory, without those that are no copies, and with those that are on their way."""
+    def files(self):
+        """The files in the backup's directory, without those that are no copies, and with those that are on their way."""
+        backup = self.c.backups["b1"].path
         found = {os.path.relpath(os.path.join(folder, name), backup) for folder, _, names in os.walk(backup) for name in names}
         return {name for name in found if not name.startswith(".cbackup/") or "/incoming/" in name}
 
     def test_another_name(self):
-        self.sent_as(b"eeeeeeee")
+        self.sent_as("other", b"eeeeeeee")
 
     def test_upwards(self):
-        self.sent_as(b"../../..")
+        self.sent_as("up", b"../../..")
 
     def test_from_the_root(self):
-        outside = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, outside)
-        self.sent_as(os.fsencode(outside))
+        outside = self.directory()
+        self.sent_as("root", os.fsencode(outside))
         self.assertEqual([], os.listdir(outside))
 
 
 class OwnFailureTest(RsyncCase):
     """A client's rsync that fails is this machine's trouble: named, no host is called unreachable, nothing stays claimed."""
 
-    def check(self, script, words, code=1, **more):
-        cluster = self.make("s", "a")
-        cluster.start()
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        for number in range(4):     # one for each test
+            c.source("docs%d" % number, "s")
+        c.backup("b1", "a", "10M")
+        c.start()
+        cls.left = list(c.sources)
+
+    def check(self, script, words, code=1):
+        cluster, docs = self.c, self.left.pop()
+        source = cluster.sources[docs].path
+        make_tree(source, FILES)
         path = self.own_rsync(script)
-        result = cluster.client("a", PATH=path, **more)
+        result = cluster.client("a", PATH=path)
         self.assertRc(code, result)
         self.assertOneError(result, *words)
         if code == 1:
@@ -174,13 +196,14 @@ class OwnFailureTest(RsyncCase):
         self.assertNotIn("reached", result.stderr)
         figures = cluster.client("a")       # with a good one all is copied at once
         self.assertRc(0, figures)
-        self.assertCopies(cluster, "docs", 1)
-        result = cluster.restore("a", "docs", to=cluster.path("to"), PATH=path)
+        self.assertCopies(cluster, docs, 1)
+        to = os.path.join(self.directory(), "to")
+        result = cluster.restore("a", docs, to=to, PATH=path)
         self.assertRc(code, result)
         self.assertOneError(result, *words[1:])
         self.assertNotIn("no longer answers", result.stderr)
-        self.assertRc(0, cluster.restore("a", "docs", to=cluster.path("to")))
-        self.assertSameTree(self.source, cluster.path("to"))
+        self.assertRc(0, cluster.restore("a", docs, to=to))
+        self.assertSameTree(source, to)
 
     def test_one_that_is_killed(self):
         self.check('#!/bin/sh\ncase "$*" in *--version*) exec %(rsync)s "$@" ;; esac\nkill -9 $$\n',
@@ -247,24 +270,32 @@ class HowItEndedTest(unittest.TestCase):
 class TemporaryDirectoryTest(RsyncCase):
     """Where temporary files go is of no importance."""
 
-    def backed_up_with(self, folder):
-        cluster = self.make("s", "a")
-        cluster.start()
-        self.assertRc(0, cluster.client("a", TMPDIR=folder))
-        self.assertCopies(cluster, "docs", 1)
-        self.assertRc(0, cluster.restore("a", "docs", to=cluster.path("to"), TMPDIR=folder))
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        c.source("odd", "s")
+        c.source("noexec", "s")
+        c.backup("b1", "a", "10M")
+        c.start()
+
+    def backed_up_with(self, folder, source):
+        c = self.c
+        make_tree(c.sources[source].path, FILES)
+        self.assertRc(0, c.client("a", TMPDIR=folder))
+        self.assertCopies(c, source, 1)
+        self.assertRc(0, c.restore("a", source, to=os.path.join(self.directory(), "to"), TMPDIR=folder))
         self.assertEqual([], os.listdir(folder))
 
     def test_its_name_may_be_odd(self):
         folder = os.path.join(self.directory(), "it's \"a\" $HOME: dir\n#1")
         os.mkdir(folder)
-        self.backed_up_with(folder)
+        self.backed_up_with(folder, "odd")
 
     def test_nothing_may_be_executable_there(self):
         folder = os.path.join(self.directory(), "noexec")
         os.mkdir(folder)
         tmpfs_or_skip(self, folder, "4m,noexec")
-        self.backed_up_with(folder)
+        self.backed_up_with(folder, "noexec")
 
 
 class MatrixTest(unittest.TestCase):
@@ -278,7 +309,7 @@ class MatrixTest(unittest.TestCase):
 
     def test_a_pair_that_does_not_work_together_is_told(self):
         with Cluster() as place:
-            write_file(place.path("rsync"), OPENRSYNC.replace('"openrsync: protocol version 29"', '""') % {"rsync": "false"})
+            write_file(place.path("rsync"), with_tools(OPENRSYNC.replace('"openrsync: protocol version 29"', '""'), "false"))
             os.chmod(place.path("rsync"), 0o755)
             self.assertIn("rsync", matrix.try_pair((None, None), (None, place.base)))
 
