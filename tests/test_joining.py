@@ -16,7 +16,9 @@ import sys
 import threading
 import unittest
 import xml.etree.ElementTree
+from unittest import mock
 
+import cbackup
 from tests.harness import (PROGRAM, Case, Process, free_port, inodes, listening, make_tree, new_cluster_pem,
                            plain_environment, quick_program, read_file, tree, write_file)
 
@@ -40,6 +42,11 @@ class JoiningCase(Case):
         return "new%d" % self.count
 
     def invite(self):
+        """[address, token] of an invitation that was not made at the command line."""
+        with mock.patch.dict(os.environ, CBACKUP_TEST="1", **self.c.variables):
+            return ["127.0.0.1:%d" % self.c.ports["s"], cbackup.make_invitation(cbackup.Home(self.c.home("s")))]
+
+    def printed(self):
         """[address, token], as `invite` prints them."""
         result = self.c.run("s", "invite")
         self.assertRc(0, result)
@@ -69,7 +76,7 @@ class JoinTest(JoiningCase):
 
     def test_a_new_machine_joins_with_one_line_and_then_takes_its_share(self):
         c, new = self.c, self.machine()
-        result = self.join(new, *self.invite())
+        result = self.join(new, *self.printed())
         self.assertRc(0, result)
         home = c.home(new)
         self.assertEqual({"cbackup.conf": 0o600, "cluster.pem": 0o600, "host": 0o600, "state": 0o700},
@@ -115,7 +122,7 @@ class JoinTest(JoiningCase):
         self.assertEqual(0o700, os.stat(self.c.home(new)).st_mode & 0o777)
 
     def test_a_token_works_once(self):
-        address, token = self.invite()
+        address, token = self.printed()
         self.assertRc(0, self.join(self.machine(), address, token))
         late = self.machine()
         result = self.join(late, address, token)
@@ -134,7 +141,7 @@ class JoinTest(JoiningCase):
                 self.assertNothingThere(machine)
 
     def test_a_token_is_worthless_after_an_hour(self):
-        address, token = self.invite()
+        address, token = self.printed()
         self.c.advance(3601)
         late = self.machine()
         self.assertRc(1, self.join(late, address, token))
@@ -144,8 +151,8 @@ class JoinTest(JoiningCase):
         self.assertRc(0, self.join(late, address, token))
 
     def test_a_new_invitation_ends_the_one_before(self):
-        address, old = self.invite()
-        _, token = self.invite()
+        address, old = self.printed()
+        _, token = self.printed()
         self.assertNotEqual(old, token)
         new = self.machine()
         self.assertRc(1, self.join(new, address, old))

@@ -23,6 +23,7 @@ class SaidCase(Case):
     def setUpClass(cls):
         cls.c = cls.begin(cls.share_cluster("s", *cls.hosts, replicas=1, warn_after="2d"))
         cls.source = cls.c.sources["docs"].path
+        cls.c.settle()
 
     @staticmethod
     def begin(cluster):
@@ -35,7 +36,6 @@ class SaidCase(Case):
     def setUp(self):
         if set(self.c.hosts) - set(self.c.servers):
             self.c.start()
-        self.c.settle()
 
     def check(self, rc, host="a"):
         result = self.c.run(host, "status", "--check")
@@ -84,12 +84,16 @@ class AsleepTest(SaidCase):
         result = self.c.client("a")
         self.assertRc(1, result)
         self.assertOneError(result, "bb on b was last heard of 3 days ago")
+        self.c.start("b")
+        self.c.round()
 
     def test_what_state_has_of_hosts_may_be_garbage(self):
         self.c.stop("s")
         for garbage in (b"\0", b"[]", b'{"s": 1}', b'{"s": [1, {"sources": {"docs": 5}}]}'):
             write_file(os.path.join(self.c.home("a"), "state", "heard.json"), garbage)
             self.assertIn("nothing is known of it here", self.check(1))
+        self.c.start("s")
+        self.c.round()
 
     def test_hosts_without_sources_and_the_own_one_are_named_too(self):
         self.c.stop("b")
