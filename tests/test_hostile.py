@@ -158,7 +158,8 @@ class HostileRsyncTest(Case):
             (self.assertNotIn if self.USER else self.assertIn)(os.path.realpath(tree_of), roots)
 
     def test_what_is_left_out_or_in_no_catalog_is_not_served_whoever_names_it(self):
-        for path in ("m/left/", "m/left/secret", "m/dir/x.tmp", "m/cache/secret", "m/new", "m/outdir/secret", "m/../secret"):
+        for path in self.todays(("m/left/", "m/left/secret", "m/dir/x.tmp", "m/cache/secret", "m/new", "m/outdir/secret",
+                                 "m/../secret"), 3):
             self.attack("-rL", sources=(path,), of="source")
         names = os.path.join(self.directory(), "names")
         write_file(names, b"left/secret\ndir/x.tmp\ncache/secret\nnew\nleft\n../secret\nout\nroot/etc/passwd\n")
@@ -170,13 +171,13 @@ class HostileRsyncTest(Case):
                 self.rsync("rsync", ["-r"], paths=paths)
 
     def test_links_are_not_followed(self):
-        for options in (["-rL"], ["-rk"], ["-r", "--copy-unsafe-links"], ["-r", "-M--copy-links"], ["-r", "-M-L"],
-                        ["-r", "-M--copy-unsafe-links"], ["-r", "-M-k"]):
+        for options in self.todays((["-rL"], ["-rk"], ["-r", "--copy-unsafe-links"], ["-r", "-M--copy-links"], ["-r", "-M-L"],
+                                    ["-r", "-M--copy-unsafe-links"], ["-r", "-M-k"]), 3):
             self.attack(*options)
 
     def test_paths_do_not_lead_out(self):
-        for path in ("m/../secret", "m/dir/../../secret", "m//etc/passwd", "m/out", "m/outdir/secret", "m/root/etc/passwd",
-                     "/etc/passwd", "m/./../../", "nothing/."):
+        for path in self.todays(("m/../secret", "m/dir/../../secret", "m//etc/passwd", "m/out", "m/outdir/secret",
+                                 "m/root/etc/passwd", "/etc/passwd", "m/./../../", "nothing/."), 4):
             self.attack("-r", sources=(path,))
 
     def test_lists_of_files_do_not_lead_out(self):
@@ -184,7 +185,7 @@ class HostileRsyncTest(Case):
         write_file(names, b"../secret\n/etc/passwd\nout/\noutdir/secret\nroot/etc/passwd\ndir/../../secret\n")
         self.attack("-r", "--files-from=" + names)
         self.attack("-r", "--files-from=" + names, "--no-relative")
-        for there in (self.secret, "../secret", "out", "root/etc/passwd"):
+        for there in self.todays((self.secret, "../secret", "out", "root/etc/passwd"), 2):
             self.attack("-r", "--files-from=:" + there)
             self.attack("-r", "-M--exclude-from=" + there)
             self.attack("-r", "-M--filter=. " + there)
@@ -192,17 +193,14 @@ class HostileRsyncTest(Case):
     def test_nothing_is_written_or_removed_at_the_source(self):
         here = os.path.join(self.directory(), "evil")
         write_file(here, b"evil")
-        self.attack("-r", upload=here)
-        self.attack("-r", "--delete", upload=os.path.dirname(here) + "/")
-        self.attack("-r", "-M--remove-source-files")
-        self.attack("-r", "--remove-source-files")
-        self.attack("-r", "-M--log-file=" + self.c.path("s", "written"))
-        self.attack("-r", "-M--log-file=/written", "-M--log-file-format=%f")
-        self.attack("-r", "-M--write-batch=" + self.c.path("s", "batch"))
-        self.attack("-r", "-M--only-write-batch=written")
-        self.attack("-r", "-M--write-batch=written")
-        self.attack("-r", "-M--rsync-path=/bin/sh")
-        self.attack("-r", "-M--config=/dev/null", "-M--daemon")
+        written = self.c.path("s", "written")
+        for options, upload in self.todays([
+                ([], here), (["--delete"], os.path.dirname(here) + "/"), (["-M--remove-source-files"], None),
+                (["--remove-source-files"], None), (["-M--log-file=" + written], None),
+                (["-M--log-file=/written", "-M--log-file-format=%f"], None), (["-M--write-batch=" + self.c.path("s", "batch")], None),
+                (["-M--only-write-batch=written"], None), (["-M--write-batch=written"], None), (["-M--rsync-path=/bin/sh"], None),
+                (["-M--config=/dev/null", "-M--daemon"], None)], 5):
+            self.attack("-r", *options, upload=upload)
 
     def test_a_symlink_in_the_place_of_a_backups_directory_is_not_served(self):
         base = self.c.backups["ba"].path

@@ -9,19 +9,21 @@ import unittest
 from unittest import mock
 
 import cbackup
-from tests.harness import Case, some_bytes, wait_for
+from tests.harness import Case, some_bytes, wait_for, write_file
 from tests.members import Member, digest_of, serving
 
-LARGE = 2 << 20
+LARGE = 5 << 18      # more than is compared in full, and as far as the second sample
 
 
 class MemberCase(Case):
     """The source docs on s, the backups ba, bb, bc on hosts of their own and bs on s itself; N is 2; only s has a server."""
 
+    FILES = {"f%d" % n: 100 for n in range(40)}
+
     @classmethod
     def setUpClass(cls):
         cls.c = c = cls.share_cluster("s", "a", "b", "c", replicas=2)
-        cls.root = c.source("docs", "s", dict({"f%d" % n: 100 for n in range(40)}, **{"large%d" % n: LARGE for n in range(8)}))
+        cls.root = c.source("docs", "s", cls.FILES)
         for host in "abcs":
             c.backup("b" + host, host, "1G")
         c.start("s")
@@ -29,7 +31,8 @@ class MemberCase(Case):
 
     @classmethod
     def source_facts(cls):
-        return cls.c.status("s")["sources"]["docs"]
+        with Member(cls.c, "ba", "docs") as member:
+            return member.ask("status")["sources"]["docs"]
 
     def member(self, host):
         one = Member(self.c, "b" + host, "docs")
@@ -43,6 +46,8 @@ class MemberCase(Case):
 
 class CountingTest(MemberCase):
     """What counts as a copy."""
+
+    FILES = dict({"f%d" % n: 100 for n in range(4)}, **{"large%d" % n: LARGE for n in range(3)})
 
     def test_the_sources_own_host_never_counts(self):
         s, a, b = map(self.member, "sab")
@@ -235,7 +240,7 @@ class FieldsTest(MemberCase):
         wait_for(lambda: self.source_facts()["unproven_files"] == 0, 30, "not proven")
         self.member("a").hold("f0")
         before, self.open = self.state(), None
-        for op in self.todays(self.RIGHT, 8):
+        for op in self.todays(self.RIGHT, 5):
             right = self.RIGHT[op]
             for field in cbackup.OPERATIONS[op].request:
                 values = list(self.wrong_rows(op)) if field == "rows" else list(self.WRONG.get(field, ()))
@@ -260,20 +265,25 @@ class FieldsTest(MemberCase):
 class HelloTest(Case):
     """A client asks nothing of a server that speaks another protocol, or is another machine."""
 
-    def start(self):
-        self.c = c = self.cluster("s", "a", "b", replicas=1)
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", "b", replicas=1)
         c.source("docs", "s", {"f": b"1"})
-        c.source("others", "b", {"g": b"1"})
+        c.source("others", "b")
         c.backup("ba", "a", "10M")
-        return c
+        c.start("b")
+        cls.count = 0
 
     def assertOnlySIsOut(self, server, *words):
+        type(self).count += 1
+        new = "g%d" % self.count
+        write_file(os.path.join(self.c.sources["others"].path, new), b"1")
         result = self.c.client("a")
         self.assertRc(1, result)
         self.assertEqual([], server.asked)
         self.assertIn("s", result.json["unreachable"])
         self.assertNotIn("b", result.json["unreachable"])
-        self.assertEqual(["ba"], self.c.copies_on_disk("others")["g"])
+        self.assertEqual(["ba"], self.c.copies_on_disk("others")[new])
         told = self.c.run("a", "status")
         self.assertRc(1, told)
         self.assertRc(1, self.c.run("a", "status", "--check"))
@@ -282,16 +292,11 @@ class HelloTest(Case):
 
     def test_another_version_of_the_protocol(self):
         for version in (cbackup.PROTOCOL + 1, cbackup.PROTOCOL - 1, None):
-            with self.subTest(version=version):
-                self.start()
-                with serving(self.c, "s", cbackup=version) as server:
-                    self.c.start("b")
-                    self.assertOnlySIsOut(server, "another version of the protocol")
+            with self.subTest(version=version), serving(self.c, "s", cbackup=version) as server:
+                self.assertOnlySIsOut(server, "another version of the protocol")
 
     def test_the_name_of_another_machine(self):
-        self.start()
         with serving(self.c, "s", name="b") as server:
-            self.c.start("b")
             self.assertOnlySIsOut(server, "correct its line in [hosts]")
 
 
