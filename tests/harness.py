@@ -121,7 +121,7 @@ class Starter:
         self.pid, self.lock = os.getpid(), threading.Lock()
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
-            self.process = subprocess.Popen([sys.executable, "-B", "-m", module, str(theirs.fileno())], cwd=TOP,
+            self.process = subprocess.Popen([sys.executable, "-S", "-B", "-m", module, str(theirs.fileno())], cwd=TOP,
                                             env=dict(os.environ, **dict(environment)), stdin=subprocess.DEVNULL,
                                             pass_fds=[theirs.fileno()], start_new_session=True)
         self.pem = self.connection.recv()
@@ -243,8 +243,9 @@ def plain_environment(home, **more):
 
 
 def program(*arguments, file=PROGRAM):
-    """The command line that starts the program as a user does."""
-    return [sys.executable, "-B", file] + [os.fspath(argument) for argument in arguments]
+    """The command line that starts the program as a user does, but without the machine's packages: it needs none of them, and to
+    look for them can take as long as all the rest."""
+    return [sys.executable, "-S", "-B", file] + [os.fspath(argument) for argument in arguments]
 
 
 def quick_program(*arguments):

@@ -26,7 +26,7 @@ from multiprocessing.reduction import recv_handle
 import cbackup
 from tests import PROGRAM
 
-QUICK = [sys.executable, "-B", "-m", "tests"]
+QUICK = [sys.executable, "-S", "-B", "-m", "tests"]
 """The begin of a command line that is a mere fork here; where a fork needs an exec, it runs the program as well."""
 
 IMPORTED = ("calendar", "ctypes", "fnmatch", "grp", "pwd", "socketserver")   # by the program, later

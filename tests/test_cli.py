@@ -13,7 +13,7 @@ from unittest import mock
 
 import cbackup
 
-from tests import COMPILED
+from tests import COMPILED, PROGRAM
 from tests.harness import (Case, Process, cluster_pem, inodes, listening, make_tree, plain_environment, program,
                            quick_program, read_file, tree, wait_for, write_file)
 
@@ -547,7 +547,7 @@ class VersionOfPythonTest(Case):
 
     def test_the_module_compiles_for_python_3_8(self):
         import ast
-        ast.parse(read_file(program()[2]).decode(), feature_version=(3, 8))
+        ast.parse(read_file(PROGRAM).decode(), feature_version=(3, 8))
 
 
 if __name__ == "__main__":

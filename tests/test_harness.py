@@ -28,7 +28,7 @@ class ProcessTest(Case):
 
     def test_a_traceback_fails_the_test(self):
         with self.assertRaisesRegex(AssertionError, "Traceback"):
-            Process([sys.executable, "-c", "1 / 0"]).wait(20)
+            Process([sys.executable, "-S", "-c", "1 / 0"]).wait(20)
 
     def test_a_process_that_takes_too_long_is_killed_and_fails_the_test(self):
         process = Process(["sleep", "1000"])
@@ -41,7 +41,7 @@ class ProcessTest(Case):
                 "from tests.harness import Process\n"
                 "print(Process(['sh', '-c', 'sleep 1000 & wait']).pid, flush=True)\n"
                 "time.sleep(1000)\n")
-        with subprocess.Popen([sys.executable, "-B", "-c", code], cwd=TOP, stdout=subprocess.PIPE) as tester:
+        with subprocess.Popen([sys.executable, "-S", "-B", "-c", code], cwd=TOP, stdout=subprocess.PIPE) as tester:
             pid = int(tester.stdout.readline())
             self.assertTrue(alive(pid))
             tester.send_signal(signal.SIGKILL)
@@ -56,7 +56,7 @@ class TemporaryTest(Case):
         env = plain_environment(self.directory(), **dict(variables, PYTHONPATH=top))
         for name in {"CBACKUP_TEST_CODE", "TMPDIR"} - set(variables):
             env.pop(name)
-        process = Process([sys.executable, "-B", "-c", "import os, tempfile, tests\n"
+        process = Process([sys.executable, "-S", "-B", "-c", "import os, tempfile, tests\n"
                            "print(os.path.dirname(os.environ['CBACKUP_TEST_CODE']), tempfile.gettempdir(), flush=True)\n" + code],
                           env, top)
         folder, temporary = wait_for(lambda: process.stdout.split(), 20, lambda: process.stderr)
@@ -128,7 +128,7 @@ class ClusterTest(Case):
                 "        print(json.dumps(self.cluster().base), flush=True)\n"
                 "        self.fail()\n"
                 "unittest.main(argv=['x'])\n")
-        result = Process([sys.executable, "-B", "-c", code], plain_environment("/"), TOP)
+        result = Process([sys.executable, "-S", "-B", "-c", code], plain_environment("/"), TOP)
         result.ends_within(30)
         base = json.loads(result.stdout)
         self.addCleanup(lambda: subprocess.run(["rm", "-rf", base], timeout=30))

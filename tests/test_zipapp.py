@@ -200,7 +200,7 @@ class DepsTest(Case):
         write_file(os.path.join(self.base, "cbackup.py"), "# in its place\n")
         for name in ("sh", "dirname", "env", "cat"):
             os.symlink(shutil.which(name), os.path.join(self.tools, name))
-        self.tool("python3", 'exec %s "$@"' % shlex.quote(sys.executable))
+        self.tool("python3", 'exec %s -S "$@"' % shlex.quote(sys.executable))
         self.user(0)
         self.tool("openssl")
 
