@@ -121,7 +121,8 @@ class FinishedTest(Case):
         self.assertRc(0, self.c.restore("s", "other", options=["--force"]))
         aside = [name for name in os.listdir(self.other) if name.startswith(".cbackup-before-")]
         self.assertEqual(b"other", read_file(os.path.join(self.other, aside[0], "f1")))
-        self.c.advance(7200)
+        self.c.stop("s")
+        self.c.start("s")       # looks at its sources once more
         self.c.round()
         self.assertFalse(os.path.lexists(os.path.join(self.c.kept_as("ba", "other"), aside[0])))
 

@@ -316,7 +316,7 @@ class DurableTest(Case):
         self.assertLess(len(syncs), len(self.commits(to)) + 5)
 
     def test_without_such_a_call_nothing_is_noted(self):
-        self.assertEqual([], self.commits(self.restored("to2", CBACKUP_RECORD_SYNCFS="no")))
+        self.assertEqual([], self.commits(self.restored("without", CBACKUP_RECORD_SYNCFS="no")))
 
 
 class Holder:
