@@ -1,10 +1,9 @@
 """ls shows what a directory had, now or then; log what the passes of a host did."""
 
-import json
 import os
 import unittest
 
-from tests.harness import Case, Link, make_tree, read_file, write_file
+from tests.harness import Case, Link, write_file
 
 
 class LsTest(Case):
