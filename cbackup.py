@@ -8337,7 +8337,7 @@ class Scanner(threading.Thread):
     def look_at(self, names: "List[str]", wait: float) -> None:
         """Want a look at these sources that begins now; returns when there was one, or after `wait`
         seconds."""
-        now = time.monotonic()
+        now = clock.steady()
         with self._changed:
             for name in names:
                 self._wanted[name] = now

@@ -103,6 +103,7 @@ class FinishedTest(Case):
         cls.docs = c.source("docs", "s", FILES)
         cls.other = c.source("other", "s", FILES)
         c.backup("ba", "a", "10M")
+        c.advance(60)       # by that clock the first look will have been
         c.start()
         c.round()
 
