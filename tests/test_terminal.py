@@ -102,18 +102,20 @@ class ProgressTest(Case):
 class AtATerminalTest(Case):
     """Real processes whose output is a terminal."""
 
-    def setUp(self):
-        self.c = c = self.cluster("s", "a", replicas=1)
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
         c.source("docs", "s", {"f": 1000})
         c.backup("ba", "a", "7M")
         c.start()
+        cls.not_yet, cls.first = cls.at_terminal("status"), cls.at_terminal("client")
 
-    def at_terminal(self, *words, **more):
+    @classmethod
+    def at_terminal(cls, *words, **more):
         """(status, what stands on the terminal, without what was overwritten)."""
         ours, theirs = pty.openpty()
-        self.c.write_config()
         with open(theirs, "rb", 0) as terminal:
-            process = Process(quick_program("--home", self.c.home("a"), *words), self.c.environment("a", TERM="xterm", **more),
+            process = Process(quick_program("--home", cls.c.home("a"), *words), cls.c.environment("a", TERM="xterm", **more),
                               terminal=terminal)
         text = b""
         try:
@@ -130,7 +132,7 @@ class AtATerminalTest(Case):
         return process.wait().rc, screen.lines()
 
     def test_a_pass_ends_with_what_it_did_and_whether_all_is_safe(self):
-        status, lines = self.at_terminal("client")
+        status, lines = self.first
         self.assertEqual(0, status)
         self.assertEqual(["a: 1 copied (%s)" % cbackup.format_size(1000),
                           "\033[32msafe\033[0m: 1 file of 1 source have all their copies"], lines)
@@ -139,27 +141,24 @@ class AtATerminalTest(Case):
         self.assertSilent(self.c.run("a", "client"))            # not at a terminal: nothing
 
     def test_what_a_pass_has_named_itself_is_still_not_safe_at_its_end(self):
-        self.c.client("a")
         path = os.path.join(self.c.sources["docs"].path, "locked")
+        self.addCleanup(self.c.client, "a")
+        self.addCleanup(os.unlink, path)
         write_file(path, "x")
         os.chmod(path, 0)
-        if os.access(path, os.R_OK):
-            os.unlink(path)
-            write_file(os.path.join(self.c.sources["docs"].path, "large"), b"x" * (8 << 20))
+        if os.access(path, os.R_OK):        # by root: then it is too large
+            write_file(path, b"x" * (8 << 20))
         status, lines = self.at_terminal("client")
         self.assertTrue(lines[-1].startswith("\033[3"), lines)
         self.assertIn("NOT SAFE\033[0m: ", lines[-1])
 
     def test_colours_say_well_and_waiting_unless_they_are_not_wanted(self):
-        text = "\n".join(self.at_terminal("status")[1])
-        self.assertIn("\033[33m    NOT SAFE YET", text)
-        self.c.client("a")
+        self.assertIn("\033[33m    NOT SAFE YET", "\n".join(self.not_yet[1]))
         self.assertIn("\033[32m    all safe\033[0m", "\n".join(self.at_terminal("status")[1]))
         self.assertNotIn("\033", "\n".join(self.at_terminal("status", NO_COLOR="1")[1]))
         self.assertNotIn("\033", self.c.run("a", "status").stdout)
 
     def test_a_dry_run_lists_each_file_when_asked(self):
-        self.c.client("a")
         result = self.c.run("a", "restore", "docs", "--dry-run", "-v", "--to", self.directory())
         self.assertRc(0, result)
         self.assertRegex(result.stdout, r"(?m)^fetch +%s  f$" % re.escape(cbackup.format_size(1000)))
@@ -173,7 +172,8 @@ class HelpTest(Case):
         return Process(quick_program(*words), plain_environment(base), base).wait(30)
 
     def test_every_command_says_what_it_does_and_its_examples_are_right(self):
-        commands = cbackup.commands_of(cbackup.build_parser())
+        whole = cbackup.build_parser()
+        commands = cbackup.commands_of(whole)
         self.assertEqual(set(cbackup.HELP), set(commands))
         for name, parser in commands.items():
             text = parser.format_help()
@@ -181,7 +181,7 @@ class HelpTest(Case):
             self.assertIn(cbackup.HELP[name][0][:20], " ".join(text.split()))
             for example in cbackup.HELP[name][1:]:
                 words = shlex.split(example.partition("cbackup.pyz ")[2].partition(" || ")[0].partition(" > ")[0])
-                self.assertEqual(name, cbackup.build_parser().parse_args(words).command, example)
+                self.assertEqual(name, whole.parse_args(words).command, example)
 
     def test_help_and_version_are_commands_too(self):
         self.assertEqual(self.run_program("ls", "--help").stdout, self.run_program("help", "ls").stdout)
