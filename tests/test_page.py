@@ -145,6 +145,49 @@ class WebTest(PageCase):
             self.assertRc(2, result)
             self.assertEqual(1, len(result.error_lines), result)
 
+    # -- in a real browser: what it makes of the page, and what it complains of
+
+    def browse(self, address, *words):
+        profile = os.path.join(self.directory(), "profile")
+        done = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+             "--user-data-dir=" + profile] + list(words) + [address],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        self.assertEqual(0, done.returncode, done.stderr)
+        complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
+        self.assertEqual([], complaints)
+        return done.stdout.decode()
+
+    @unittest.skipUnless(CHROMIUM, "no Chromium here")
+    def test_the_verdict_is_there_a_hostile_name_is_text_and_nothing_is_complained_of(self):
+        c = self.c
+        path = os.path.join(c.home("a"), "state", "passes.jsonl")
+        for undo in ((c.round,), (write_file, path, read_file(path)), (shutil.rmtree, os.path.join(self.source, "new"))):
+            self.addCleanup(*undo)
+        make_tree(self.source, {b"new/" + HOSTILE: 10})
+        c.client("a")
+        record = json.loads(read_file(path).splitlines()[-1].decode())
+        with open(path, "ab") as file:
+            file.write(json.dumps(dict(record, wrong=[cbackup.shown(HOSTILE), "\udce9"])).encode() + b"\n")
+        _, line, port = self.web()
+        seen = self.browse("http://127.0.0.1:%d/" % port, "--dump-dom")
+        words = Reader(seen).text
+        self.assertIn("the next passes go on with it", words)
+        self.assertIn("<img src=x onerror=alert(1)>", words)
+        self.assertNotIn("<img", seen)
+        self.assertIn(html.escape("<img src=x onerror=alert(1)>", quote=False), seen)
+
+    @unittest.skipUnless(CHROMIUM, "no Chromium here")
+    def test_a_phone_and_a_desk(self):
+        page = os.path.join(self.directory(), "page.html")
+        self.c.run("a", "status", "--html", page)
+        for width in self.todays((500, 1200), 1):               # no narrower window is to be had
+            picture = page + ".%d.png" % width
+            self.browse("file://" + page, "--screenshot=" + picture, "--window-size=%d,2000" % width)
+            data = read_file(picture)
+            self.assertEqual((b"\x89PNG", width), (data[:4], int.from_bytes(data[16:20], "big")))
+
 
 class HtmlTest(PageCase):
 
@@ -249,48 +292,6 @@ class HtmlTest(PageCase):
         done = subprocess.run(["promtool", "check", "metrics"], input=made, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=60)
         self.assertEqual((0, b""), (done.returncode, done.stdout))
-
-
-@unittest.skipUnless(CHROMIUM, "no Chromium here")
-class BrowserTest(PageCase):
-    """In a real browser: what it makes of the page, and what it complains of."""
-
-    def browse(self, address, *words):
-        profile = os.path.join(self.directory(), "profile")
-        done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-             "--user-data-dir=" + profile] + list(words) + [address],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
-        self.assertEqual(0, done.returncode, done.stderr)
-        complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
-        self.assertEqual([], complaints)
-        return done.stdout.decode()
-
-    def test_the_verdict_is_there_a_hostile_name_is_text_and_nothing_is_complained_of(self):
-        c = self.c
-        make_tree(self.source, {b"new/" + HOSTILE: 10})
-        c.client("a")
-        path = os.path.join(c.home("a"), "state", "passes.jsonl")
-        record = json.loads(read_file(path).splitlines()[-1].decode())
-        with open(path, "ab") as file:
-            file.write(json.dumps(dict(record, wrong=[cbackup.shown(HOSTILE), "\udce9"])).encode() + b"\n")
-        _, line, port = self.web()
-        seen = self.browse("http://127.0.0.1:%d/" % port, "--dump-dom")
-        words = Reader(seen).text
-        self.assertIn("the next passes go on with it", words)
-        self.assertIn("<img src=x onerror=alert(1)>", words)
-        self.assertNotIn("<img", seen)
-        self.assertIn(html.escape("<img src=x onerror=alert(1)>", quote=False), seen)
-
-    def test_a_phone_and_a_desk(self):
-        page = os.path.join(self.directory(), "page.html")
-        self.c.run("a", "status", "--html", page)
-        for width in self.todays((500, 1200), 1):               # no narrower window is to be had
-            picture = page + ".%d.png" % width
-            self.browse("file://" + page, "--screenshot=" + picture, "--window-size=%d,2000" % width)
-            data = read_file(picture)
-            self.assertEqual((b"\x89PNG", width), (data[:4], int.from_bytes(data[16:20], "big")))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def build(folder, umask=0o022, **more):
     # The python3 of the tests is the one that the script finds.
     tools = os.path.join(folder, "tools")
     os.makedirs(tools)
-    os.symlink(sys.executable, os.path.join(tools, "python3"))
+    write_file(os.path.join(tools, "python3"), '#!/bin/sh\nexec %s -S "$@"\n' % shlex.quote(sys.executable))
+    os.chmod(os.path.join(tools, "python3"), 0o755)
     env = plain_environment(folder, **more)
     env["PATH"] = tools + os.pathsep + env["PATH"]
     result = Process(["sh", os.path.join(folder, "build_zipapp.sh")], env, folder, umask=umask).wait(60)
@@ -328,7 +329,7 @@ def other_pythons():
     for folder in glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin")) + os.environ.get("PATH", os.defpath).split(os.pathsep):
         for version in ((2, 7), (3, 6), (3, 7)):
             path = os.path.join(folder, "python%d.%d" % version)
-            if version not in found and os.access(path, os.X_OK) and subprocess.call([path, "-c", ""], stderr=subprocess.DEVNULL) == 0:
+            if version not in found and os.access(path, os.X_OK) and subprocess.call([path, "-S", "-c", ""], stderr=subprocess.DEVNULL) == 0:
                 found.setdefault(version, path)
     return found
 
@@ -337,7 +338,7 @@ class OldPythonTest(Case):
     """A Python that is too old is told so in one line."""
 
     def assertTold(self, version, path, file):
-        result = Process([path, "-B", file, "status"], plain_environment(self.base), self.base).wait(30)
+        result = Process([path, "-S", "-B", file, "status"], plain_environment(self.base), self.base).wait(30)
         self.assertRc(2, result)
         self.assertOneError(result, "needs Python 3.8 or newer", "this is %d.%d" % version)
 
@@ -352,10 +353,9 @@ class OldPythonTest(Case):
                 self.assertTold(version, path, built())
 
     def test_by_the_module_from_3_6_on(self):
-        for version, path in self.pythons.items():
-            if version >= (3, 6):
-                with self.subTest(version):
-                    self.assertTold(version, path, PROGRAM)
+        for version, path in self.todays([one for one in self.pythons.items() if one[0] >= (3, 6)], 1):    # it compiles it all
+            with self.subTest(version):
+                self.assertTold(version, path, PROGRAM)
 
 
 if __name__ == "__main__":
