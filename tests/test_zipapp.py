@@ -98,7 +98,9 @@ class RunTest(Case):
                          self.help.stdout.replace("cbackup.pyz", "cbackup").replace("cbackup.py", "cbackup").split())
 
     def test_it_can_be_started_by_its_name(self):
-        result = Process([self.pyz, "--home", self.home, "--help"], plain_environment(self.base), self.base).wait(30)
+        env = plain_environment(self.base)
+        env["PATH"] = os.path.join(os.path.dirname(self.pyz), "tools") + os.pathsep + env["PATH"]     # see build()
+        result = Process([self.pyz, "--home", self.home, "--help"], env, self.base).wait(30)
         self.assertRc(0, result)
 
     def test_exit_codes_come_through(self):
