@@ -376,33 +376,50 @@ class DamageTest(FaultCase):
 class FullDiskTest(FaultCase):
     """No room left, or read-only: said, nothing lost, and it goes on by itself."""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.c = c = cls.share_cluster("s", "a", replicas=1)
+        cls.source = c.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
+        cls.kept = c.backup("b1", "a", "100M")
+        cls.states, cls.small = [os.path.join(c.home(host), "state") for host in "sa"], None
+        try:
+            for path, size in [(cls.kept, "30m")] + [(path, "2m") for path in cls.states]:
+                tmpfs_or_skip(cls, path, size)
+        except unittest.SkipTest as reason:
+            cls.small = str(reason)
+        c.start()
+        c.settle()
+
+    def setUp(self):
+        self.here = os.path.join(self.source, self.id().rpartition(".")[2])
+
+    def need_small_disks(self):
+        if self.small:
+            self.skipTest(self.small)
+
     def remount(self, path, options):
         subprocess.check_call(["mount", "-o", "remount," + options, path])
 
     def test_a_full_disk_below_a_backup(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        cluster.source("docs", "s", {"f%d" % number: 100000 for number in range(20)})
-        kept = cluster.backup("b1", "a", "100M")
-        tmpfs_or_skip(self, kept, "1500k")
-        cluster.start()
+        self.need_small_disks()
+        self.remount(self.kept, "size=%dk" % (1500 + self.c.kept_bytes("b1") // 1024))
+        make_tree(self.here, {"f%d" % number: 100000 for number in range(20)})
         for _ in range(2):
-            self.assertFalse(cluster.client("a").json["settled"])
-            self.assertHolds(cluster, settled=False)
-            self.assertGreater(sum(map(len, holders(cluster, "docs").values())), 3, "what fits is there")
-        self.remount(kept, "size=30m")
-        self.assertRecovers(cluster)
+            self.assertFalse(self.c.client("a").json["settled"])
+            self.assertHolds(self.c, settled=False)
+            there = holders(self.c, "docs")
+            self.assertGreater(sum(len(there[name]) for name in there if name.startswith("test_a_full")), 3, "what fits is there")
+        self.remount(self.kept, "size=30m")
+        self.assertRecovers(self.c)
 
     def test_what_the_server_counted_is_said_also_when_the_disk_is_full_just_then(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        cluster.source("docs", "s", {"f%d" % number: 300 for number in range(20)})
-        cluster.backup("b1", "a", "9M")
-        cluster.start()
-        result = cluster.client("a", CBACKUP_TEST_BEFORE="import sqlite3\ndef full(vault, source, paths, *more):\n    if paths:\n"
-                                "        raise sqlite3.OperationalError('database or disk is full')\ncbackup.Vault.arrived = full\n")
+        make_tree(self.here, {"f%d" % number: 300 for number in range(20)})
+        result = self.c.client("a", CBACKUP_TEST_BEFORE="import sqlite3\ndef full(vault, source, paths, *more):\n    if paths:\n"
+                               "        raise sqlite3.OperationalError('database or disk is full')\ncbackup.Vault.arrived = full\n")
         self.assertRc(1, result)
         self.assertEqual((20, 6000), (result.json["copied_files"], result.json["copied_bytes"]))
-        self.assertCopies(cluster, "docs", 1)
-        self.assertRecovers(cluster)
+        self.assertCopies(self.c, "docs", 1)
+        self.assertRecovers(self.c)
 
     def test_a_full_disk_stops_only_its_backup_and_is_said_in_its_own_words(self):
         cluster = self.cluster("s", "a", replicas=1)
@@ -427,58 +444,43 @@ class FullDiskTest(FaultCase):
         self.assertRecovers(cluster)
 
     def test_a_read_only_backup(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        source = cluster.source("docs", "s", {"f": b"1"})
-        kept = cluster.backup("b1", "a", "9M")
-        tmpfs_or_skip(self, kept)
-        cluster.start()
-        cluster.settle()
-        self.remount(kept, "ro")
-        write_file(os.path.join(source, "f"), "22")
-        result = cluster.client("a")
+        self.need_small_disks()
+        self.remount(self.kept, "ro")
+        self.addCleanup(self.remount, self.kept, "rw")
+        write_file(os.path.join(self.source, "f0"), "22")
+        result = self.c.client("a")
         self.assertRc(1, result)
         self.assertOneError(result, "b1", "ead-only")
-        self.remount(kept, "rw")
-        self.assertRecovers(cluster)
+        self.remount(self.kept, "rw")
+        self.assertRecovers(self.c)
 
     def test_no_room_for_state(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        source = cluster.source("docs", "s", {"f%d" % number: b"1" for number in range(5)})
-        cluster.backup("b1", "a", "9M")
-        ballast = []
-        for host in "sa":
-            state = os.path.join(cluster.home(host), "state")
-            tmpfs_or_skip(self, state, "2m")
-            ballast.append(os.path.join(state, "ballast"))
-        cluster.start()
-        cluster.settle()
+        self.need_small_disks()
+        ballast = [os.path.join(path, "ballast") for path in self.states]
         for path in ballast:
             fill(path)
-        make_tree(source, {"new/%d" % number: 10 for number in range(1000)})
-        result = cluster.client("a")
+        make_tree(self.here, {"%d" % number: 10 for number in range(1000)})
+        result = self.c.client("a")
         self.assertNotEqual((0, True), (result.rc, result.json["settled"]))
-        self.assertTrue(cluster.servers["s"].running)
-        self.assertHolds(cluster, settled=False)
+        self.assertTrue(self.c.servers["s"].running)
+        self.assertHolds(self.c, settled=False)
         for path in ballast:
             os.unlink(path)
-        shutil.rmtree(os.path.join(source, "new"))
-        make_tree(source, {"new": b"after all"})
-        self.assertRecovers(cluster)
+        shutil.rmtree(self.here)
+        write_file(self.here, b"after all")
+        self.assertRecovers(self.c)
 
     def test_no_room_for_a_restore(self):
-        cluster = self.cluster("s", "a", replicas=1)
-        source = cluster.source("docs", "s", {"f%d" % number: 300000 for number in range(10)})
-        cluster.backup("b1", "a", "9M")
-        target = cluster.path("target")
+        make_tree(self.here, {"f%d" % number: 300000 for number in range(10)})
+        target, name = self.c.path("target"), os.path.basename(self.here)
         tmpfs_or_skip(self, target, "1m")
-        cluster.start()
-        cluster.settle()
-        result = cluster.restore("a", "docs", to=target)
+        self.c.settle()
+        result = self.c.restore("a", "docs", name, to=target)
         self.assertRc(1, result)
         self.assertRegex(result.stderr, "(?i)no space|full")
         self.remount(target, "size=10m")
-        self.assertRc(0, cluster.restore("a", "docs", to=target))
-        self.assertSameTree(source, target)
+        self.assertRc(0, self.c.restore("a", "docs", name, to=target))
+        self.assertSameTree(self.here, os.path.join(target, name))
 
 
 class WrongDirectoryTest(FaultCase):
