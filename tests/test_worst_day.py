@@ -564,7 +564,7 @@ class CalmTest(WorstDayCase):
     def test_quiet_says_no_more(self):
         machine = self.machine()
         self.c.write_config()
-        result = self.c.run(machine, "-q", "restore", "docs", "--to", self.c.path(machine, "to"))
+        result = self.c.run(machine, "-q", "restore", "docs", "f01", "--to", self.c.path(machine, "to"))
         self.assertRc(0, result)
         self.assertEqual("", result.stderr)
 
