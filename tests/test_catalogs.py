@@ -1,5 +1,6 @@
 """Catalogs: every backup knows what each source consisted of, now and at each kept time, and that costs little."""
 
+import base64
 import os
 import random
 import shutil
@@ -7,7 +8,7 @@ import time
 import unittest
 
 from tests.faults import Proxy
-from tests.harness import DIRECTORY, Case, Link, inodes, make_tree, tree, write_file
+from tests.harness import DIRECTORY, Case, Link, inodes, make_tree, some_bytes, tree, write_file
 
 DAY = 86400
 
@@ -22,12 +23,13 @@ def catalogs(cluster, backup, source="docs"):
 class CatalogsCostLittleTest(Case):
     """Nothing changed: nothing is written; little changed: little is sent and written, whatever the source's size."""
 
-    FILES = 1200
+    FILES = 320
+    NAMES = ["d%02d/file %s.jpg" % (n % 40, some_bytes(90, n).hex()) for n in range(FILES)]     # long ones: they make the list
 
     @classmethod
     def setUpClass(cls):
         cls.c = cls.share_cluster("s", "a", "b", replicas=1)
-        cls.source = cls.c.source("docs", "s", {"d%02d/file %05d.jpg" % (n % 40, n): b"%d" % n for n in range(cls.FILES)})
+        cls.source = cls.c.source("docs", "s", {name: b"%d" % n for n, name in enumerate(cls.NAMES)})
         cls.c.backup("ba", "a", "9M")
         cls.c.backup("bb", "b", "9M")
         cls.c.backup("bs", "s", "9M")
@@ -75,7 +77,7 @@ class CatalogsCostLittleTest(Case):
         for number in self.todays(range(2), 1):
             before = {backup: catalogs(self.c, backup) for backup in self.c.backups}
             idle = self.sent_by("a", "b", "s")
-            write_file(os.path.join(self.source, "d%02d/file %05d.jpg" % (number, number)), "changed")
+            write_file(os.path.join(self.source, self.NAMES[number]), "changed")
             sent = self.sent_by("a", "b", "s", "a", "b", "s")
             self.assertLess(sent - 2 * idle, whole / 3, "bytes that the server sent")
             for backup, had in before.items():
@@ -190,7 +192,8 @@ class CatalogsEndTest(Case):
         for day in range(5):
             write_file(os.path.join(source, "f0"), "day %d" % day)
             if day == 2:    # so much news that a new whole catalog is worth it
-                make_tree(source, {"l%d" % number: Link("%04000x" % generator.getrandbits(16000)) for number in range(640)})
+                make_tree(source, {"l%d" % number: Link(base64.urlsafe_b64encode(generator.getrandbits(24480).to_bytes(3060, "little")))
+                                   for number in range(360)})
             cluster.settle()
             trees.append(tree(source))
             cluster.advance(DAY)

@@ -58,15 +58,15 @@ class InUseTest(Case):
 
     def test_what_a_system_puts_into_a_file_systems_root_is_nothing(self):
         make_tree(self.kept, {"lost+found/x": "1", ".DS_Store": "2", ".Trashes/501/y": "3", ".Trash-1000/info/z": "4"})
-        self.c.start()
-        self.c.settle()
+        self.c.start("s")
+        self.assertRc(0, self.c.client("a"))
         self.assertCopies(self.c, "docs", 1)
 
     def test_what_a_first_pass_that_was_cut_off_has_left_is_nothing(self):
         os.mkdir(os.path.join(self.kept, ".cbackup"))
         write_file(os.path.join(self.kept, ".cbackup", "identity.4711.new"), "{")
-        self.c.start()
-        self.c.settle()
+        self.c.start("s")
+        self.assertRc(0, self.c.client("a"))
         self.assertCopies(self.c, "docs", 1)
 
 
@@ -172,10 +172,10 @@ class HeldTest(Case):
         c = self.cluster("s", "t", "a", replicas=1)
         docs = c.source("docs", "s", {"f%02d" % n: 1000 for n in range(30)})
         c.backup("b1", "a", "100K")
-        c.start()
-        c.settle()
+        c.start("s", "t")
+        self.assertRc(0, c.client("a"))
         write_file(os.path.join(docs, "f00"), "new")
-        c.settle()
+        self.assertRc(0, c.client("a"))
         self.assertEqual(1, len(c.attic("b1", "docs")))
         for n in range(30):
             os.unlink(os.path.join(docs, "f%02d" % n))
@@ -202,11 +202,11 @@ class WrongClockTest(Case):
         c = self.cluster("s", "a", replicas=1)
         source = c.source("docs", "s", {"f": "1", "g": "1"})
         kept = c.backup("b1", "a", "9M")
-        c.start()
-        c.settle()
+        c.start("s")
+        self.assertRc(0, c.client("a"))
         for number in range(3):
             write_file(os.path.join(source, "f"), "version %d" % number)
-            c.settle()
+            self.assertRc(0, c.client("a"))
         ahead = c.path("ahead")
         write_file(ahead, "%d\n" % (365 * DAY))
         catalogs = os.listdir(os.path.join(kept, ".cbackup", "catalog", "docs"))
@@ -218,7 +218,7 @@ class WrongClockTest(Case):
         c.client("a", CBACKUP_TEST_CLOCK=ahead)
         self.assertEqual(4, len(c.attic("b1", "docs")))
         self.assertLessEqual(set(catalogs), set(os.listdir(os.path.join(kept, ".cbackup", "catalog", "docs"))))
-        c.settle()
+        self.assertRc(0, c.client("a"))
         c.advance(31 * DAY)     # what came then is kept for as long as everything else
         c.client("a")
         self.assertEqual([], c.attic("b1", "docs"))
@@ -231,14 +231,14 @@ class ManyBadCopiesTest(Case):
         c = self.cluster("s", "a", replicas=1)
         c.source("docs", "s", {"f%03d" % n: b"%d" % n for n in range(500)})
         c.backup("b1", "a", "9M")
-        c.start()
-        c.settle()
+        c.start("s")
+        self.assertRc(0, c.client("a"))
         for n in range(450):
             os.unlink(c.kept_as("b1", "docs", "f%03d" % n))
         verify = c.run("a", "verify")
         self.assertRc(1, verify)
         self.assertEqual(450, sum("is gone" in line for line in verify.error_lines), verify.stderr[:2000])
-        c.settle()
+        self.assertRc(0, c.client("a"))
         self.assertCopies(c, "docs", 1)
 
 
@@ -260,18 +260,18 @@ class PrivateTest(Case):
         return stat.S_IMODE(os.lstat(os.path.join(self.kept, *names)).st_mode)
 
     def test_directories_and_databases_are_closed_whatever_the_umask(self):
-        for umask in (0, 0o022):
-            c = self.cluster("s", "a", replicas=1)
-            c.source("docs", "s", {"f": "1"})
-            kept = c.backup("b1", "a", "9M")
-            c.start()
-            os.makedirs(os.path.join(kept, "lost+found"))
-            self.assertRc(0, Process(quick_program("--home", c.home("a"), "client"), c.environment("a"), c.path("a"),
+        c = self.cluster("s", "a", "b", replicas=2)
+        c.source("docs", "s", {"f": "1"})
+        kept = {host: c.backup("b" + host, host, "9M") for host in "ab"}
+        c.start("s")
+        for host, umask in (("a", 0), ("b", 0o022)):
+            os.makedirs(os.path.join(kept[host], "lost+found"))
+            self.assertRc(0, Process(quick_program("--home", c.home(host), "client"), c.environment(host), c.path(host),
                                      umask=umask).wait())
             for name, mode in (("docs", 0o700), (".cbackup", 0o700), (".cbackup/backup.db", 0o600)):
-                self.assertEqual(mode, stat.S_IMODE(os.stat(os.path.join(kept, name)).st_mode), name)
-            self.assertNotEqual(0o700, stat.S_IMODE(os.stat(os.path.join(kept, "lost+found")).st_mode))
-            self.assertEqual(0o600, stat.S_IMODE(os.stat(os.path.join(c.home("s"), "state", "books.db")).st_mode))
+                self.assertEqual(mode, stat.S_IMODE(os.stat(os.path.join(kept[host], name)).st_mode), name)
+            self.assertNotEqual(0o700, stat.S_IMODE(os.stat(os.path.join(kept[host], "lost+found")).st_mode))
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(os.path.join(c.home("s"), "state", "books.db")).st_mode))
 
     def test_those_that_were_open_are_mended(self):
         for name in ("docs", ".cbackup", ".cbackup/backup.db"):
@@ -309,8 +309,8 @@ class PrivateTest(Case):
         c.source("all", "s", path=c.path("s"), files={"f": "1"})
         c.backup("b1", "a", "9M")
         os.link(os.path.join(c.home("s"), "cluster.pem"), c.path("s", "another name of it"))
-        c.start()
-        c.settle()
+        c.start("s")
+        self.assertRc(0, c.client("a"))
         found = {name for name, _, _ in walk(c.kept_as("b1", "all"))}
         self.assertIn("home/cbackup.conf", found)
         self.assertEqual(set(), {name for name in found if "state" in name or "pem" in name or "another" in name})
