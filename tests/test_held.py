@@ -72,8 +72,8 @@ class SpoiledTest(Case):
     @classmethod
     def look(cls, when):
         results = [cls.c.client(host) for host in "ab"]
-        cls.seen[when] = (results, {name: snapshot(cls.c, name) for name in cls.names}, cls.c.status(),
-                          cls.c.run("s", "status", "--check"))
+        check = cls.c.run("s", "status", "--check", "--json")
+        cls.seen[when] = results, {name: snapshot(cls.c, name) for name in cls.names}, check.json, check
 
     def test_nothing_of_it_changes_in_any_backup(self):
         for when, (_, snapshots, _, _) in self.seen.items():

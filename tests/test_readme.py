@@ -32,9 +32,9 @@ def read(name):
 
 def messages_of(text):
     """The strings in a module, docstrings apart, with a NUL for each place where something is put in."""
-    tree = ast.parse(text)
-    described = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    return [re.sub(r"%[-#0 +]*[\d*]*(\.[\d*]+)?[sdrfgxo]", "\0", node.value) for node in ast.walk(tree)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Expr, ast.Constant))]
+    described = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [re.sub(r"%[-#0 +]*[\d*]*(\.[\d*]+)?[sdrfgxo]", "\0", node.value) for node in nodes
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described]
 
 

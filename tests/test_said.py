@@ -351,7 +351,7 @@ class HeldConfigTest(Case):
     def setUpClass(cls):
         cls.c = c = cls.share_cluster("s", "a", "b", replicas=1)
         for name in ("one", "two", "three", "four"):
-            c.source(name, "s", {"f": name})
+            c.source(name, "s", {"f": name} if name == "four" else ())
         for host in "ab":
             c.backup("b" + host, host, "9M")
         c.start()

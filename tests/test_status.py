@@ -8,6 +8,7 @@ import unittest
 import cbackup
 from tests import test_page
 from tests.harness import Case, make_tree, write_file
+from tests.test_travel import exchange
 
 SOURCE_KEYS = {"host", "path", "replicas", "files", "bytes", "copies", "underserved_files", "underserved_bytes",
                "overserved_files", "state", "last_scan", "unproven_files", "unproven_since"}
@@ -136,8 +137,9 @@ class StagesTest(StatusCase):
         self.assertEqual((1, 10, 0), (docs["replicas"], docs["overserved_files"], docs["underserved_files"]))
 
     def test_a_source_whose_host_is_down_is_unreachable_and_the_others_are_not(self):
-        self.c.source("mine", "a", {"f": b"1"}, replicas=1)
-        self.c.passes("b")
+        self.c.source("mine", "a", replicas=1)
+        self.c.write_config()
+        exchange(self.c, "b")
         self.c.kill("s")
         result = self.c.run("b", "status", "--json")
         self.assertEqual(("unreachable", "ok"), tuple(result.json["sources"][name]["state"]
