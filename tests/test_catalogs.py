@@ -192,8 +192,8 @@ class CatalogsEndTest(Case):
         for day in range(5):
             write_file(os.path.join(source, "f0"), "day %d" % day)
             if day == 2:    # so much news that a new whole catalog is worth it
-                make_tree(source, {"l%d" % number: Link(base64.urlsafe_b64encode(generator.getrandbits(24480).to_bytes(3060, "little")))
-                                   for number in range(360)})
+                make_tree(source, {"l%d" % number: Link(base64.urlsafe_b64encode(
+                    generator.getrandbits(24480).to_bytes(3060, "little"))) for number in range(360)})
             cluster.settle()
             trees.append(tree(source))
             cluster.advance(DAY)

@@ -115,13 +115,13 @@ class HostileDiskTest(DiskCase):
     def test_names_that_lead_out(self):
         for name in self.todays((
                 "../outside/victim", "a/../../outside/victim", self.outside + "/victim", "/etc/cbackup-test", "a//b", "./a",
-                "a/.", "a/..", "..", ".", "/", "", "a\0b", "x/" * 5000 + "x", "\ud800", "\udc41"), 5):
+                "a/.", "a/..", "..", ".", "/", "", "a\0b", "x/" * 5000 + "x", "\ud800", "\udc41"), 3):
             with self.subTest(name=name[:50]):
                 result = self.refused([row("good", content="1"), row(name, content="2")], {"good": "1"})
                 self.assertTrue(result.error_lines, str(result))
 
     def test_symlinks_and_directories_that_lead_out(self):
-        for name in ("../link", self.outside + "/new", "a/../../new", ""):
+        for name in self.todays(("../link", self.outside + "/new", "a/../../new", ""), 2):
             with self.subTest(name=name):
                 self.refused([row(name, "l", self.outside)])
         for name in ("../outside/new", "../new", "a/../../new"):
@@ -169,7 +169,7 @@ class HostileDiskTest(DiskCase):
         self.assertLessEqual({"good", "victim"}, self.back())
 
     def test_a_work_directory_that_somebody_prepared(self):
-        for name in ("files-0", "lock", "done.db", "plan.db", "whole", "files-0/victim", ""):
+        for name in self.todays(("files-0", "lock", "done.db", "plan.db", "whole", "files-0/victim", ""), 3):
             with self.subTest(name=name):
                 self.to = os.path.join(self.base, "outer", "target " + os.path.basename(name))
                 target = self.outside if name in ("files-0", "") else self.outside + ("/victim" if "/" in name else "/new")

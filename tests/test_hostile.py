@@ -197,8 +197,8 @@ class HostileRsyncTest(Case):
         for options, upload in self.todays([
                 ([], here), (["--delete"], os.path.dirname(here) + "/"), (["-M--remove-source-files"], None),
                 (["--remove-source-files"], None), (["-M--log-file=" + written], None),
-                (["-M--log-file=/written", "-M--log-file-format=%f"], None), (["-M--write-batch=" + self.c.path("s", "batch")], None),
-                (["-M--only-write-batch=written"], None), (["-M--write-batch=written"], None), (["-M--rsync-path=/bin/sh"], None),
+                (["-M--log-file=/written", "-M--log-file-format=%f"], None),
+                (["-M--write-batch=" + self.c.path("s", "batch")], None), (["-M--only-write-batch=written"], None), (["-M--write-batch=written"], None), (["-M--rsync-path=/bin/sh"], None),
                 (["-M--config=/dev/null", "-M--daemon"], None)], 5):
             self.attack("-r", *options, upload=upload)
 

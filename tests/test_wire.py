@@ -15,7 +15,7 @@ from unittest import mock
 import cbackup
 from tests import fuzz
 from tests.harness import Case, one_in, wait_for, write_file
-from tests.members import between, context, copy, one_pass
+from tests.members import Member, between, context, copy, one_pass
 
 
 class LevelTest(Case):
@@ -216,6 +216,7 @@ class OddServerTest(Case):
         c.source("others", "good", {"g%d" % number: 100 for number in range(20)})
         c.backup("ba", "a", "10M")
         c.start("odd", "good")
+        c.settle()
         cls.number = 0
 
     def new_files(self):
@@ -236,11 +237,10 @@ class OddServerTest(Case):
         self.assertEqual(["ba"], self.c.copies_on_disk("others")["new%d" % self.number])
 
     def test_an_answer_with_a_missing_or_a_wrong_key_puts_only_that_server_out(self):
-        self.c.settle()
         lies = [(op, key, ("gone", {"x": [None]}, 1 << 70)[number % 3])
                 for op in ("look", "begin", "standing", "demand", "claim", "confirm", "placed", "catalog")
                 for number, (key, shape) in enumerate(cbackup.OPERATIONS[op].answer.items()) if not isinstance(shape, cbackup.May)]
-        for op, key, wrong in self.todays(lies, 6):
+        for op, key, wrong in self.todays(lies, 3):
             def change(request, answer):
                 if request["op"] == op:
                     answer = copy(answer)
@@ -255,7 +255,6 @@ class OddServerTest(Case):
         self.assertCopies(self.c, "own", 1)
 
     def test_a_list_that_goes_round_in_circles_ends(self):
-        self.c.settle()
         rows = [[1, "dir/f1", None, None]] * cbackup.PAGE
 
         def todo(request, answer):
@@ -271,7 +270,6 @@ class OddServerTest(Case):
             self.assertOnlyTheOddOneIsOut(self.lied_to(change), "round in circles")
 
     def test_claims_of_which_nothing_comes_end(self):
-        self.c.settle()
 
         def change(request, answer):
             if request["op"] == "demand":
@@ -284,7 +282,6 @@ class OddServerTest(Case):
             self.assertOnlyTheOddOneIsOut(self.lied_to(change), "none of them comes")
 
     def test_a_server_that_speaks_for_anothers_source_is_not_listened_to(self):
-        self.c.settle()
         before = self.c.copies_on_disk("others")
         gone = [[number, "g%d" % number, None, None] for number in range(20)]
 
@@ -304,7 +301,6 @@ class OddServerTest(Case):
         self.assertEqual(0, figures.counts["dropped_files"])
 
     def test_what_a_peer_says_is_never_printed_raw(self):
-        self.c.settle()
         evil = "\x1b]0;owned\x07\r\x9b2J\u202e"
 
         def refuses(request, answer):
@@ -327,7 +323,6 @@ class OddServerTest(Case):
         self.assertTrue(cbackup.PlainFormatter("%(message)s").format(record).isprintable())
 
     def test_a_transfer_of_much_more_than_was_claimed_is_cut(self):
-        self.c.settle()
         write_file(os.path.join(self.c.sources["own"].path, "small"), os.urandom(10))
         self.new_files()
         sent = [0]
@@ -347,14 +342,12 @@ class OddServerTest(Case):
         self.c.settle()
 
     def test_what_comes_in_one_packet_with_the_answer_to_rsync_is_rsyncs(self):
-        self.c.settle()
         self.new_files()
         figures = self.lied_to(lambda request, answer: answer, hasty=True)
         self.assertFalse(figures.trouble, figures.lines)
         self.assertEqual(["ba"], self.c.copies_on_disk("own")["new%d" % self.number])
 
     def test_a_jump_of_a_generation_is_not_believed_and_hides_nothing(self):
-        self.c.settle()
         link = cbackup.Link("odd", cbackup.Home(self.c.home("a")).config(),
                             cbackup.Dialer(cbackup.Home(self.c.home("a"))))
         self.addCleanup(link.close)
@@ -396,7 +389,7 @@ class OddHolderTest(Case):
                 lambda request, answer: dict(answer, rows=[[1]], vaults={"ba": {}}, sources={"docs": {}}, rooms=1)]
 
     def test_restore_brings_everything_from_the_others(self):
-        for number, change in enumerate(self.nonsense()):
+        for number, change in self.todays(enumerate(self.nonsense()), 3):
             with self.subTest(number), between(self.c, "a", "a", change=change) as liar:
                 write_file(os.path.join(self.home, "cbackup.conf"), liar.config)
                 target = os.path.join(self.directory(), "back")
@@ -440,11 +433,11 @@ class ForgedCatalogTest(Case):
         c.start("s", "a", "b")
         c.settle()
         cls.home = c.fresh_home("x")
-        cls.catalogs = os.path.join(c.backups["ba"].path, ".cbackup", "catalog", "docs")
+        cls.catalogs, cls.others = (os.path.join(one.path, ".cbackup", "catalog", "docs") for one in c.backups.values())
 
     def forge(self, ahead, older=0):
         """A catalog in which there is but one file, of a generation so far ahead; returns its path."""
-        newest = cbackup.catalogs_in(self.catalogs)[0]
+        newest = max((cbackup.catalogs_in(path)[0] for path in (self.catalogs, self.others)), key=lambda file: file.upto)
         header = {"catalog": 1, "source": "docs", "books": "00", "since": 0, "upto": newest.upto + ahead, "time": newest.time + 5 - older}
         rows = [cbackup.CatalogRow(b"", "d", mode=0o755), cbackup.CatalogRow(b"f", "f", size=1, digest=hashlib.blake2b(
             b"1", digest_size=32).digest())]
@@ -460,7 +453,7 @@ class ForgedCatalogTest(Case):
         return result, target
 
     def test_it_is_not_taken_where_the_sources_own_server_answers(self):
-        for ahead, older in ((7, 0), (7, 10), (0, 0), (10**17, 0)):
+        for ahead, older in self.todays(((7, 0), (7, 10), (0, 0), (10**17, 0)), 2):
             with self.subTest(ahead=ahead):
                 self.forge(ahead, older)
                 result, target = self.restored()
@@ -485,7 +478,8 @@ class ForgedCatalogTest(Case):
         self.c.stop("s")
         shutil.rmtree(os.path.join(self.c.home("s"), "state"))
         self.c.start("s")
-        wait_for(lambda: self.c.status("b")["sources"]["docs"]["last_scan"] is not None, 30, "it has not looked")
+        with Member(self.c, "bb", "docs") as member:
+            wait_for(lambda: member.ask("status")["sources"]["docs"]["last_scan"] is not None, 30, "it has not looked")
         result, target = self.restored()
         self.assertSameTree(self.source, target)
         self.assertEqual("", result.stderr)
