@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import textwrap
 import unittest
 from unittest import mock

@@ -93,7 +93,8 @@ class TemporaryTest(Case):
         wait_for(lambda: "made" in killed.stdout, 20, lambda: killed.stderr)
         killed.kill()
         wait_for(lambda: not os.path.exists(folder), 10, "it is still there")
-        failed, folder, _ = self.run_of_tests(make % "" + "one.close(); one.say_where(); print(one.base)\n", self.without_program())
+        code = make % "" + "one.close(); one.say_where(); print(one.base)\n"
+        failed, folder, _ = self.run_of_tests(code, self.without_program())
         result = failed.wait(20)
         self.addCleanup(shutil.rmtree, result.stdout.split()[-1], ignore_errors=True)
         wait_for(lambda: not os.path.exists(folder + "/code"), 10, "the code is still there")

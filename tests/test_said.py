@@ -361,7 +361,8 @@ class HeldConfigTest(Case):
         self.before = "# %s\n%s" % (self.id(), c.config())
         for host in c.hosts:
             self.edit(host, self.before)
-        wait_for(lambda: exchange(c, "a") or exchange(c, "b") or is_everywhere(c, self.before.encode()), 20, "not in force everywhere")
+        wait_for(lambda: exchange(c, "a") or exchange(c, "b") or is_everywhere(c, self.before.encode()), 20,
+                 "not in force everywhere")
         self.version = self.state("s")["version"]
 
     def state(self, host):
@@ -502,7 +503,8 @@ class HeldListTest(Case):
             self.addCleanup(os.close, master)
             with open(slave, "rb", 0) as terminal:
                 os.write(master, answer)
-                done = Process(quick_program("--home", c.home("a"), "accept", "one"), c.environment("a"), terminal=terminal).wait()
+                words = quick_program("--home", c.home("a"), "accept", "one")
+                done = Process(words, c.environment("a"), terminal=terminal).wait()
             self.assertEqual((code, state), (done.rc, c.status()["sources"]["one"]["state"]), os.read(master, 10000))
         self.assertRc(0, c.client("a"))
 

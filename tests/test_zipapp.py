@@ -331,8 +331,9 @@ def other_pythons():
     for folder in glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin")) + os.environ.get("PATH", os.defpath).split(os.pathsep):
         for version in ((2, 7), (3, 6), (3, 7)):
             path = os.path.join(folder, "python%d.%d" % version)
-            if version not in found and os.access(path, os.X_OK) and subprocess.call([path, "-S", "-c", ""], stderr=subprocess.DEVNULL) == 0:
-                found.setdefault(version, path)
+            if version not in found and os.access(path, os.X_OK) and subprocess.call(
+                    [path, "-S", "-c", ""], stderr=subprocess.DEVNULL) == 0:
+                found[version] = path
     return found
 
 
