@@ -543,7 +543,6 @@ class Cluster:
         self.now += seconds
         write_file(self._clock + ".new", "%s\n" % self.now)
         os.rename(self._clock + ".new", self._clock)
-        time.sleep(0.02)        # so long what a server has read of it just now is good, see Clock; a client may be quicker
 
     # -- processes
 

@@ -38,7 +38,7 @@ class LookingTest(Case):
         c = self.start(scan="1h")
         make_tree(self.root, {"two": b"2"})
         c.advance(HOUR - 300 - self.looked())
-        time.sleep(1)       # it looks at the clock ten times in this second
+        time.sleep(1)       # it looks at the clock some times in this second
         self.assertEqual(1, self.files())
         c.advance(600)
         wait_for(lambda: self.files() == 2, 20, "no look after `scan`")
