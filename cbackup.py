@@ -663,7 +663,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._furthest = 0.0
-        self._set: "Tuple[Any, float]" = None, 0.0  # a test's clock: which file, what it says
+        self._set: "Tuple[Any, float]" = (None, 0.0)  # a test's clock: which file, what it says
 
     def _offset(self) -> float:
         name = for_test("CLOCK")
