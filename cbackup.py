@@ -5555,7 +5555,8 @@ OPERATIONS: "Dict[str, Operation]" = {
     "told": Operation({"backup": _is_name, "capacity": May(_is_count), "free": May(_is_number),
                        "want": May(_is_count),
                        "used": May(_is_count), "files": May(_is_count),
-                       "rows": May([(_is_name, _is_path)], list)}, {}),
+                       "rows": May([(_is_name, _is_path)], list),
+                       "lists": May(Each(_is_count), dict)}, {}),
     "demand": Operation({"backup": _is_name, "capacity": _is_count, "free": _is_number,
                          "beyond": May(_is_flag, False)}, {
         "sources": Each({"missing": _is_count, "replicas": _is_count, "lacking": _is_count,
@@ -8748,13 +8749,18 @@ class Standings(ServerState):
         for source in books.active_sources():
             row = books.source_row(source)
             told = request["sums"].get(source)
-            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]) \
-                    and told[0] < row["gen"] + GENERATION_JUMP:
-                books.raise_generation(row["id"], told[0])
-                books.note_list(number, row["id"], told[0])
-                row = books.source_row(source)
+            if isinstance(told, list) and len(told) == 1 and _is_count(told[0]):
+                row = self._hear_of_list(number, row, told[0])
             sources[source] = self._standing(number, row)
         return {"books": books.id, "sources": sources}
+
+    def _hear_of_list(self, backup: int, row: "Dict[str, Any]", newest: int) -> "Dict[str, Any]":
+        """A backup's list of a source goes as far as `newest`.  Returns the source's row."""
+        if newest >= row["gen"] + GENERATION_JUMP:
+            return row
+        self.books.raise_generation(row["id"], newest)
+        self.books.note_list(backup, row["id"], newest)
+        return self.books.source_row(row["name"])
 
     def _standing(self, backup: int, row: "Dict[str, Any]") -> "Dict[str, Any]":
         books = self.books
@@ -8780,7 +8786,7 @@ class Standings(ServerState):
     @answers("told")
     def op_told(self, request: "Dict[str, Any]") -> "Dict[str, Any]":
         """A backup's words between the others; rows: (source, path) of files whose update is under
-        way in it."""
+        way in it; lists: how far those go that it has just written."""
         books = self.books
         number = books.hear(request["backup"], {key: request.get(key) for key in (
             "capacity", "free", "want", "used", "files")})
@@ -8789,6 +8795,9 @@ class Standings(ServerState):
                             [(books.source_row(source)["id"], as_raw(path))
                              for source, path in request["rows"]
                              if source in active])
+        for source, newest in request["lists"].items():
+            if source in active:
+                self._hear_of_list(number, books.source_row(source), newest)
         return {}
 
     @answers("demand")
@@ -11066,13 +11075,16 @@ class Keeper(Placer):
             since = self._catalog_kept(standing, directory) if kept >= level else 0
             header = {"catalog": 1, "source": name, "books": standing.books, "since": since,
                       "upto": since, "time": 0}
-            if since != gen and write_catalog(directory, header,
-                                              self._catalog_news(standing, header)):
+            written = since != gen and write_catalog(directory, header,
+                                                     self._catalog_news(standing, header))
+            if written:
                 vault.set_meta("catalog:" + name, standing.books)
             if kept != level:
                 vault.set_meta("catalog-level:" + name, level)
             if standing.host != self.host:
                 self._apply_skeleton(name, directory)
+                if written:  # a disk that is put back as it was before this is known by it
+                    link.call("told", backup=self.name, lists={name: header["upto"]})
         except DamagedCatalog as error:
             log.warning("%s: %s; the next pass fetches all of it", self.name, error)
             vault.set_meta("catalog:" + name, None)

@@ -181,8 +181,8 @@ class ChangesTest(Case):
                                   if not stat.S_ISDIR(info.st_mode)} for backup in cls.c.backups})
         cls.attics.append([content for _, content in cls.c.attic("b1", "docs")])
 
-    def pass_of_a(self, *arguments):
-        self.c.round(*arguments, hosts="a")
+    def pass_of_a(self):
+        self.c.round(hosts="a")
 
     def assertKept(self, turn, **files):
         """What was in both backups under these names; None: nothing, and no directory either."""
@@ -207,7 +207,7 @@ class ChangesTest(Case):
         disk = self.c.backups["b1"].path
         shutil.copytree(disk, disk + " old", symlinks=True)
         os.chmod(self.path("moded"), 0o640)
-        self.pass_of_a("--until-settled")
+        self.pass_of_a()
         shutil.rmtree(disk)
         os.rename(disk + " old", disk)
         self.pass_of_a()
