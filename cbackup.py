@@ -8562,6 +8562,10 @@ class ServerState:
 
     def hello(self) -> "Dict[str, Any]":
         state = self.home.config_state()
+        if state.get("sha256") not in (None, sha256_of(self.config.text)):
+            # a client of this host has entered an edit that the server has not noticed yet
+            with contextlib.suppress(CBackupError, OSError, sqlite3.Error):
+                self.catch_up_with_home()
         return {"cbackup": PROTOCOL, "level": LEVEL, "host": self.host, "books": self.books.id,
                 "version": __version__,
                 "time": clock.now(),

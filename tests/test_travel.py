@@ -223,6 +223,15 @@ class OneTextTest(TravelCase):
         c.settle()
         self.assertBackedUp("docs")
 
+    def test_an_edit_that_a_client_has_entered_is_in_force_in_its_hosts_server_at_once(self):
+        """Or a pass elsewhere says that it is settled, and does not know the source yet."""
+        c = self.c
+        c.source("entered", "s", {"n": b"5"})
+        self.addCleanup(c.sources.pop, "entered")
+        c.write_config("s")
+        exchange(c, "s")
+        self.assertIn("entered", self.sources("s", c.config()))
+
     def test_another_port_is_said_to_need_a_restart_and_is_one_line_for_all(self):
         c = self.c
         port, holder = free_port()
