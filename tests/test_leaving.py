@@ -10,6 +10,7 @@ from tests.harness import TOP, Case, free_port, inodes, make_tree, read_file, tr
 
 sys.path.insert(0, TOP)
 import cbackup  # noqa: E402
+from tests.members import Member  # noqa: E402
 
 FILES = {"f%d" % number: 20000 + number for number in range(12)}
 
@@ -25,7 +26,7 @@ class LeavingCase(Case):
         cls.source = c.source("docs", "s", FILES)
         for host in cls.HOSTS:
             if host != "s":
-                c.backup("b" + host, host, "10M")
+                c.backup("b" + host, host, "1M")
         c.start()
 
     def say(self, *arguments, host="s"):
@@ -67,18 +68,19 @@ class LeavingCase(Case):
 
     def copies(self):
         """{number of distinct hosts with a confirmed copy: files}, as the server counts them."""
-        found = self.c.status()["sources"]["docs"]["copies"]
+        self.c.write_config()
+        with Member(self.c, next(iter(self.c.backups)), "docs") as member:
+            found = member.ask("status")["sources"]["docs"]["copies"]
         return {int(count): files for count, files in found.items() if files}
 
     def settle(self, *hosts):
         """Passes of these hosts until nobody had anything to do; first one after the other, so that the first can tell
         the others of an edit."""
-        for host in hosts:
-            self.together(host)
+        figures = [self.together(host)[0] for host in hosts]
         for _ in range(8):
-            figures = self.together(*hosts)
             if all(one["settled"] for one in figures):
                 return
+            figures = self.together(*hosts)
         self.fail("not settled: %s" % figures)
 
 
@@ -97,10 +99,10 @@ class BackupsComeAndGoTest(LeavingCase):
         os.rmdir(c.path("c", "backup", "bc"))
         self.settle("a", "b")
         self.assertEqual({2: 12}, self.copies())
-        make_tree(self.source, {"more%d" % number: 1500000 for number in range(8)})      # too much for two of 10 MB
+        make_tree(self.source, {"more%d" % number: 150000 for number in range(8)})      # too much for two of 1 MB
         self.together("a", "b")
         self.assertLess(self.copies().get(2, 0), 20)
-        c.backup("bc", "c", "20M")
+        c.backup("bc", "c", "2M")
         c.write_config("c")
         self.settle("c", "a", "b")
         self.assertEqual({2: 20}, self.copies())
@@ -187,7 +189,7 @@ class SourcesAndLinesTest(LeavingCase):
 
     def test_01_the_copies_of_a_removed_source_stay_and_are_listed(self):
         c = self.c
-        c.settle()
+        c.round()
         before = self.lying("ba", "bb")
         removed = self.remove()
         self.together("a", "b")
@@ -268,7 +270,7 @@ class SourcesAndLinesTest(LeavingCase):
         self.assertWithinSize(c)
         self.assertNotIn(0, self.copies())
         self.assertIn(1, self.copies())
-        self.change("ba", size="10M")
+        self.change("ba", size="1M")
         c.keys["replicas"] = 2
         c.write_config("a")
         self.settle("a", "b")
@@ -362,9 +364,8 @@ class SourcesAndLinesTest(LeavingCase):
         self.together("a", "b")
         self.together("s")
         self.assertEqual([], [name for name, backups in c.copies_on_disk("docs").items() if "bs" in backups])
-        wait_for(lambda: "ba and ba2 are on one disk of a" in self.say(), 20,
-                 "status does not say it")
-        wait_for(lambda: "ba and ba2 are on one disk" in c.servers["a"].stderr, 20, "nor does the server")
+        wait_for(lambda: "ba and ba2 are on one disk" in c.servers["a"].stderr, 20, "the server does not say it")
+        wait_for(lambda: "ba and ba2 are on one disk of a" in self.say(), 20, "nor does status")
         self.assertRegex(self.say(), r"(?m)^docs .*\n    IMPOSSIBLE: 3 copies .* only 2 other hosts")
         check = c.run("s", "status", "--check")
         self.assertRc(1, check)
