@@ -19,14 +19,16 @@ import unittest
 import unittest.suite
 import warnings
 
-WAITING = """AllHoldersAtOnce Inferred Interrupted Killed HostileRsync OwnFailure Silence LongerThanALease MassChange AsOrdinaryUser
-Lies DuringATransfer Twice Calm Held Crowd OddServer Power Reason HarderRenames""".split()
+WAITING = """AllHoldersAtOnce Inferred Lies Interrupted OwnFailure Killed LongerThanALease DuringATransfer Web HostileRsync
+DiskErrors OddServer Simulated Crowd MassChange Calm AsOrdinaryUser OldVersions Power FailingTarget HostileDisk Silence Reason
+Folding""".split()
 """Classes, without the "Test" at their end, that spend most of their time waiting, the longest first: half of the workers take
 these, so that there is something to be done beside them all the time."""
 
-BUSY = """Restore WrongDirectory Matrix Changes OneText Members Soak CompleteOrTold HeldConfig SourcesAndLines Declined Attributes
-FullDisk Options Verify Damage Memory DiskErrors Run Demo Json KillPoints CatalogsCostLittle Reserve BackInTime Seed Real Ls
-Browser""".split()
+BUSY = """Restore OneText Matrix Members SourcesAndLines Demo BackupsComeAndGo Soak Join Find WrongDirectory Declined KillPoints
+BackInTime CatalogsEnd CatalogsCostLittle HarderRenames Reserve Changes Spoiled Damage Options RoundTrip CompleteOrTold Asleep
+WhereTo AfterChanges Verify ForgedCatalog ShortRun Unread FullDisk RestlessFile HeldConfig Held Seed BackInBusiness OddHolder
+DistinctHosts EverythingComesBack Run""".split()
 """Those with which the other half begins: so that no one runs alone at the end."""
 
 JOBS = int(os.environ.get("CBACKUP_TEST_JOBS") or min(5, 2 * (os.cpu_count() or 1) + 1))    # some of them wait

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import unittest
 
-from tests.harness import DIRECTORY, Case, Link, Process, make_tree, quick_program, write_file
+from tests.harness import DIRECTORY, Case, Link, Process, make_tree, one_in, quick_program, write_file
 
 FILES = {"f%d" % number: 3000 + number for number in range(6)}
 
@@ -44,6 +44,7 @@ int unlinkat(int at, const char *name, int flags) { BAD(name)
 """A library that makes every file system one on which no name has a colon, as those of other systems are."""
 
 
+@one_in(2)
 class DeclinedTest(Case):
     """One copy wanted; the client of a always comes first, and cannot take what b can."""
 

@@ -237,8 +237,8 @@ class FieldsTest(MemberCase):
         self.assertEqual(set(cbackup.OPERATIONS), plain | set(self.RIGHT))
 
     def test_a_wrong_field_is_refused_and_changes_nothing(self):
-        wait_for(lambda: self.source_facts()["unproven_files"] == 0, 30, "not proven")
         self.member("a").hold("f0")
+        wait_for(lambda: self.source_facts()["unproven_files"] == 0, 30, "not proven")
         before, self.open = self.state(), None
         for op in self.todays(self.RIGHT, 5):
             right = self.RIGHT[op]

@@ -13,7 +13,7 @@ from tests.harness import PATIENCE, Case, one_in
 FILES, SIZE, ROOM = 10, 20000, 7
 
 
-@one_in(4, "test_clients_that_run_at_the_same_time")
+@one_in(6, "test_clients_that_run_at_the_same_time")
 class SeedTest(Case):
     """Whatever the order: every file twice, nothing over its size, at most one copy more than the twenty needed."""
 

@@ -128,7 +128,7 @@ class TravelCase(Case):
         return link
 
 
-@one_in(2, "test_an_edit_on_a_machine_with_a_backup_reaches_the_others_in_one_round_of_passes",
+@one_in(3, "test_an_edit_on_a_machine_with_a_backup_reaches_the_others_in_one_round_of_passes",
         "test_a_wrong_file_is_refused_by_all_with_every_line_and_a_right_one_is_taken_after_it",
         "test_of_two_edits_one_wins_everywhere_and_the_other_is_kept_and_named",
         "test_a_machine_that_was_off_for_a_month_and_has_an_old_file_does_not_win")
