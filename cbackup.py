@@ -8706,9 +8706,10 @@ class ServerState:
                 wrong = reader.misplaced(self.home.cluster_id(),
                                          known.get(spec.name)) or reader.not_writable()
                 facts = {"state": wrong or "ok", "new": not wrong and spec.name not in known}
-                if not wrong and os.path.isdir(spec.path):  # else its disk may not be mounted
+                if facts["new"] and os.path.isdir(spec.path):
                     facts["disk"] = os.stat(spec.path).st_dev
-                facts.update(reader.facts(), new=False, **({"state": wrong} if wrong else {}))
+                facts.update(reader.facts(), new=False, disk=os.stat(spec.path).st_dev,
+                             **({"state": wrong} if wrong else {}))
             except (CBackupError, OSError) as error:
                 if facts.get("state", "ok") == "ok":
                     facts["state"] = str(error)
