@@ -622,17 +622,17 @@ class Cluster:
     def backup_hosts(self):
         return list(dict.fromkeys(backup.host for backup in self.backups.values()))
 
-    def settle(self, orders=None, limit=8):
+    def settle(self, orders=None, limit=8, hosts=None):
         """Runs clients until all say that they are settled; returns the figures of each client.
 
         `orders`: names of hosts, or one such list for each round, used in turns: a pass of one after the other. Without
-        it, all hosts with a backup at the same time, each for as many passes as have something to do, and then again
-        those that are not settled. Fails when a client does not exit 0, and after `limit` rounds.
+        it, all hosts with a backup (or `hosts`) at the same time, each for as many passes as have something to do, and then
+        again those that are not settled. Fails when a client does not exit 0, and after `limit` rounds.
         While a server is not running, no pass is settled: then a round in which nothing was done is enough.
         """
         if orders and isinstance(orders[0], str):
             orders = [orders]
-        figures, hosts = [], self.backup_hosts()
+        figures, hosts = [], hosts or self.backup_hosts()
         for turn in range(limit):
             if orders:
                 now = self._figures(self.passes(orders[turn % len(orders)]))
